@@ -1,0 +1,80 @@
+"""Every field of every config, once, with its default. The other configs change what differs."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults: VAU-R1's settings where the papers state them."""
+    c = ConfigDict()
+    c.stage = "sft"  # sft: learn given completions; rft: GRPO on sampled ones
+    c.model = ""  # Hugging Face folder: config, tokenizer, safetensors
+    c.init_from = ""  # folder or earlier run that the weights come from; empty: model
+    c.seed = 0  # of data order, augmentation and sampling
+    c.steps = 1000  # updates
+    c.batch_size = 8  # prompts an update, over all devices
+    c.log_every = 1  # steps between lines of metrics.jsonl
+    c.dtype = "bfloat16"  # of parameters and activations: float32 or bfloat16
+    c.remat = True  # compute activations again in the backward pass instead of keeping them
+
+    c.mesh = ConfigDict()  # devices along each axis; -1 takes all that are left
+    c.mesh.data = 1  # copies of the model
+    c.mesh.fsdp = -1  # parameters and examples split
+    c.mesh.tensor = 1  # heads and hidden units split
+
+    c.data = ConfigDict()
+    c.data.csv = ""  # annotations: CSV or JSONL with VAU-Bench's columns
+    c.data.videos = ""  # folder with the video files that the annotations name
+    c.data.reflection = ""  # JSONL of reflection records; empty: reasoning from the annotations
+    c.data.source = "auto"  # rules for times: msad, ucf, ecva, or auto by file name
+    c.data.protocol = "clean"  # clean: dirt mended; paper: as the published denominators
+    c.data.tasks = ("qa", "grounding", "classification")
+    c.data.task_weights = ConfigDict({"qa": 1.0, "grounding": 1.0, "classification": 1.0})  # share in the mix
+    c.data.style = "think"  # completions: direct, think, or reflection
+    c.data.wording = "full"  # prompts: full says the grammar, short asks only
+    c.data.max_examples = 0  # use only the first so many (video, task) pairs; 0: all
+    c.data.fps = 2.0  # frames a second of video
+    c.data.min_frames = 4
+    c.data.max_frames = 768
+    c.data.min_pixels = 0  # a frame; 0: the model folder's
+    c.data.max_pixels = 0  # a frame; 0: the model folder's
+    c.data.total_pixels = 3584 * 28 * 28  # all frames of a video (VAU-R1's training budget)
+    c.data.cache = ""  # folder for decoded frames; empty: decode every time
+    c.data.augment = False  # random flip, shift, colour and cuts
+    c.data.shuffle_options = True  # order of the four options drawn anew each time
+    c.data.max_completion_tokens = 1024  # longer completions are cut
+    c.data.bucket = (256, 1024, 16, 64, 16, 64)  # least padded sizes: tokens, patches, windows, size, frames, size
+    c.data.threads = 2  # that load examples
+
+    c.optim = ConfigDict()
+    c.optim.lr = 2e-5
+    c.optim.schedule = "linear"  # after the warm-up: constant, linear or cosine
+    c.optim.warmup_steps = 0
+    c.optim.final_lr = 0.0  # end of the schedule, as a share of lr
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.weight_decay = 0.0
+    c.optim.no_decay = (r".*(norm\d?|layernorm|ln_q)/weight", r".*/bias")  # regexes on parameter names
+    c.optim.freeze = ()  # regexes on parameter names; VAU-R1 trains everything
+    c.optim.clip_norm = 1.0
+
+    c.rollout = ConfigDict()  # rft only
+    c.rollout.num_generations = 4  # completions a prompt (G)
+    c.rollout.temperature = 1.0
+    c.rollout.top_p = 1.0  # below 1 or top_k above 0: what is sampled is no longer what is scored
+    c.rollout.top_k = 0
+
+    c.rewards = ConfigDict({"format": 1.0, "accuracy": 1.0, "tiou": 0.0, "reflection": 0.0})  # weights; 0: off
+
+    c.grpo = ConfigDict()
+    c.grpo.loss_type = "grpo"  # grpo, bnpo, dr_grpo, dapo, gspo, cispo
+    c.grpo.scale = "group"  # advantages divided by the std of: group, batch, none
+    c.grpo.beta = 0.04  # weight of the KL term; 0: no reference policy is kept
+    c.grpo.kl = "k3"  # k1, k2, k3
+    c.grpo.epsilon_low = 0.2
+    c.grpo.epsilon_high = 0.2
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 100  # steps
+    c.checkpoint.keep = 2  # the newest so many
+
+    return c

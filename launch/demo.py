@@ -1,0 +1,90 @@
+"""The stages of the main job, one after the other; `bash launch/demo.sh` sets up and calls this.
+
+    python -m launch.demo --config=configs/demo.py[:quick] --workdir=DIR
+
+DIR/data: videos and annotations, DIR/model: the model's start, DIR/sft and DIR/rft: training runs, DIR/eval: scores,
+DIR/report.md: the result.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from configs import eval as eval_config
+from data_prep import demo_model
+from vau_jax import cli, evaluate, report, train
+from vau_jax.data import annotations, prompts, synthetic
+from vau_jax.files import read_json, write_text
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """All stages; each skips what is done already, so a second call is quick and a killed one goes on."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(workdir).resolve() / "compiled"))
+    stages = {
+        "videos": lambda: synthetic.make_dataset(workdir / "data", dict(config.videos), config.video_seed),
+        "model": lambda: make_model(config, workdir),
+        "evaluate init": lambda: evaluate_stage(config, workdir, "init"),
+        "sft": lambda: train.run(train_config(config, workdir, "sft"), workdir / "sft"),
+        "evaluate sft": lambda: evaluate_stage(config, workdir, "sft"),
+        "rft": lambda: train.run(train_config(config, workdir, "rft"), workdir / "rft"),
+        "evaluate rft": lambda: evaluate_stage(config, workdir, "rft"),
+    }
+    for number, (name, stage) in enumerate(stages.items(), start=1):
+        print(f"--- {number}/{len(stages)} {name}", flush=True)
+        began = time.monotonic()
+        stage()
+        print(f"--- {name} took {time.monotonic() - began:.0f} s", flush=True)
+    print(report.write([workdir], workdir / "report.md"), flush=True)
+
+
+def make_model(config: ConfigDict, workdir: Path) -> None:
+    """Writes DIR/model unless it is there from the same settings."""
+    folder, stamp = workdir / "model", workdir / "model.json"
+    request = {"model": json.loads(config.model.to_json()), "seed": config.seed}
+    if stamp.exists() and folder.is_dir() and read_json(stamp) == request:
+        print(f"model: is there already ({folder})", flush=True)
+        return
+    sizes = dict(config.model.text), dict(config.model.vision)
+    demo_model.write(folder, demo_texts(workdir / "data"), config.model.vocab_size, *sizes, config.model.pixels, config.seed)
+    write_text(stamp, json.dumps(request))
+
+
+def demo_texts(data: Path) -> list[str]:
+    """What the tokenizer learns from: questions, options, answers and reasoning of the training split."""
+    rows, _ = annotations.load(data / "train.csv")
+    reflections = prompts.load_reflections(data / "train_reflection.jsonl")
+    texts = [prompts.question(row, task, "reflection", "short") for row in rows for task in row.tasks]
+    for reflection in reflections.values():
+        texts += [reflection.think, reflection.reflect, reflection.revise]
+    return texts
+
+
+def train_config(config: ConfigDict, workdir: Path, stage: str) -> ConfigDict:
+    """The config of SFT (from DIR/model) or RFT (from DIR/sft)."""
+    c = config[stage].copy_and_resolve_references()
+    c.seed = config.seed
+    c.model = str(workdir / "model")
+    c.init_from = str(workdir / "sft") if stage == "rft" else ""
+    data = workdir / "data"
+    c.data.csv, c.data.videos = str(data / "train.csv"), str(data / "videos")
+    c.data.reflection, c.data.cache = str(data / "train_reflection.jsonl"), str(workdir / "frames")
+    return c
+
+
+def evaluate_stage(config: ConfigDict, workdir: Path, stage: str) -> None:
+    """Scores a stage's model on the held-out videos, with and (but for the start) without seeing them."""
+    for blind in (False, True) if stage != "init" else (False,):
+        c = eval_config.get_config()
+        c.data = train_config(config, workdir, "sft").data
+        c.data.csv, c.data.reflection, c.data.augment = str(workdir / "data" / "test.csv"), "", False
+        c.checkpoint = str(workdir / ("model" if stage == "init" else stage))
+        c.dtype, c.batch_size, c.blind = "float32", config.eval_batch_size, blind
+        c.name = f"{stage} blind" if blind else stage
+        evaluate.run(c, workdir / "eval" / c.name.replace(" ", "_"))
+
+
+if __name__ == "__main__":
+    cli.main(run)

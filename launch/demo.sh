@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The main job on videos it makes: sets up .venv, then makes videos and a model, SFT, RFT, evaluation, report.
+#   bash launch/demo.sh [quick] [WORKDIR] [--config.key=value ...]
+# A second call skips what is done; a killed call goes on where it was.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+config=configs/demo.py
+if [ "${1:-}" = quick ]; then
+  config=configs/demo.py:quick
+  shift
+fi
+workdir=runs/demo${config#configs/demo.py}
+if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
+  workdir=$1
+  shift
+fi
+exec "$VENV/bin/python" -m launch.demo --config="$config" --workdir="${workdir/:/-}" "$@"

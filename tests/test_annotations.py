@@ -1,0 +1,155 @@
+"""Annotation files: every kind of dirt by its rule. Rows are in the form of VAU-Bench's (7xiang/VAU-Bench, MIT)."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from vau_jax.data import annotations
+from vau_jax.data.annotations import COLUMNS, Row, load
+from vau_jax.files import InputError
+
+BASE = {
+    "Video Name": "Assault_2.mp4",
+    "Question": "What is seen?",
+    "Option 1": "a fight",
+    "Option 2": "a fire",
+    "Option 3": "a crash",
+    "Option 4": "nothing",
+    "Correct Option": "A",
+    "Key Object": "two men",
+    "Description": "Two men fight.",
+    "Reasoning": "### Location: street ### Conclusion: a fight",
+    "Anomaly Class": "Assault",
+    "Start Time": "4.0",
+    "End Time": "35.0",
+}
+
+
+def write(path: Path, *rows: dict[str, str]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({**BASE, **row} for row in rows)
+    return path
+
+
+def one(tmp_path: Path, source: str = "auto", protocol: str = "clean", **row: str) -> tuple[Row, list[str]]:
+    rows, audit = load(write(tmp_path / "a.csv", {k.replace("_", " "): v for k, v in row.items()}), source, protocol)
+    return rows[0], [entry.reason for entry in audit.entries]
+
+
+def test_a_clean_row_is_read_whole(tmp_path: Path) -> None:
+    row, notes = one(tmp_path)
+    assert (row.answer, row.anomaly_class, row.interval) == ("A", "Assault", (4.0, 35.0))
+    assert row.tasks == ("qa", "grounding", "classification")
+    assert row.reasoning == {"Location": "street", "Conclusion": "a fight"}
+    assert notes == []
+
+
+@pytest.mark.parametrize(("raw", "seconds"), [("100.0", 60.0), ("257.0", 177.0), ("45.0", 45.0), ("170.0", 170.0)])
+def test_ecva_times_are_mmss(tmp_path: Path, raw: str, seconds: float) -> None:
+    row, notes = one(tmp_path, "ecva", Start_Time="3.0", End_Time=raw)
+    assert row.interval == (3.0, seconds)
+    assert len(notes) == (raw != "45.0")
+
+
+def test_paper_protocol_keeps_ecvas_misread_times(tmp_path: Path) -> None:
+    assert one(tmp_path, "ecva", "paper", End_Time="257.0")[0].interval == (4.0, 257.0)
+
+
+@pytest.mark.parametrize(
+    ("label", "start", "end", "interval"),
+    [
+        ("Normal", "0.0", "0.0", "normal"),
+        ("Normal", "-1.0", "-1.0", "normal"),
+        ("Fire", "-1.0", "-1.0", None),
+        ("Fire", "0.0", "0.0", None),
+        ("Fire", "9.0", "4.0", None),
+        ("Fire", "x", "4.0", None),
+        ("Fire", "nan", "4.0", None),
+        ("Fire", "0.0", "4.0", (0.0, 4.0)),
+    ],
+)
+def test_codes_for_no_interval(tmp_path: Path, label: str, start: str, end: str, interval: object) -> None:
+    row, notes = one(tmp_path, Anomaly_Class=label, Start_Time=start, End_Time=end)
+    assert row.interval == interval
+    assert bool(notes) == (interval is None)
+
+
+def test_rows_of_minus_one_serve_grounding_only(tmp_path: Path) -> None:
+    text = {name.replace(" ", "_"): "-1" for name in COLUMNS[1:11]}
+    row, notes = one(tmp_path, **text)
+    assert row.tasks == ("grounding",)
+    assert len(notes) == 2
+
+
+def test_a_lettered_answer_is_cut_to_its_letter(tmp_path: Path) -> None:
+    row, notes = one(tmp_path, Correct_Option="D. nothing")
+    assert row.answer == "D"
+    assert notes == ["correct option holds more than its letter"]
+
+
+def test_a_lettered_answer_that_names_another_option_is_flagged(tmp_path: Path) -> None:
+    assert len(one(tmp_path, Correct_Option="D. a fire")[1]) == 2
+
+
+def test_a_letter_out_of_range_is_excluded_and_listed(tmp_path: Path) -> None:
+    row, notes = one(tmp_path, Correct_Option="E")
+    assert "qa" not in row.tasks
+    assert notes == ["correct option is not a letter A to D: 'E'"]
+
+
+def test_an_unknown_class_is_excluded_and_listed(tmp_path: Path) -> None:
+    row, notes = one(tmp_path, Anomaly_Class="Dancing")
+    assert "classification" not in row.tasks
+    assert notes == ["unknown anomaly class: 'Dancing'"]
+
+
+def test_both_serialisations_of_reasoning_give_the_same_sections() -> None:
+    literal = "{'Specific Anomaly Type': 'Fire', 'Key Evidence': ['smoke', 'heat'], 'Conclusion': \"it's a fire\"}"
+    markdown = "### Specific Anomaly Type: Fire ### Key Evidence: smoke; heat ### Conclusion: it's a fire"
+    assert annotations.parse_reasoning(literal) == annotations.parse_reasoning(markdown)
+
+
+def test_reasoning_runs_no_code(tmp_path: Path) -> None:
+    target = tmp_path / "touched"
+    assert annotations.parse_reasoning(f"{{'Location': open({str(target)!r}, 'w')}}") == {}
+    assert not target.exists()
+
+
+def test_jsonl_reads_as_csv(tmp_path: Path) -> None:
+    import json
+
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(BASE) + "\n")
+    assert load(path)[0] == load(write(tmp_path / "a.csv", {}))[0]
+
+
+@pytest.mark.parametrize(
+    ("video", "source"), [("ecva_1.mp4", "ecva"), ("17.mp4", "ecva"), ("Abuse028_x264.mp4", "ucf"), ("Fire_3.mp4", "msad")]
+)
+def test_source_by_name(video: str, source: str) -> None:
+    assert annotations.detect_source(video) == source
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("Video Name,Question\na.mp4,what?\n")
+    with pytest.raises(InputError, match="lacks the column.*Start Time"):
+        load(path)
+
+
+@pytest.mark.parametrize("text", [",".join(COLUMNS) + "\n", ""])
+def test_an_empty_file_is_an_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(InputError):
+        load(path)
+
+
+def test_the_audit_counts_by_reason(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", {"Correct Option": "E"}, {"Correct Option": "F"}, {})
+    _, audit = load(path)
+    assert audit.counts() == {("excluded", "correct option is not a letter A to D"): 2}
+    assert "3 rows" in audit.table()

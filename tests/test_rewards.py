@@ -1,0 +1,153 @@
+"""Rewards: the reference implementation's flaws come out right, every value is in its range, jit and vmap agree."""
+
+import jax
+import numpy as np
+import pytest
+
+from vau_jax import parsing, rewards
+from vau_jax.data.annotations import LABELS
+from vau_jax.types import Target
+
+
+def truth(task: str, answer: str | None = None, label: str | None = None, interval: object = None) -> Target:
+    return parsing.targets([(task, answer, label, interval)])
+
+
+def reward(name: str, text: str, target: Target, reflection: bool = False, rule: str = "strict") -> float:
+    parsed = parsing.parse([text], parsing.TASKS[int(target.task[0])], rule, reflection)
+    return float(rewards.REWARDS[name](parsed, target)[0])
+
+
+def plain(answer: str, glue: str = "") -> str:
+    return f"<think>it looks so</think><answer>{answer}</answer>{glue}"
+
+
+NORMAL = truth("grounding", label="Normal", interval="normal")
+FIRE = truth("grounding", label="Fire", interval=(2.0, 6.0))
+UNKNOWN = truth("grounding", label="Fire", interval=None)
+C = truth("qa", answer="C")
+
+# What the reference's rules get wrong, each with the right outcome: (what, reward, completion, truth, rule, value).
+FLAWS = [
+    ("an empty answer is not Normal", "accuracy", plain("", "<glue>[-1.0, -1.0]</glue>"), NORMAL, "strict", 0.0),
+    ("text without a capital letter is not Normal", "accuracy", plain("no idea", "<glue>[-1, -1]</glue>"), NORMAL, "strict", 0.0),
+    ("lower case anomaly is right", "accuracy", plain("anomaly", "<glue>[2.0, 6.0]</glue>"), FIRE, "strict", 1.0),
+    ("the article a is no answer", "accuracy", "<think>x</think>A video shows C", C, "lenient", 1.0),
+    ("Based on is not B", "accuracy", "<think>x</think>Based on the video, C", C, "lenient", 1.0),
+    ("no anomaly on a normal video is right", "tiou", plain("Normal", "<glue>[-1.0, -1.0]</glue>"), NORMAL, "strict", 1.0),
+    ("a zero-length interval is no overlap", "tiou", plain("Anomaly", "<glue>[3.0, 3.0]</glue>"), FIRE, "strict", 0.0),
+    ("a zero-length interval on a normal video", "tiou", plain("Anomaly", "<glue>[0.0, 0.0]</glue>"), NORMAL, "strict", 0.0),
+    ("no anomaly where the interval is unknown", "tiou", plain("Normal", "<glue>[-1.0, -1.0]</glue>"), UNKNOWN, "strict", 0.0),
+    ("inner spaces keep the form", "format", "<think> x </think>\n <answer> C </answer>", C, "strict", 1.0),
+    ("inner spaces keep the answer", "accuracy", plain(" C "), C, "strict", 1.0),
+    ("a full stop keeps the answer", "accuracy", plain("C."), C, "strict", 1.0),
+    ("a tag may not repeat", "format", "<think>x</think><answer>C</answer><answer>A</answer>", C, "strict", 0.0),
+    ("a tag may not nest", "format", "<think>x<answer>C</answer></think><answer>C</answer>", C, "strict", 0.0),
+    ("text outside the tags breaks the form", "format", "so <think>x</think><answer>C</answer>", C, "strict", 0.0),
+    ("a reversed interval is turned round", "tiou", plain("Anomaly", "<glue>[6.0, 2.0]</glue>"), FIRE, "lenient", 1.0),
+    ("a clock time is read", "tiou", plain("Anomaly", "<glue>00:02, 00:06</glue>"), FIRE, "lenient", 1.0),
+    ("a reversed interval earns nothing in training", "tiou", plain("Anomaly", "<glue>[6.0, 2.0]</glue>"), FIRE, "strict", 0.0),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "target", "rule", "value"), [f[1:] for f in FLAWS], ids=[f[0] for f in FLAWS])
+def test_flaw_of_the_reference(name: str, text: str, target: Target, rule: str, value: float) -> None:
+    assert reward(name, text, target, rule=rule) == value
+
+
+@pytest.mark.parametrize(
+    ("glue", "value"),
+    [("[2.0, 6.0]", 1.0), ("[4.0, 8.0]", 1 / 3), ("[6.0, 9.0]", 0.0), ("[3.0, 4.0]", 0.25), ("[-1.0, -1.0]", 0.0), ("soon", 0.0)],
+)
+def test_tiou(glue: str, value: float) -> None:
+    assert reward("tiou", plain("Anomaly", f"<glue>{glue}</glue>"), FIRE) == pytest.approx(value)
+
+
+def test_classification_ignores_case_and_underscores() -> None:
+    target = truth("classification", label="Water_incident")
+    assert reward("accuracy", plain("water incident"), target) == 1.0
+    assert reward("accuracy", plain("Fire"), target) == 0.0
+
+
+def reflected(draft: str, answer: str, reflect: str = "the smoke says otherwise") -> str:
+    return f"<think>t</think><draft>{draft}</draft><reflect>{reflect}</reflect><revise>r</revise><answer>{answer}</answer>"
+
+
+# Draft, answer, value: honest and right beats everything else.
+EFFECTS = [("C", "C", 0.75), ("A", "C", 0.5), ("A", "B", 0.25), ("A", "A", 0.25), ("C", "A", 0.0)]
+
+
+@pytest.mark.parametrize(("draft", "answer", "value"), EFFECTS)
+def test_reflection_effect(draft: str, answer: str, value: float) -> None:
+    assert reward("reflection", reflected(draft, answer), C, reflection=True) == pytest.approx(value)
+
+
+def test_a_wrong_draft_on_purpose_never_pays() -> None:
+    values = {(d, a): reward("reflection", reflected(d, a), C, reflection=True) for d in "ABCD" for a in "ABCD"}
+    assert max(values, key=values.get) == ("C", "C")
+    assert all(values["C", "C"] > values[d, "C"] for d in "ABD")
+
+
+@pytest.mark.parametrize("text", ["", "hm", " ".join(["word"] * 151)], ids=["empty", "one word", "endless"])
+def test_a_reflection_without_form_earns_nothing(text: str) -> None:
+    assert reward("reflection", reflected("C", "C", text), C, reflection=True) == 0.0
+
+
+def test_for_any_final_interval_the_best_draft_is_one_as_good() -> None:
+    """The effect as a function of the draft's IoU is largest where draft and final answer score the same."""
+    for end in (3.0, 4.0, 6.0):
+        final = f"<answer>Anomaly</answer><glue>[2.0, {end}]</glue>"
+        values = []
+        for draft_end in (3.0, 4.0, 6.0):
+            text = f"<think>t</think><draft>Anomaly [2.0, {draft_end}]</draft><reflect>a b c</reflect><revise>r</revise>{final}"
+            values.append(reward("reflection", text, FIRE, reflection=True))
+        assert int(np.argmax(values)) == (3.0, 4.0, 6.0).index(end)
+
+
+def random_batch(rng: np.random.Generator, n: int) -> tuple[parsing.Parsed, Target]:
+    """Arrays as they could come out of any n completions."""
+
+    def answers() -> parsing.Answers:
+        start = rng.uniform(0, 10, n)
+        return parsing.Answers(
+            choice=rng.integers(-1, 4, n),
+            label=rng.integers(-1, len(LABELS), n),
+            anomaly=rng.integers(-1, 2, n),
+            kind=rng.integers(0, 3, n),
+            interval=np.stack([start, start + rng.uniform(0, 5, n)], -1).astype(np.float32),
+            swapped=np.zeros(n, bool),
+        )
+
+    parsed = parsing.Parsed(rng.integers(0, 3, n), rng.random(n) < 0.7, answers(), answers(), rng.integers(0, 200, n))
+    final = answers()
+    return parsed, Target(parsed.task, final.choice, final.label, final.kind, final.interval)
+
+
+RANGES = {"format": (0, 1), "accuracy": (0, 1), "tiou": (0, 1), "reflection": (-0.25, 0.75)}
+
+
+@pytest.mark.parametrize("name", rewards.REWARDS)
+def test_values_stay_in_their_range(name: str, rng: np.random.Generator) -> None:
+    values = np.asarray(rewards.REWARDS[name](*random_batch(rng, 2000)))
+    low, high = RANGES[name]
+    assert values.dtype == np.float32
+    assert low <= values.min() < values.max() <= high + 1e-6
+
+
+@pytest.mark.parametrize("name", rewards.REWARDS)
+def test_jit_and_vmap_give_the_same(name: str, rng: np.random.Generator) -> None:
+    parsed, target = random_batch(rng, 64)
+    plain_values = np.asarray(rewards.REWARDS[name](parsed, target))
+    np.testing.assert_allclose(jax.jit(rewards.REWARDS[name])(parsed, target), plain_values, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(rewards.REWARDS[name])(parsed, target), plain_values, rtol=1e-6)
+
+
+def test_tiou_equals_brute_force(rng: np.random.Generator) -> None:
+    """Counting hundredths of a second, on random intervals."""
+    a, b = (np.sort(rng.integers(0, 1000, (200, 2)), axis=1) + [0, 1] for _ in range(2))
+    ticks = np.arange(1002)
+    inside = [(ticks >= x[:, :1]) & (ticks < x[:, 1:]) for x in (a, b)]
+    expected = (inside[0] & inside[1]).sum(1) / (inside[0] | inside[1]).sum(1)
+    texts = [plain("Anomaly", f"<glue>[{s / 100}, {e / 100}]</glue>") for s, e in a]
+    target = parsing.targets([("grounding", None, "Fire", (s / 100, e / 100)) for s, e in b])
+    np.testing.assert_allclose(rewards.tiou_reward(parsing.parse(texts, "grounding"), target), expected, atol=1e-5)

@@ -1,0 +1,103 @@
+"""Checkpoints of a run: state, data iterator and step by orbax; and finding the model in a folder."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from vau_jax.files import InputError, read_json
+from vau_jax.types import Params, State
+
+MODEL_FOLDER = "model"  # config, tokenizer and processor files of the run's model, without weights
+CHECKPOINTS = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of a workdir; a step is either there whole or not at all."""
+
+    def __init__(self, workdir: str | os.PathLike, keep: int = 2) -> None:
+        folder = Path(workdir).resolve() / CHECKPOINTS
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager(folder, options=options)
+
+    def latest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: State, data: dict[str, Any]) -> None:
+        """Writes state and the data iterator's state, and returns when they are on disk."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+        self.manager.save(step, args=args)
+        self.manager.wait_until_finished()
+
+    def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        """Reads a step back onto the shapes and shardings of `like`."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
+        restored = self.manager.restore(step, args=args)
+        return restored.state, restored.data
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def restore_params(step_folder: str | os.PathLike) -> Params:
+    """The parameters of one checkpoint, as host arrays."""
+    reader = ocp.PyTreeCheckpointer()
+    folder = Path(step_folder).resolve() / "state"
+    tree = reader.metadata(folder).item_metadata.tree
+    template = {"params": jax.tree.map(lambda leaf: 0, tree["params"], is_leaf=lambda x: hasattr(x, "shape"))}
+    args = ocp.args.PyTreeRestore(item=template, partial_restore=True, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(), template))
+    return reader.restore(folder, args=args)["params"]
+
+
+def steps(workdir: str | os.PathLike) -> list[int]:
+    """The finished checkpoints of a workdir, in order."""
+    folder = Path(workdir) / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
+
+
+def find_model(path: str | os.PathLike) -> tuple[Path, Path | None]:
+    """(folder with config and tokenizer, checkpoint to read the weights from or None for the folder's safetensors).
+
+    `path` is a Hugging Face folder, the workdir of a run (its last checkpoint), or workdir/checkpoints/STEP.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"model folder {path} does not exist: give a Hugging Face folder or the workdir of a run")
+    if path.parent.name == CHECKPOINTS and path.name.isdigit():
+        return path.parent.parent / MODEL_FOLDER, path
+    if (path / MODEL_FOLDER).is_dir():
+        found = steps(path)
+        if not found:
+            raise InputError(f"{path} is a run without a finished checkpoint: train it first, or give a model folder")
+        return path / MODEL_FOLDER, path / CHECKPOINTS / str(found[-1])
+    return path, None
+
+
+def copy_model_files(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
+    """Copies a model folder's config, tokenizer and processor files to workdir/model, so that the run stands alone."""
+    target = Path(workdir) / MODEL_FOLDER
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for file in Path(source).iterdir():
+        if file.suffix in (".json", ".jinja", ".txt") and not file.name.endswith(".index.json"):
+            shutil.copy2(file, part)
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
+
+
+def model_type(path: str | os.PathLike) -> str | None:
+    """The model_type in a folder's config.json, None without one."""
+    file = Path(path) / "config.json"
+    return read_json(file).get("model_type") if file.is_file() else None
+
+
+def iterator_state(raw: Any) -> dict[str, Any]:
+    """A grain iterator's state as plain JSON values."""
+    return json.loads(json.dumps(raw))

@@ -1,0 +1,43 @@
+"""Command lines of the form `--config=configs/X.py[:arg] --workdir=DIR [--config.key=value]`."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from vau_jax.files import InputError, exit_on_input_error
+
+
+def main(run: Callable[[ConfigDict, Path], Any]) -> None:
+    """Reads the flags and calls run(config, workdir); a user's mistake is one line and exit code 2."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "a config file, see configs/", flag_values=values, lock_config=True)
+    flags.DEFINE_string("workdir", None, "where the run writes everything", flag_values=values)
+    exit_on_input_error(lambda: run(*_parse(values, sys.argv)))
+
+
+def _parse(values: flags.FlagValues, argv: list[str]) -> tuple[ConfigDict, Path]:
+    logging.set_verbosity(logging.WARNING)
+    sys.path.insert(0, "")  # config files import configs.base from the current folder
+    try:
+        rest = values(argv)
+        config, workdir = values["config"].value, values["workdir"].value
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        raise InputError(_last_line(error)) from error
+    if rest[1:]:
+        raise InputError(f"unexpected argument(s) {' '.join(rest[1:])}: options have the form --name=value")
+    if config is None or workdir is None:
+        raise InputError("both --config=configs/X.py and --workdir=DIR are needed")
+    return config, Path(workdir)
+
+
+def _last_line(error: Exception) -> str:
+    """The message without a traceback inside it; an unknown field's names the nearest known one."""
+    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    lines = [line for line in text.splitlines() if line.strip()]
+    if any(line.startswith("Traceback") for line in lines):
+        return f"cannot read the config: {lines[-1]}"
+    return f"the config has no field {' '.join(lines)}" if "Did you mean" in text else " ".join(lines)

@@ -1,0 +1,234 @@
+"""Annotated videos to batches, by grain: shuffled, mixed by task, augmented, padded; its position can be saved.
+
+The order and the randomness of example n depend on the seed and on n alone, never on the number of threads.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vau_jax import parsing
+from vau_jax.data import annotations, prompts
+from vau_jax.data.annotations import Row
+from vau_jax.data.processor import Encoded, Processor, Shape, collate, encode_visual
+from vau_jax.data.prompts import Reflection
+from vau_jax.data.video import Clip, FrameCache, VideoError, VideoOptions
+from vau_jax.files import InputError
+from vau_jax.types import Batch, Completions, Target
+
+GREY = 128
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one video."""
+
+    row: Row
+    task: str
+    path: Path
+    reflection: Reflection | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.row.video}/{self.task}"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An example with its frames chosen and its prompt made."""
+
+    example: Example  # the row as asked: options in their shuffled order, interval moved with the frames
+    prompt: str
+    encoded: Encoded
+    target_tokens: np.ndarray  # int32 [C]
+    target_weights: np.ndarray  # float32 [C]
+    failure: str | None  # why the video could not be used; grey frames stand in and the loss leaves it out
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """A batch before it goes to the device; B examples."""
+
+    batch: Batch
+    completions: Completions  # the right answers, G = 1
+    weights: np.ndarray  # float32 [B, 1, C]
+    target: Target  # [B]
+    examples: list[Loaded]
+
+
+def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]:
+    """All (row, task) pairs of a config.data that can be used; what cannot is in the audit.
+
+    Raises InputError for a missing file or folder, an unknown task, and when nothing usable is left.
+    """
+    unknown = [task for task in config.tasks if task not in parsing.TASKS]
+    if unknown or not config.tasks:
+        raise InputError(f"data.tasks={tuple(config.tasks)}: expected some of {', '.join(parsing.TASKS)}")
+    for name, value, known in (("style", config.style, prompts.STYLES), ("wording", config.wording, prompts.WORDINGS)):
+        if value not in known:
+            raise InputError(f"data.{name}={value!r} is unknown: expected one of {', '.join(known)}")
+    rows, audit = annotations.load(config.csv, config.source, config.protocol)
+    folder = Path(config.videos)
+    if not folder.is_dir():
+        raise InputError(f"video folder {folder} does not exist (config.data.videos)")
+    reflections = prompts.load_reflections(config.reflection) if config.reflection else {}
+    examples = []
+    for line, row in enumerate(rows, start=1):
+        path = folder / row.video
+        if not path.is_file():
+            audit.entries.append(annotations.AuditEntry(line, row.video, "excluded", "row", f"no such video: {path}"))
+            continue
+        for task in config.tasks:
+            if task in row.tasks:
+                examples.append(Example(row, task, path, reflections.get((row.video, task))))
+    if not examples:
+        raise InputError(f"no usable example is left for tasks {', '.join(config.tasks)}:\n{audit.table()}")
+    return examples[: config.max_examples or None], audit
+
+
+def video_options(config: ConfigDict, default: VideoOptions) -> VideoOptions:
+    """The sampling that config.data asks for; pixel budgets it leaves at 0 are the model folder's."""
+    given = {name: config[name] for name in ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels") if config[name]}
+    return VideoOptions.from_item({**given, "total_pixels": config.total_pixels or None}, default)
+
+
+# --- One example --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Loader:
+    """Makes a `Loaded` of an example; `rng` decides shuffling and augmentation, and nothing else does."""
+
+    processor: Processor
+    config: ConfigDict
+    cache: FrameCache
+    augment: bool
+    blind: bool = False
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Loaded:
+        clip, failure = self._clip(example)
+        order = tuple(rng.permutation(4)) if self.config.shuffle_options else (0, 1, 2, 3)
+        example = replace(example, row=prompts.shuffle_options(example.row, order))
+        if self.augment and failure is None:
+            clip = augment(clip, rng)
+        if self.blind:
+            clip = Clip(np.full_like(clip.frames, GREY), clip.seconds_per_frame)
+        visual = encode_visual(clip.frames, clip.seconds_per_frame, self.processor.config.vision)
+        text = prompts.question(example.row, example.task, self.config.style, self.config.wording)
+        content = [{"type": "video"}, {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}]
+        prompt = self.processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        tokens, weights = self._target(example, order)
+        return Loaded(
+            example=example,
+            prompt=prompt,
+            encoded=self.processor.encode_text(prompt, [visual]),
+            target_tokens=tokens,
+            target_weights=weights * (failure is None),
+            failure=failure,
+        )
+
+    def _clip(self, example: Example) -> tuple[Clip, str | None]:
+        options = video_options(self.config, self.processor.video_options)
+        try:
+            return self.processor.clip(example.path, options, self.cache), None
+        except VideoError as error:
+            side = self.processor.factor
+            depth = self.processor.config.vision.temporal_patch_size
+            return Clip(np.full((depth, 2 * side, 2 * side, 3), GREY, np.uint8), 1.0 / options.fps), str(error)
+
+    def _target(self, example: Example, order: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the right completion, end token last, and the weight of each in the SFT loss."""
+        reflection = example.reflection if self.config.style == "reflection" else None
+        spans = prompts.completion(example.row, example.task, reflection, order)
+        if self.config.style == "direct":
+            spans = [prompts.Span(spans[-1].text[spans[-1].text.index("<answer>") :])]
+        weight_of_character = np.concatenate([np.full(len(span.text), span.weight) for span in spans])
+        encoded = self.processor.tokenizer(
+            "".join(span.text for span in spans), add_special_tokens=False, return_offsets_mapping=True
+        )
+        weights = [weight_of_character[min(start, len(weight_of_character) - 1)] for start, _ in encoded["offset_mapping"]]
+        tokens = [*encoded["input_ids"], self.processor.end_tokens[0]]
+        return np.asarray(tokens, np.int32), np.asarray([*weights, 1.0], np.float32)
+
+
+def augment(clip: Clip, rng: np.random.Generator) -> Clip:
+    """A random flip, shift and colour change, the same for all frames; what happens and when stays as it is."""
+    frames = clip.frames
+    if rng.random() < 0.5:
+        frames = frames[:, :, ::-1]
+    frames = _translate(frames, *(int(x) for x in rng.integers(-6, 7, 2)))
+    gain = rng.uniform(0.85, 1.15) * rng.uniform(0.93, 1.07, 3)
+    table = np.clip(np.arange(256)[:, None] * gain + rng.uniform(-12, 12), 0, 255).astype(np.uint8)  # [256, 3]
+    return Clip(np.stack([table[frames[..., c], c] for c in range(3)], axis=-1), clip.seconds_per_frame)
+
+
+def _translate(frames: np.ndarray, dy: int, dx: int) -> np.ndarray:
+    """Moves the picture by (dy, dx) pixels, repeating its border."""
+    rows = np.clip(np.arange(frames.shape[1]) - dy, 0, frames.shape[1] - 1)
+    cols = np.clip(np.arange(frames.shape[2]) - dx, 0, frames.shape[2] - 1)
+    return frames[:, rows][:, :, cols]
+
+
+# --- Batches ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Collator:
+    """Pads `Loaded` examples to a `HostBatch` of few different shapes."""
+
+    processor: Processor
+    config: ConfigDict
+
+    def __call__(self, items: Sequence[Loaded]) -> HostBatch:
+        pad = self.processor.tokenizer.pad_token_id or 0
+        batch = collate([i.encoded for i in items], self.processor.config.vision, Shape(*self.config.bucket), pad)
+        length = self.config.max_completion_tokens
+        tokens = np.full((len(items), 1, length), pad, np.int32)
+        weights = np.zeros((len(items), 1, length), np.float32)
+        for b, item in enumerate(items):
+            count = min(length, len(item.target_tokens))
+            tokens[b, 0, :count] = item.target_tokens[:count]
+            weights[b, 0, :count] = item.target_weights[:count]
+        mask = np.arange(length) < np.asarray([len(i.target_tokens) for i in items])[:, None, None]
+        rows = [(i.example.task, i.example.row) for i in items]
+        target = parsing.targets([(task, row.answer, row.anomaly_class, row.interval) for task, row in rows])
+        return HostBatch(batch, Completions(tokens, mask), weights, target, list(items))
+
+
+def counts(batch: HostBatch, config: ConfigDict) -> dict[str, float]:
+    """What went wrong in a batch, for its metrics."""
+    failures = Counter(item.failure is not None for item in batch.examples)
+    long = sum(len(item.target_tokens) > config.max_completion_tokens for item in batch.examples)
+    return {"data/failed_videos": failures[True], "data/truncated_targets": long}
+
+
+def train_iterator(
+    examples: list[Example], processor: Processor, config: ConfigDict, batch_size: int, seed: int
+) -> grain.DatasetIterator:
+    """An endless iterator of `HostBatch`; this process's share of every batch of `batch_size` examples.
+
+    Tasks are mixed by config.task_weights (a task without one: 1); `get_state` and `set_state` save and restore the
+    place.
+    """
+    loader = Loader(processor, config, FrameCache(config.cache), augment=config.augment)
+    by_task = {task: [e for e in examples if e.task == task] for task in config.tasks}
+    by_task = {task: group for task, group in by_task.items() if group}
+    streams = [
+        grain.MapDataset.source(group).seed(seed + number).shuffle().repeat() for number, group in enumerate(by_task.values())
+    ]
+    weights = [float(config.task_weights.get(task, 1.0)) for task in by_task]
+    mixed = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights=weights)
+    share = mixed[jax.process_index() :: jax.process_count()]
+    loaded = share.seed(seed).random_map(loader)
+    batches = loaded.batch(batch_size // jax.process_count(), batch_fn=Collator(processor, config))
+    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2 * config.threads)
+    return iter(batches.to_iter_dataset(options))

@@ -1,0 +1,341 @@
+"""Messages and frames to model inputs: tokens, M-RoPE positions, patches and their groups, all made on the host.
+
+The model never computes an integer itself: every index it needs comes from here, with static shapes.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch, which nothing here needs, is missing
+from transformers import AutoTokenizer
+
+from vau_jax.data import video
+from vau_jax.data.video import Clip, FrameCache, VideoError, VideoOptions
+from vau_jax.files import InputError, read_json
+from vau_jax.models import config as model_config
+from vau_jax.models.config import VisionConfig
+from vau_jax.types import Batch, Groups, Vision
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One clip or image as patches."""
+
+    patches: np.ndarray  # uint8 [P, patch_dim]
+    positions: np.ndarray  # int32 [P, 2]
+    windows: list[np.ndarray]  # int32 patch numbers of each window
+    frames: list[np.ndarray]  # int32 patch numbers of each temporal patch
+    grid: tuple[int, int, int]  # merged units: temporal patches, rows, columns
+    time_step: float  # M-RoPE time positions from one temporal patch to the next
+
+    @property
+    def token_count(self) -> int:
+        return int(np.prod(self.grid))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt, not padded."""
+
+    tokens: np.ndarray  # int32 [T]
+    positions: np.ndarray  # int32 [3, T]
+    visual_index: np.ndarray  # int32 [T]
+    visuals: list[Visual]
+
+    @property
+    def next_position(self) -> int:
+        return int(self.positions.max()) + 1
+
+
+class Shape(NamedTuple):
+    """Sizes of a padded batch."""
+
+    tokens: int
+    patches: int = 0
+    windows: int = 0
+    window_size: int = 0
+    frames: int = 0
+    frame_size: int = 0
+
+
+# --- Frames to patches --------------------------------------------------------------------------------------------
+
+
+def patchify(frames: np.ndarray, config: VisionConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """uint8 [F, H, W, 3] to patches uint8 [P, patch_dim] and the grid of merged units.
+
+    Patches come in Hugging Face's order: temporal patch, merged row, merged column, then the merge^2 patches of a
+    unit; inside a patch channel, frame, row, column. A last incomplete temporal patch repeats the last frame.
+    """
+    size, depth, merge = config.patch_size, config.temporal_patch_size, config.spatial_merge_size
+    if pad := -len(frames) % depth:
+        frames = np.concatenate([frames, frames[-1:].repeat(pad, axis=0)])
+    count, height, width, channels = frames.shape
+    t, h, w = count // depth, height // (size * merge), width // (size * merge)
+    blocks = frames.reshape(t, depth, h, merge, size, w, merge, size, channels)
+    blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # t h w mh mw c depth size size
+    return np.ascontiguousarray(blocks).reshape(t * h * w * merge**2, -1), (t, h, w)
+
+
+def patch_positions(grid: tuple[int, int, int], merge: int) -> np.ndarray:
+    """int32 [P, 2]: row and column of each patch in its frame, in patch order."""
+    t, h, w = grid
+    rows, cols = np.meshgrid(np.arange(h * merge), np.arange(w * merge), indexing="ij")
+    order = np.stack([rows, cols], -1).reshape(h, merge, w, merge, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
+    return np.tile(order, (t, 1)).astype(np.int32)
+
+
+def patch_groups(grid: tuple[int, int, int], config: VisionConfig) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(windows, frames): the patch numbers of each attention window and of each temporal patch."""
+    t, h, w = grid
+    merge = config.spatial_merge_size
+    side = config.window_size // merge // config.patch_size  # merged units
+    units = np.arange(t * h * w * merge**2, dtype=np.int32).reshape(t, h, w, merge**2)
+    windows = [
+        units[i, y : y + side, x : x + side].reshape(-1)
+        for i in range(t)
+        for y in range(0, h, side)
+        for x in range(0, w, side)
+    ]
+    return windows, list(units.reshape(t, -1))
+
+
+def encode_visual(frames: np.ndarray, seconds_per_frame: float | None, config: VisionConfig) -> Visual:
+    """Patches of a clip, or of a still image when `seconds_per_frame` is None."""
+    patches, grid = patchify(frames, config)
+    windows, whole = patch_groups(grid, config)
+    step = 1.0
+    if seconds_per_frame is not None:
+        step = config.tokens_per_second * config.temporal_patch_size * seconds_per_frame
+    return Visual(patches, patch_positions(grid, config.spatial_merge_size), windows, whole, grid, step)
+
+
+# --- Tokens and positions -----------------------------------------------------------------------------------------
+
+
+def mrope_positions(is_visual: np.ndarray, visuals: Sequence[Visual]) -> np.ndarray:
+    """int32 [3, T]: time, row and column of every token, as transformers' `get_rope_index` gives them.
+
+    Text advances all three by one; a visual token stands at its temporal patch times the clip's time step (whole
+    positions, cut off), its row and its column, counted from where the visual begins. The text after it goes on
+    max(rows, columns) later.
+    """
+    parts, start, at, remaining = [], 0, 0, iter(visuals)
+    while at < len(is_visual):
+        if not is_visual[at]:
+            length = int(np.argmax(is_visual[at:])) if is_visual[at:].any() else len(is_visual) - at
+            parts.append(np.tile(np.arange(length) + start, (3, 1)))
+            start, at = start + length, at + length
+            continue
+        visual = next(remaining)
+        t, h, w = visual.grid
+        times = (np.arange(t) * np.float32(visual.time_step)).astype(np.int64)
+        grid = np.meshgrid(times, np.arange(h), np.arange(w), indexing="ij")
+        parts.append(np.stack(grid).reshape(3, -1) + start)
+        start, at = start + max(h, w), at + visual.token_count
+    return np.concatenate(parts, axis=1).astype(np.int32)
+
+
+class Processor:
+    """Everything of a model folder that is not weights: sizes, tokenizer, chat template, pixel budgets."""
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        """Raises InputError for a folder without config or tokenizer."""
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise InputError(f"model folder {folder} does not exist (config.model)")
+        self.config = model_config.load(folder)
+        if not (self.folder / "tokenizer.json").is_file():
+            raise InputError(f"model folder {folder} has no tokenizer.json: copy the tokenizer files beside the weights")
+        self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        self.image_options = self._pixel_budget("preprocessor_config.json", VideoOptions(min_pixels=3136, max_pixels=1003520))
+        self.video_options = self._pixel_budget("video_preprocessor_config.json", VideoOptions())
+        self.end_tokens = self._end_tokens()
+
+    def _pixel_budget(self, name: str, default: VideoOptions) -> VideoOptions:
+        path = self.folder / name
+        raw = read_json(path) if path.is_file() else {}
+        size = raw.get("size") or {}
+        item = {
+            "min_pixels": raw.get("min_pixels") or size.get("shortest_edge"),
+            "max_pixels": raw.get("max_pixels") or size.get("longest_edge"),
+        }
+        return VideoOptions.from_item(item, default)
+
+    def _end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a completion: generation_config.json's, or the tokenizer's end token."""
+        path = self.folder / "generation_config.json"
+        raw = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = raw if isinstance(raw, list) else [raw if raw is not None else self.tokenizer.eos_token_id]
+        if ids == [None]:
+            raise InputError(f"{self.folder} names no end token (generation_config.json or tokenizer_config.json)")
+        return tuple(ids)
+
+    @property
+    def factor(self) -> int:
+        """What frame sides must be multiples of, in pixels."""
+        return self.config.vision.patch_size * self.config.vision.spatial_merge_size
+
+    def clip(self, path: str | os.PathLike, options: VideoOptions, cache: FrameCache | None = None) -> Clip:
+        """The frames of a file as this model takes them. Raises VideoError."""
+        reader = cache.read if cache else video.read
+        return reader(path, options, self.factor, self.config.vision.temporal_patch_size)
+
+    def encode(self, messages: Sequence[Message]) -> Encoded:
+        """Chat messages to one prompt that ends where the assistant begins; see `VideoLM.encode` for the items."""
+        visuals = []
+        for message in messages:
+            content = message["content"]
+            for item in content if not isinstance(content, str) else ():
+                if item["type"] == "video":
+                    visuals.append(self._video(item))
+                elif item["type"] == "image":
+                    visuals.append(self._image(item))
+                elif item["type"] != "text":
+                    raise InputError(f"content type {item['type']!r} is unknown: expected text, image or video")
+        text = self.tokenizer.apply_chat_template(_without_data(messages), tokenize=False, add_generation_prompt=True)
+        return self.encode_text(text, visuals)
+
+    def encode_text(self, text: str, visuals: list[Visual]) -> Encoded:
+        """A prompt in template form, with one pad token where each visual goes."""
+        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        pads = np.isin(ids, self.config.never_sampled)
+        if pads.sum() != len(visuals):
+            raise InputError(f"the prompt has {pads.sum()} places for images or videos, but {len(visuals)} were given")
+        repeats = np.ones(len(ids), np.int64)
+        repeats[pads] = [visual.token_count for visual in visuals]
+        is_visual = pads.repeat(repeats)
+        index = np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32)
+        return Encoded(ids.repeat(repeats), mrope_positions(is_visual, visuals), index, visuals)
+
+    def _video(self, item: Message) -> Visual:
+        options = VideoOptions.from_item(item, self.video_options)
+        source = item["video"]
+        if isinstance(source, str | os.PathLike):
+            try:
+                clip = self.clip(source, options)
+            except VideoError as error:
+                raise InputError(str(error)) from error
+        else:
+            frames = _checked_frames(np.asarray(source), 4, "video")
+            size = video.frame_size(*frames.shape[1:3], len(frames), options, self.factor)
+            clip = Clip(video.resize(frames, *size), 1.0 / options.fps)
+        return encode_visual(clip.frames, clip.seconds_per_frame, self.config.vision)
+
+    def _image(self, item: Message) -> Visual:
+        source = item["image"]
+        if isinstance(source, str | os.PathLike):
+            try:
+                source = Image.open(source).convert("RGB")
+            except OSError as error:
+                raise InputError(f"cannot read image {item['image']}: {error}") from error
+        frame = _checked_frames(np.asarray(source), 3, "image")[None]
+        options = VideoOptions.from_item(item, self.image_options)
+        size = video.frame_size(*frame.shape[1:3], 1, options, self.factor)
+        return encode_visual(video.resize(frame, *size), None, self.config.vision)
+
+
+def _checked_frames(frames: np.ndarray, rank: int, what: str) -> np.ndarray:
+    if frames.dtype != np.uint8 or frames.ndim != rank or frames.shape[-1] != 3 or 0 in frames.shape:
+        shape = "[F, H, W, 3]" if rank == 4 else "[H, W, 3]"
+        raise InputError(f"a {what} is a path or uint8 {shape}, found {frames.dtype} {list(frames.shape)}")
+    return frames
+
+
+def _without_data(messages: Sequence[Message]) -> list[Message]:
+    """The messages as a chat template reads them: content items by type, without frames."""
+    plain = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [item if item["type"] == "text" else {"type": item["type"]} for item in content]
+        plain.append({**message, "content": content})
+    return plain
+
+
+# --- Padding to batches -------------------------------------------------------------------------------------------
+
+
+def round_up(n: int) -> int:
+    """The next of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few sizes, at most half more than asked for."""
+    if n <= 3:
+        return n
+    power = 1 << (n.bit_length() - 1)
+    return next(size for size in (power, power * 3 // 2, power * 2) if size >= n)
+
+
+def batch_shape(rows: Sequence[Encoded], floor: Shape) -> Shape:
+    """The shape to pad `rows` to: `floor` where that is enough, else the next rounded size."""
+    patches = [sum(len(v.patches) for v in row.visuals) for row in rows]
+    windows = [window for row in rows for v in row.visuals for window in v.windows]
+    frames = [frame for row in rows for v in row.visuals for frame in v.frames]
+    need = Shape(
+        tokens=max(len(row.tokens) for row in rows),
+        patches=max(patches),
+        windows=max(sum(len(v.windows) for v in row.visuals) for row in rows),
+        window_size=max(map(len, windows), default=0),
+        frames=max(sum(len(v.frames) for v in row.visuals) for row in rows),
+        frame_size=max(map(len, frames), default=0),
+    )
+    if not need.patches:
+        return Shape(max(floor.tokens, round_up(need.tokens)))
+    return Shape(*(low if n <= low else round_up(n) for n, low in zip(need, floor, strict=True)))
+
+
+def collate(
+    rows: Sequence[Encoded], config: VisionConfig, floor: Shape = Shape(0), pad_token: int = 0, left: bool = False
+) -> Batch:
+    """Pads prompts to one batch; padding tokens come after the prompt, or before it when `left`."""
+    shape = batch_shape(rows, floor)
+    count = len(rows)
+    tokens = np.full((count, shape.tokens), pad_token, np.int32)
+    mask = np.zeros((count, shape.tokens), bool)
+    positions = np.zeros((count, 3, shape.tokens), np.int32)
+    index = np.full((count, shape.tokens), -1, np.int32)
+    for b, row in enumerate(rows):
+        length = len(row.tokens)
+        place = slice(shape.tokens - length, None) if left else slice(0, length)
+        tokens[b, place], mask[b, place] = row.tokens, True
+        positions[b, :, place], index[b, place] = row.positions, row.visual_index
+    next_position = np.asarray([row.next_position for row in rows], np.int32)
+    vision = _collate_vision(rows, config, shape) if shape.patches else None
+    return Batch(tokens, mask, positions, index, next_position, vision)
+
+
+def _collate_vision(rows: Sequence[Encoded], config: VisionConfig, shape: Shape) -> Vision:
+    count, unit = len(rows), config.spatial_merge_size**2
+    total = -(-shape.patches // unit) * unit
+    patches = np.zeros((count, total, config.in_channels * config.temporal_patch_size * config.patch_size**2), np.uint8)
+    positions = np.zeros((count, total, 2), np.int32)
+    windows = _empty_groups(count, total, shape.windows, shape.window_size)
+    frames = _empty_groups(count, total, shape.frames, shape.frame_size)
+    for b, row in enumerate(rows):
+        at = n_windows = n_frames = 0
+        for visual in row.visuals:
+            patches[b, at : at + len(visual.patches)] = visual.patches
+            positions[b, at : at + len(visual.patches)] = visual.positions
+            n_windows = _fill_groups(windows, b, n_windows, visual.windows, at)
+            n_frames = _fill_groups(frames, b, n_frames, visual.frames, at)
+            at += len(visual.patches)
+    return Vision(patches, positions, windows, frames)
+
+
+def _empty_groups(count: int, patches: int, groups: int, size: int) -> Groups:
+    return Groups(np.full((count, groups, size), patches, np.int32), np.zeros((count, patches), np.int32))
+
+
+def _fill_groups(groups: Groups, b: int, first: int, members: list[np.ndarray], offset: int) -> int:
+    """Writes the groups of one visual, whose patches begin at `offset`; returns the number of the next free group."""
+    size = groups.members.shape[2]
+    for number, patches in enumerate(members, start=first):
+        groups.members[b, number, : len(patches)] = patches + offset
+        groups.slots[b, patches + offset] = number * size + np.arange(len(patches))
+    return first + len(members)

@@ -1,0 +1,158 @@
+"""The words: what each task asks, and the completion that answers it.
+
+A completion follows the grammar that `vau_jax.parsing` reads:
+
+    <think>…</think><answer>…</answer>[<glue>[s, e]</glue>]
+    <think>…</think><draft>…</draft><reflect>…</reflect><revise>…</revise><answer>…</answer>[<glue>…</glue>]
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vau_jax.data.annotations import LABELS, Interval, Row
+from vau_jax.files import InputError
+
+STYLES = ("reflection", "think", "direct")
+
+_FORMS = {
+    "reflection": (
+        "First reason inside <think></think> and give a first answer inside <draft></draft>. Then check it against "
+        "the video inside <reflect></reflect>, reason once more inside <revise></revise>, and give the final answer "
+        "inside <answer></answer>."
+    ),
+    "think": "Reason inside <think></think>, then give the answer inside <answer></answer>.",
+    "direct": "Give the answer alone, inside <answer></answer>.",
+}
+_ASKS = {
+    "qa": "The answer is the letter of the right option.",
+    "grounding": (
+        "The answer is Anomaly or Normal; add the time of the anomaly in seconds as <glue>[start, end]</glue>, or "
+        "<glue>[-1.0, -1.0]</glue> when there is none."
+    ),
+    "classification": f"The answer is one of these: {', '.join(LABELS)}.",
+}
+_QUESTIONS = {
+    "full": {
+        "grounding": "Does this surveillance video show something abnormal, and when?",
+        "classification": "Which kind of abnormal event does this surveillance video show, if any?",
+    },
+    "short": {"grounding": "When is the anomaly?", "classification": "Which kind is it?"},
+}
+WORDINGS = tuple(_QUESTIONS)
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """A reflection record: the text between the tags, and the first answer in the form annotations have.
+
+    `draft` holds one of `choice` ("A".."D", in the row's own order of options), `label` (a class), or `interval`
+    (None for "no anomaly", or seconds). `{check}` in a text stands for a walk through the options as they
+    are shown, up to the right one (`A flood, B fire`), because their order can change.
+    """
+
+    think: str
+    draft: dict[str, Any]
+    draft_is_right: bool
+    reflect: str
+    revise: str
+
+
+def load_reflections(path: str | os.PathLike) -> dict[tuple[str, str], Reflection]:
+    """Reads a JSONL of reflection records: (video, task) -> Reflection. Raises InputError naming the bad line."""
+    path, records = Path(path), {}
+    if not path.is_file():
+        raise InputError(f"reflection file {path} does not exist (config.data.reflection)")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            raw = json.loads(line)
+            key = raw.pop("video"), raw.pop("task")
+            records[key] = Reflection(**raw)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} line {number} is no reflection record: {error}") from error
+    return records
+
+
+def question(row: Row, task: str, style: str, wording: str) -> str:
+    """The user's text for a row and task; `wording` "short" leaves out the instructions on form."""
+    if task == "qa":
+        lines = [row.question, *(f"{letter}. {text}" for letter, text in zip("ABCD", row.options, strict=True))]
+        text = "\n".join(lines)
+    else:
+        text = _QUESTIONS[wording][task]
+    return text if wording == "short" else f"{text}\n{_ASKS[task]} {_FORMS[style]}"
+
+
+def shuffle_options(row: Row, order: Sequence[int]) -> Row:
+    """The row with option i taken from place order[i], the answer's letter following its text."""
+    if not row.options:
+        return row
+    answer = None if row.answer is None else "ABCD"[list(order).index("ABCD".index(row.answer))]
+    return Row(**{**vars(row), "options": tuple(row.options[i] for i in order), "answer": answer})
+
+
+def format_interval(interval: Interval) -> str:
+    """`[12.0, 30.5]`, or `[-1.0, -1.0]` for no anomaly."""
+    return f"[{interval[0]:.1f}, {interval[1]:.1f}]" if isinstance(interval, tuple | list) else "[-1.0, -1.0]"
+
+
+def final_answer(row: Row, task: str) -> str:
+    """What stands inside <answer> when the answer is right."""
+    if task == "qa":
+        return row.answer or ""
+    if task == "classification":
+        return row.anomaly_class or ""
+    return "Normal" if row.interval == "normal" else "Anomaly"
+
+
+def draft_answer(draft: dict[str, Any], order: Sequence[int]) -> str:
+    """What stands inside <draft>; a letter moves with its option."""
+    if "choice" in draft:
+        return "ABCD"[list(order).index("ABCD".index(draft["choice"]))]
+    if "label" in draft:
+        return draft["label"]
+    return f"Anomaly {format_interval(draft['interval'])}" if draft["interval"] else "Normal"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of a completion and its weight in the SFT loss."""
+
+    text: str
+    weight: float = 1.0
+
+
+def completion(row: Row, task: str, reflection: Reflection | None, order: Sequence[int] = (0, 1, 2, 3)) -> list[Span]:
+    """The right completion for a row whose options are already in `order`, in weighted pieces.
+
+    Without a record the reasoning comes from the annotation. A wrong draft has weight 0: the model is to learn to
+    correct, not to err.
+    """
+    answer = f"<answer>{final_answer(row, task)}</answer>"
+    if task == "grounding":
+        answer += f"<glue>{format_interval(row.interval)}</glue>"
+    if reflection is None:
+        return [Span(f"<think>{plain_reasoning(row)}</think>{answer}")]
+    think, reflect, revise = (
+        text.replace("{check}", check(row)) for text in (reflection.think, reflection.reflect, reflection.revise)
+    )
+    return [
+        Span(f"<think>{think}</think><draft>"),
+        Span(draft_answer(reflection.draft, order), float(reflection.draft_is_right)),
+        Span(f"</draft><reflect>{reflect}</reflect><revise>{revise}</revise>{answer}"),
+    ]
+
+
+def check(row: Row) -> str:
+    """The options in the order shown, up to and including the right one: `A flood, B fire`."""
+    last = "ABCD".index(row.answer) if row.answer else -1
+    return ", ".join(f"{letter} {text}" for letter, text in zip("ABCD"[: last + 1], row.options, strict=False))
+
+
+def plain_reasoning(row: Row) -> str:
+    """Reasoning in prose from the annotation: what is seen, why it matters, what follows."""
+    parts = [row.reasoning.get(title, "") for title in ("Key Evidence", "Detailed Explanation", "Conclusion")]
+    return " ".join(part for part in parts if part) or row.description or "The video has been watched."

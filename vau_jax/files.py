@@ -1,0 +1,49 @@
+"""Writing files so that a reader never sees half of one, and reporting a user's mistake in one line."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: its message says the value, what was expected, and the way out."""
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` to `path`, complete or not at all (temporary file, fsync, rename)."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Writes `data` to `path`, complete or not at all (temporary file, fsync, rename)."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Parses a JSON file; a damaged one is an `InputError` that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read {path} as JSON: {error}") from error
+
+
+def exit_on_input_error(main: Callable[[], Any]) -> None:
+    """Runs `main`; a user's mistake ends the program with one line on stderr and exit code 2, without a traceback."""
+    try:
+        main()
+    except InputError as error:
+        sys.stdout.flush()
+        sys.exit(_complain(str(error)))
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,186 @@
+"""Qwen2.5-VL as a function of its parameters: whole sequences, prefill, and one decoding step.
+
+A prompt and its G completions are one packed sequence [T + G * C]: the prompt goes through the model once, each
+completion sees the prompt and itself (see `attention`). SFT is the case G = 1; sampling reads the prompt's cache.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vau_jax.models import attention, rope
+from vau_jax.models.attention import Keys
+from vau_jax.models.config import QwenVLConfig
+from vau_jax.models.layers import RMSNorm, SwiGLU, UNIT_NORMAL, dense
+from vau_jax.models.vision import VisionTower
+from vau_jax.types import Batch, Completions, Groups, KVCache, Params, Vision
+
+
+class Packed(NamedTuple):
+    """Where the tokens of a packed sequence stand."""
+
+    angles: jax.Array  # float32 [B, T + G * C, H / 2]
+    prompt_mask: jax.Array  # bool [B, T]
+
+
+class Decoding(NamedTuple):
+    """Where the tokens of one decoding step stand."""
+
+    angles: jax.Array  # float32 [B, G, H / 2]
+    prompt_mask: jax.Array  # bool [B, T]
+    step: jax.Array  # int32 []: completion tokens that are in the cache
+
+
+class DecoderLayer(nn.Module):
+    config: QwenVLConfig
+    dtype: Any
+    generations: int = 0  # completions in a packed sequence
+    keep_kv: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, where: Packed | Decoding, caches: tuple[KVCache, KVCache] | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """x is [B, S, D]: a packed sequence, or one token of each completion when `caches` (prompt, own) are given."""
+        c = self.config
+        h = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
+        out, kv = self._attention(h, where, caches)
+        x = x + dense(c.hidden_size, "o_proj", self.dtype)(out.reshape(*x.shape[:2], -1))
+        h = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
+        return x + SwiGLU(c.intermediate_size, self.dtype, name="mlp")(h), kv
+
+    def _attention(
+        self, h: jax.Array, where: Packed | Decoding, caches: tuple[KVCache, KVCache] | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        c = self.config
+
+        def project(name: str, heads: int) -> jax.Array:
+            y = dense(heads * c.head_dim, name, self.dtype, bias=True)(h)
+            return y.reshape(*h.shape[:2], heads, c.head_dim)  # [B, S, heads, H]
+
+        q = rope.rotate(project("q_proj", c.num_heads), where.angles)
+        k = rope.rotate(project("k_proj", c.num_kv_heads), where.angles)
+        v = project("v_proj", c.num_kv_heads)
+        if caches is None:
+            out = attention.prefix_attention(q, k, v, where.prompt_mask, self.generations)
+            return out, KVCache(k, v) if self.keep_kv else None
+        prompt, own = caches
+        written = jnp.arange(own.k.shape[2]) < where.step  # [C]
+        out = attention.decode_attention(
+            q,
+            k,
+            v,
+            Keys(prompt.k, prompt.v, where.prompt_mask[:, None, None, :]),
+            Keys(own.k, own.v, written[None, None, None, :]),
+        )
+        return out, KVCache(k, v)
+
+
+class Decoder(nn.Module):
+    """All decoder layers and the last norm."""
+
+    config: QwenVLConfig
+    dtype: Any
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        where: Packed | Decoding,
+        caches: tuple[KVCache, KVCache] | None = None,
+        generations: int = 0,
+        keep_kv: bool = False,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """x [B, S, D] -> [B, S, D], and the keys and values of every layer, stacked."""
+        layers = nn.scan(
+            nn.remat(DecoderLayer) if self.remat else DecoderLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=self.config.num_layers, unroll=4,
+        )(self.config, self.dtype, generations, keep_kv, name="layers")
+        x, kv = layers(x, where, caches)
+        return RMSNorm(self.config.rms_norm_eps, name="norm")(x), kv
+
+
+class QwenVL(nn.Module):
+    """The whole model; `QwenVL(config).apply({"params": params}, ..., method="hidden")` and so on."""
+
+    config: QwenVLConfig
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=UNIT_NORMAL)
+        self.visual = VisionTower(c.vision, self.dtype, self.remat)
+        self.decoder = Decoder(c, self.dtype, self.remat)
+        if not c.tie_word_embeddings:
+            self.lm_head = self.param("lm_head", UNIT_NORMAL, (c.hidden_size, c.vocab_size))
+
+    def _angles(self, positions: jax.Array) -> jax.Array:
+        c = self.config
+        return rope.mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section)
+
+    def embed(self, batch: Batch) -> jax.Array:
+        """Token embeddings [B, T, D], with visual features in the places of visual tokens."""
+        x = self.embed_tokens(batch.tokens)
+        if batch.vision is None:
+            return x
+        features = self.visual(batch.vision)
+        index = jnp.maximum(batch.visual_index, 0)[..., None]
+        return jnp.where(batch.visual_index[..., None] >= 0, jnp.take_along_axis(features, index, axis=1), x)
+
+    def hidden(self, batch: Batch, completions: Completions | None = None) -> jax.Array:
+        """Last hidden states of the packed sequence, [B, T + G * C, D]."""
+        x, positions, generations = self.embed(batch), batch.positions, 0
+        if completions is not None:
+            b, generations, length = completions.tokens.shape
+            x = jnp.concatenate([x, self.embed_tokens(completions.tokens.reshape(b, -1))], axis=1)
+            own = batch.next_position[:, None] + jnp.tile(jnp.arange(length), generations)  # [B, G * C]
+            own = jnp.broadcast_to(own[:, None], (b, 3, own.shape[1]))
+            positions = jnp.concatenate([positions, own], axis=2)
+        return self.decoder(x, Packed(self._angles(positions), batch.mask), generations=generations)[0]
+
+    def prefill(self, batch: Batch) -> tuple[jax.Array, KVCache]:
+        """Hidden states [B, T, D] of the prompts and their cache [L, B, T, K, H]."""
+        where = Packed(self._angles(batch.positions), batch.mask)
+        return self.decoder(self.embed(batch), where, keep_kv=True)
+
+    def decode(
+        self, tokens: jax.Array, batch: Batch, step: jax.Array, caches: tuple[KVCache, KVCache]
+    ) -> tuple[jax.Array, KVCache]:
+        """One step: tokens int32 [B, G] at completion position `step` -> hidden [B, G, D], new keys [L, B, G, K, H]."""
+        position = jnp.broadcast_to((batch.next_position + step)[:, None, None], (tokens.shape[0], 3, tokens.shape[1]))
+        where = Decoding(self._angles(position), batch.mask, step)
+        return self.decoder(self.embed_tokens(tokens), where, caches)
+
+
+def init(config: QwenVLConfig, key: jax.Array) -> Params:
+    """Random float32 parameters as Hugging Face draws them: normal(initializer_range), norms one, biases zero."""
+    v = config.vision
+    n = v.spatial_merge_size**2
+    groups = Groups(jnp.arange(n)[None, None], jnp.arange(n)[None])
+    patches = jnp.zeros((1, n, v.in_channels * v.temporal_patch_size * v.patch_size**2), jnp.uint8)
+    token = jnp.zeros((1, 1), jnp.int32)
+    batch = Batch(
+        tokens=token,
+        mask=token == 0,
+        positions=jnp.zeros((1, 3, 1), jnp.int32),
+        visual_index=token,
+        next_position=token[0],
+        vision=Vision(patches, jnp.zeros((1, n, 2), jnp.int32), groups, groups),
+    )
+    params = QwenVL(config).init(key, batch, method="hidden")["params"]
+    drawn = ("kernel", "embedding", "lm_head")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x * config.initializer_range if path[-1].key in drawn else x, params
+    )
+
+
+def unembedding(params: Params, config: QwenVLConfig) -> jax.Array:
+    """The matrix [D, V] that turns hidden states to logits: its own, or the embedding's transpose where tied."""
+    return params["embed_tokens"]["embedding"].T if config.tie_word_embeddings else params["lm_head"]

@@ -1,0 +1,61 @@
+"""The optimiser: AdamW with a schedule, gradient clipping, and freezing and weight decay by parameter name."""
+
+import re
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from vau_jax.files import InputError
+from vau_jax.models import hf
+from vau_jax.types import Params
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """Learning rate by step: a linear warm-up, then constant, or linear or cosine down to `final_lr` * lr."""
+    if config.schedule not in SCHEDULES:
+        raise InputError(f"optim.schedule={config.schedule!r} is unknown: expected one of {', '.join(SCHEDULES)}")
+    rest, end = max(1, steps - config.warmup_steps), config.lr * config.final_lr
+    main = {
+        "constant": optax.constant_schedule(config.lr),
+        "linear": optax.linear_schedule(config.lr, end, rest),
+        "cosine": optax.cosine_decay_schedule(config.lr, rest, config.final_lr),
+    }[config.schedule]
+    warmup = optax.linear_schedule(0.0, config.lr, max(1, config.warmup_steps))
+    return optax.join_schedules([warmup, main], [config.warmup_steps]) if config.warmup_steps else main
+
+
+def make(config: ConfigDict, steps: int, params: Params) -> optax.GradientTransformation:
+    """The optimiser for `params` (arrays or shapes) over `steps` updates.
+
+    Parameters whose name matches one of `freeze` keep their values and have no optimiser slots; those that match one
+    of `no_decay` have no weight decay. A pattern that matches nothing is an InputError.
+    """
+    names = list(hf.flatten(params))
+    for pattern in (*config.freeze, *config.no_decay):
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise InputError(f"optim pattern {pattern!r} matches no parameter; names look like {', '.join(names[:3])}")
+    adamw = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=_labels(params, lambda name: not _any(config.no_decay, name)),
+        ),
+    )
+    labels = _labels(params, lambda name: "frozen" if _any(config.freeze, name) else "trained")
+    return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, labels)
+
+
+def _any(patterns: tuple[str, ...], name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _labels(params: Params, label: Any) -> Params:
+    """A tree like params with label(name) in the place of every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: label("/".join(k.key for k in path)), params)

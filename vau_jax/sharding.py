@@ -1,0 +1,103 @@
+"""How arrays lie on devices: one mesh, and regexes on parameter names.
+
+Mesh axes: `data` (copies of the model, different examples), `fsdp` (examples too, parameters split), `tensor`
+(heads and hidden units split).
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vau_jax.files import InputError
+
+AXES = ("data", "fsdp", "tensor")
+EXAMPLES = ("data", "fsdp")  # the mesh axes that the leading axis of a batch is split over
+
+# The first rule whose regex matches the end of the name, from a slash on, decides. Stacked layers have a leading axis that is never split.
+PARAM_RULES: tuple[tuple[str, P], ...] = (
+    (r"embed_tokens/embedding", P("tensor", "fsdp")),
+    (r"lm_head", P("fsdp", "tensor")),
+    (r"decoder/layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")),
+    (r"decoder/layers/.*(o_proj|down_proj)/kernel", P(None, "tensor", "fsdp")),
+    (r"visual/blocks/.*(qkv|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")),
+    (r"visual/blocks/.*(proj|down_proj)/kernel", P(None, "tensor", "fsdp")),
+    (r"visual/(patch_embed|merger_in|merger_out)/kernel", P("fsdp", "tensor")),
+    (r".*(/bias|norm/weight|norm1/weight|norm2/weight|ln_q/weight|layernorm/weight)", P()),
+)
+
+
+def make_mesh(shape: Mapping[str, int]) -> Mesh:
+    """A mesh over all devices; one axis may be -1, which takes what the others leave.
+
+    Raises InputError when the axes do not multiply to the number of devices, with the factorings that would.
+    """
+    count = jax.device_count()
+    sizes = [int(shape.get(axis, 1)) for axis in AXES]
+    if sizes.count(-1) == 1:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = count // rest if rest > 0 else 0
+    if any(size < 1 for size in sizes) or math.prod(sizes) != count:
+        asked = ", ".join(f"{axis}={shape.get(axis, 1)}" for axis in AXES)
+        valid = [(d, f, count // d // f) for d in range(1, count + 1) if count % d == 0 for f in range(1, count // d + 1)]
+        valid = [v for v in valid if math.prod(v) == count]
+        raise InputError(f"mesh {asked} does not fit {count} device(s); (data, fsdp, tensor) can be one of {valid}")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def check_divisible(batch_size: int, mesh: Mesh) -> None:
+    """Raises InputError when a batch cannot be split evenly over the mesh."""
+    parts = math.prod(mesh.shape[axis] for axis in EXAMPLES)
+    if batch_size % parts:
+        raise InputError(
+            f"batch_size {batch_size} is not divisible by data x fsdp = {parts} of the mesh {dict(mesh.shape)}: "
+            f"use a multiple of {parts}, or another config.mesh"
+        )
+
+
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The layout of one parameter: its rule's, with axes that do not divide the shape left whole.
+
+    Raises ValueError for a name that no rule covers.
+    """
+    for pattern, spec in PARAM_RULES:
+        if re.fullmatch(rf"(?:.*/)?(?:{pattern})", path):
+            axes = (axis if size % mesh.shape[axis or AXES[0]] == 0 or axis is None else None for axis, size in zip(spec, shape, strict=False))
+            return P(*axes)
+    raise ValueError(f"no rule in sharding.PARAM_RULES covers the parameter {path!r} of shape {shape}")
+
+
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a pytree of arrays or shapes: parameters, and optimiser slots that mirror them, by rule.
+
+    A leaf belongs to the parameter whose path its own path ends with; a leaf of no axes is whole everywhere.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        if not leaf.shape:
+            return NamedSharding(mesh, P())
+        name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        return NamedSharding(mesh, param_spec(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def placer(mesh: Mesh | None) -> Callable[[str, np.ndarray], jax.Array]:
+    """`place(path, array)`: a parameter onto the mesh by rule, or onto the default device without one."""
+    if mesh is None:
+        return lambda path, array: jax.device_put(array)
+    return lambda path, array: jax.device_put(array, NamedSharding(mesh, param_spec(path, array.shape, mesh)))
+
+
+def examples(mesh: Mesh) -> NamedSharding:
+    """Leading axis split over the axes that carry examples."""
+    return NamedSharding(mesh, P(EXAMPLES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())

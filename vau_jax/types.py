@@ -1,0 +1,110 @@
+"""Every pytree that crosses a file border, each field with dtype and shape.
+
+Axes: B prompts, G generations per prompt, T prompt tokens, C completion tokens, P patches, M merged visual tokens,
+L layers, K kv heads, H head.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Params = dict[str, Any]
+
+
+def pytree(cls: type) -> type:
+    """A frozen dataclass whose fields are all array leaves (or pytrees, or None)."""
+    cls = dataclass(frozen=True)(cls)
+    return jax.tree_util.register_dataclass(cls, data_fields=[f.name for f in fields(cls)], meta_fields=[])
+
+
+@pytree
+class Groups:
+    """Which patches attend to each other: a partition of a row's patches, padded to equal group size.
+
+    Attention runs inside groups only, so no score matrix ever spans a whole video.
+    """
+
+    members: Array  # int32 [B, n_groups, size]: patch numbers; P marks padding
+    slots: Array  # int32 [B, P]: where patch p stands in members' last two axes, flattened; 0 for padding patches
+
+
+@pytree
+class Vision:
+    """The visual input of B rows, patches of all clips and images of a row one after the other, padded to P."""
+
+    patches: Array  # uint8 [B, P, channels * temporal_patch * patch * patch], in Hugging Face's patch order
+    positions: Array  # int32 [B, P, 2]: row and column of the patch in its frame
+    windows: Groups  # spatial windows inside one temporal patch
+    frames: Groups  # all patches of one temporal patch
+
+
+@pytree
+class Batch:
+    """B prompts, padded to T tokens."""
+
+    tokens: Array  # int32 [B, T]
+    mask: Array  # bool [B, T], True on real tokens
+    positions: Array  # int32 [B, 3, T]: time, height, width (M-RoPE)
+    visual_index: Array  # int32 [B, T]: number of the merged visual token that stands here, -1 on text
+    next_position: Array  # int32 [B]: M-RoPE position of the first completion token
+    vision: Vision | None
+
+
+@pytree
+class Completions:
+    """G completions a prompt, padded to C tokens."""
+
+    tokens: Array  # int32 [B, G, C]
+    mask: Array  # bool [B, G, C], True up to and including the first end token
+
+
+@pytree
+class KVCache:
+    """Keys (after RoPE) and values of every layer; S is T for a prompt, [G, C] for completions."""
+
+    k: Array  # [L, B, S..., K, H]
+    v: Array  # [L, B, S..., K, H]
+
+
+@pytree
+class Target:
+    """What is true of N examples, as the rewards read it."""
+
+    task: Array  # int32 [N]: index into parsing.TASKS
+    choice: Array  # int32 [N]: 0..3, -1 where there is no question
+    label: Array  # int32 [N]: index into annotations.LABELS, -1 unknown
+    kind: Array  # int32 [N]: 0 interval unknown, 1 no anomaly, 2 interval known
+    interval: Array  # float32 [N, 2]: start and end in seconds, zeros unless kind is 2
+
+
+@pytree
+class Sampled:
+    """What `sampling.sample` returns."""
+
+    tokens: Array  # int32 [B, G, C]
+    logps: Array  # float32 [B, G, C]: log-probability of each token under the distribution it was drawn from
+    mask: Array  # bool [B, G, C]
+
+
+@pytree
+class TrainBatch:
+    """One update: prompts, their completions, and what the loss needs of each.
+
+    `loss_inputs` are arrays with leading axes [B, G] or [B, G, C]; their names are the loss's own.
+    """
+
+    batch: Batch
+    completions: Completions
+    loss_inputs: dict[str, Array]
+
+
+@pytree
+class State:
+    """What an update changes."""
+
+    step: Array  # int32 []
+    params: Params
+    opt_state: Any
