@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     c.log_every = 1  # steps between lines of metrics.jsonl
     c.dtype = "bfloat16"  # of parameters and activations: float32 or bfloat16
     c.remat = True  # compute activations again in the backward pass instead of keeping them
+    c.unroll = 1  # layers in one round of the scan: more is faster for small models, and slower to compile
 
     c.mesh = ConfigDict()  # devices along each axis; -1 takes all that are left
     c.mesh.data = 1  # copies of the model

@@ -37,25 +37,28 @@ def get_config(mode: str = "") -> ConfigDict:
     )
 
     c.sft = stage("sft")
-    c.sft.steps = 4 if quick else 900
+    c.sft.steps = 60 if quick else 700
+    c.sft.data.max_examples = 0 if quick else 720  # of 240 videos: reasoning is dear, RFT needs the answers alone
+    c.sft.data.task_weights.qa = 2.0
     c.sft.batch_size = 16
     c.sft.optim.lr = 1.5e-3
     c.sft.optim.b2 = 0.98
-    c.sft.optim.warmup_steps = 50
+    c.sft.optim.warmup_steps = 10 if quick else 50
     c.sft.optim.schedule = "cosine"
     c.sft.optim.final_lr = 0.1
     c.sft.optim.weight_decay = 0.05
     c.sft.log_every = 10
 
     c.rft = stage("rft")
-    c.rft.steps = 2 if quick else 300
+    c.rft.steps = 4 if quick else 300
     c.rft.batch_size = 4 if quick else 16
     c.rft.rollout.num_generations = 4 if quick else 8
-    c.rft.optim.lr = 2e-4
+    c.rft.optim.lr = 3e-4
     c.rft.optim.b2 = 0.99
-    c.rft.optim.warmup_steps = 10
+    c.rft.optim.warmup_steps = 20
     c.rft.optim.schedule = "linear"
     c.rft.optim.final_lr = 0.1
+    c.rft.data.task_weights.qa = 2.0
     c.rft.rewards.tiou = 1.0
     c.rft.rewards.reflection = 1.0
     return c
@@ -67,6 +70,7 @@ def stage(name: str) -> ConfigDict:
     c.stage = name
     c.dtype = "float32"
     c.remat = False
+    c.unroll = 4
     c.data.style = "reflection"
     c.data.wording = "short"
     c.data.max_frames = 24

@@ -28,7 +28,9 @@ SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-TAGS = tuple(f"<{slash}{tag}>" for tag in ("think", "draft", "reflect", "revise", "answer", "glue") for slash in ("", "/"))
+TAGS = tuple(
+    f"<{slash}{tag}>" for tag in ("think", "draft", "reflect", "revise", "answer", "glue") for slash in ("", "/")
+)
 
 # How Qwen's tokenizer cuts text before BPE: contractions, words, single digits, punctuation, line ends, spaces.
 SPLIT = (
@@ -57,7 +59,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL) - len(TAGS),
@@ -67,7 +71,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     bpe.train_from_iterator(texts, trainer)
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     bpe.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **roles)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -84,7 +89,10 @@ def hf_config(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any], vision: 
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [quarter, (head_dim // 2 - quarter) // 2, (head_dim // 2 - quarter) // 2]},
+        "rope_scaling": {
+            "type": "mrope",
+            "mrope_section": [quarter, (head_dim // 2 - quarter) // 2, (head_dim // 2 - quarter) // 2],
+        },
         "use_sliding_window": False,
         "tie_word_embeddings": True,
         "torch_dtype": "float32",

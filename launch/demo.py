@@ -48,7 +48,9 @@ def make_model(config: ConfigDict, workdir: Path) -> None:
         print(f"model: is there already ({folder})", flush=True)
         return
     sizes = dict(config.model.text), dict(config.model.vision)
-    demo_model.write(folder, demo_texts(workdir / "data"), config.model.vocab_size, *sizes, config.model.pixels, config.seed)
+    demo_model.write(
+        folder, demo_texts(workdir / "data"), config.model.vocab_size, *sizes, config.model.pixels, config.seed
+    )
     write_text(stamp, json.dumps(request))
 
 

@@ -127,7 +127,8 @@ def test_jsonl_reads_as_csv(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("video", "source"), [("ecva_1.mp4", "ecva"), ("17.mp4", "ecva"), ("Abuse028_x264.mp4", "ucf"), ("Fire_3.mp4", "msad")]
+    ("video", "source"),
+    [("ecva_1.mp4", "ecva"), ("17.mp4", "ecva"), ("Abuse028_x264.mp4", "ucf"), ("Fire_3.mp4", "msad")],
 )
 def test_source_by_name(video: str, source: str) -> None:
     assert annotations.detect_source(video) == source
@@ -136,7 +137,7 @@ def test_source_by_name(video: str, source: str) -> None:
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("Video Name,Question\na.mp4,what?\n")
-    with pytest.raises(InputError, match="lacks the column.*Start Time"):
+    with pytest.raises(InputError, match=r"lacks the column.*Start Time"):
         load(path)
 
 

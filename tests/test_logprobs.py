@@ -17,8 +17,10 @@ def arrays(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray
     )
 
 
-def plain(hidden: jax.Array, head: jax.Array, targets: np.ndarray, temperature: float, never: tuple[int, ...]) -> jax.Array:
-    scores = (hidden @ head) / temperature
+def plain(
+    hidden: jax.Array, head: jax.Array, targets: np.ndarray, temperature: float, never: tuple[int, ...]
+) -> jax.Array:
+    scores = jnp.matmul(hidden, head) / temperature
     scores = scores.at[..., list(never)].set(-jnp.inf)
     return jnp.take_along_axis(jax.nn.log_softmax(scores), targets[..., None], axis=-1)[..., 0]
 
@@ -35,7 +37,9 @@ def test_values_do_not_depend_on_the_chunk(arrays: tuple, chunk: int) -> None:
 def test_gradients_equal_the_plain_form(arrays: tuple) -> None:
     hidden, head, targets = arrays
     weigh = jnp.cos(jnp.arange(33.0)).reshape(3, 11)
-    ours = jax.grad(lambda h, w: jnp.sum(weigh * logprobs.token_logps(h, w, targets, 0.7, (49,), 8)[0]), (0, 1))(hidden, head)
+    ours = jax.grad(lambda h, w: jnp.sum(weigh * logprobs.token_logps(h, w, targets, 0.7, (49,), 8)[0]), (0, 1))(
+        hidden, head
+    )
     theirs = jax.grad(lambda h, w: jnp.sum(weigh * plain(h, w, targets, 0.7, (49,))), (0, 1))(hidden, head)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -43,8 +47,12 @@ def test_gradients_equal_the_plain_form(arrays: tuple) -> None:
 
 def test_no_array_holds_all_tokens_times_the_vocabulary() -> None:
     """The compiled gradient for 4096 tokens and 8192 words needs far less than one [tokens, words] array (128 MiB)."""
-    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((4096, 64), "float32"), ((64, 8192), "float32"), ((4096,), "int32"))]
-    compiled = jax.jit(jax.grad(lambda h, w, t: logprobs.token_logps(h, w, t, chunk=256)[0].sum())).lower(*shapes).compile()
+    shapes = [
+        jax.ShapeDtypeStruct(s, d) for s, d in (((4096, 64), "float32"), ((64, 8192), "float32"), ((4096,), "int32"))
+    ]
+    compiled = (
+        jax.jit(jax.grad(lambda h, w, t: logprobs.token_logps(h, w, t, chunk=256)[0].sum())).lower(*shapes).compile()
+    )
     assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
 
 

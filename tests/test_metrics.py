@@ -11,12 +11,28 @@ from vau_jax.data.annotations import LABELS
 from vau_jax.evaluate import score
 
 
-def record(task: str, completion: str, answer: str = "A", label: str = "Fire", interval: object = None, failure: str | None = None) -> dict:
-    return {"task": task, "completion": completion, "answer": answer, "anomaly_class": label, "interval": interval, "failure": failure}
+def record(
+    task: str,
+    completion: str,
+    answer: str = "A",
+    label: str = "Fire",
+    interval: object = None,
+    failure: str | None = None,
+) -> dict:
+    return {
+        "task": task,
+        "completion": completion,
+        "answer": answer,
+        "anomaly_class": label,
+        "interval": interval,
+        "failure": failure,
+    }
 
 
 def grounded(glue: str, interval: object = (2.0, 6.0), label: str = "Fire", answer: str = "Anomaly") -> dict:
-    return record("grounding", f"<think>t</think><answer>{answer}</answer><glue>{glue}</glue>", label=label, interval=interval)
+    return record(
+        "grounding", f"<think>t</think><answer>{answer}</answer><glue>{glue}</glue>", label=label, interval=interval
+    )
 
 
 def test_hand_worked_grounding() -> None:

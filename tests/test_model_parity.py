@@ -36,7 +36,9 @@ def clip(rng: np.random.Generator, frames: int, height: int, width: int) -> np.n
 
 
 def ask(frames: np.ndarray, fps: float, text: str = "What happens?") -> list[dict]:
-    return [{"role": "user", "content": [{"type": "video", "video": frames, "fps": fps}, {"type": "text", "text": text}]}]
+    return [
+        {"role": "user", "content": [{"type": "video", "video": frames, "fps": fps}, {"type": "text", "text": text}]}
+    ]
 
 
 def torch_inputs(oracle: Qwen2_5_VLForConditionalGeneration, batch: Batch, rows: list[Encoded]) -> dict:
@@ -58,7 +60,9 @@ def torch_inputs(oracle: Qwen2_5_VLForConditionalGeneration, batch: Batch, rows:
     }
 
 
-def difference(oracle: Qwen2_5_VLForConditionalGeneration, vlm: VideoLM, conversations: list, left: bool = False) -> float:
+def difference(
+    oracle: Qwen2_5_VLForConditionalGeneration, vlm: VideoLM, conversations: list, left: bool = False
+) -> float:
     """Largest difference of logits on real tokens."""
     batch = vlm.encode(conversations, left=left)
     rows = [vlm.processor.encode(messages) for messages in conversations]
@@ -75,7 +79,11 @@ def test_text_logits(vlm: VideoLM, oracle: Qwen2_5_VLForConditionalGeneration) -
 @pytest.mark.parametrize("frames", [2, 4, 8], ids=["T=1", "T=2", "T=4"])
 @pytest.mark.parametrize("size", [(56, 84), (140, 112), (168, 196)], ids=str)
 def test_video_logits(
-    vlm: VideoLM, oracle: Qwen2_5_VLForConditionalGeneration, rng: np.random.Generator, frames: int, size: tuple[int, int]
+    vlm: VideoLM,
+    oracle: Qwen2_5_VLForConditionalGeneration,
+    rng: np.random.Generator,
+    frames: int,
+    size: tuple[int, int],
 ) -> None:
     """Non-square sizes; 140 and 168 pixels are no multiple of the 112-pixel windows."""
     assert difference(oracle, vlm, [ask(clip(rng, frames, *size), 1.7)]) <= TOLERANCE
@@ -85,7 +93,10 @@ def test_video_logits(
 def test_two_different_clips_in_a_batch(
     vlm: VideoLM, oracle: Qwen2_5_VLForConditionalGeneration, rng: np.random.Generator, left: bool
 ) -> None:
-    conversations = [ask(clip(rng, 8, 56, 84), 2.0), ask(clip(rng, 4, 140, 112), 3.0, "What happens in the video? fire")]
+    conversations = [
+        ask(clip(rng, 8, 56, 84), 2.0),
+        ask(clip(rng, 4, 140, 112), 3.0, "What happens in the video? fire"),
+    ]
     assert difference(oracle, vlm, conversations, left) <= TOLERANCE
 
 
@@ -112,7 +123,10 @@ def test_greedy_tokens_equal_generate(
     conversation = ask(clip(rng, 4, 56, 84), 2.0, "What happens in the video?")
     batch, row = vlm.encode([conversation]), vlm.processor.encode(conversation)
     inputs = torch_inputs(oracle, batch, [row])
-    inputs = {k: v[:, : len(row.tokens)] if k in ("input_ids", "attention_mask", "mm_token_type_ids") else v for k, v in inputs.items()}
+    inputs = {
+        k: v[:, : len(row.tokens)] if k in ("input_ids", "attention_mask", "mm_token_type_ids") else v
+        for k, v in inputs.items()
+    }
     theirs = oracle.generate(**inputs, max_new_tokens=48, do_sample=False)[0, len(row.tokens) :].tolist()
     ours = vlm.generate(batch, num_generations=1, max_new_tokens=48, temperature=0.0)
     assert ours.tokens[0, 0][ours.mask[0, 0]].tolist() == theirs

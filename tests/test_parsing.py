@@ -13,7 +13,9 @@ LONG = "<think>t</think><draft>A</draft><reflect>a b c</reflect><revise>r</revis
 
 
 def test_strict_reads_every_field() -> None:
-    text = LONG.replace("<draft>A", "<draft>Anomaly [12.0, 30.5]").replace("B</answer>", "Anomaly</answer><glue>[1.5, 3.0]</glue>")
+    text = LONG.replace("<draft>A", "<draft>Anomaly [12.0, 30.5]").replace(
+        "B</answer>", "Anomaly</answer><glue>[1.5, 3.0]</glue>"
+    )
     parsed = parsing.parse([text], "grounding", "strict", reflection=True)
     assert parsed.form.tolist() == [True]
     assert parsed.draft.interval.tolist() == [[12.0, 30.5]]
@@ -112,7 +114,9 @@ def test_no_texts_give_empty_arrays() -> None:
 
 
 def test_targets_tell_the_three_codes_apart() -> None:
-    target = parsing.targets([("grounding", None, "Fire", None), ("grounding", None, "Normal", "normal"), ("qa", "D", None, (1.0, 2.0))])
+    target = parsing.targets(
+        [("grounding", None, "Fire", None), ("grounding", None, "Normal", "normal"), ("qa", "D", None, (1.0, 2.0))]
+    )
     assert target.kind.tolist() == [parsing.UNKNOWN, parsing.NORMAL, parsing.INTERVAL]
     assert target.choice.tolist() == [-1, -1, 3]
     np.testing.assert_array_equal(target.interval, [[0, 0], [0, 0], [1, 2]])

@@ -46,7 +46,10 @@ def test_right_completions_earn_every_reward(config: ConfigDict, processor: Proc
     """What SFT teaches parses strictly, and its final answer is the truth."""
     found, _ = batches(config, processor, 6)
     for host in found:
-        texts = [processor.tokenizer.decode(t[m][:-1]) for t, m in zip(host.completions.tokens[:, 0], host.completions.mask[:, 0], strict=True)]
+        texts = [
+            processor.tokenizer.decode(t[m][:-1])
+            for t, m in zip(host.completions.tokens[:, 0], host.completions.mask[:, 0], strict=True)
+        ]
         parsed = parsing.parse(texts, [item.example.task for item in host.examples], "strict", reflection=True)
         from vau_jax import rewards
 
@@ -105,7 +108,9 @@ def test_task_weights_set_the_mix(config: ConfigDict, processor: Processor) -> N
     assert tasks.count("qa") == 20
 
 
-def test_a_broken_video_costs_its_example_and_is_counted(config: ConfigDict, processor: Processor, tmp_path: Path, dataset: Path) -> None:
+def test_a_broken_video_costs_its_example_and_is_counted(
+    config: ConfigDict, processor: Processor, tmp_path: Path, dataset: Path
+) -> None:
     import shutil
 
     shutil.copytree(dataset / "videos", tmp_path / "videos")

@@ -72,22 +72,40 @@ def test_an_image_and_a_video_in_one_prompt(vlm: VideoLM, rng: np.random.Generat
 
 def test_padding_changes_no_logits(vlm: VideoLM, rng: np.random.Generator) -> None:
     """The same prompt alone, and beside a much longer one."""
-    short = [{"role": "user", "content": [
-        {"type": "video", "video": rng.integers(0, 256, (2, 56, 56, 3), dtype=np.uint8)}, {"type": "text", "text": "a"}]}]
-    long = [{"role": "user", "content": [
-        {"type": "video", "video": rng.integers(0, 256, (8, 112, 140, 3), dtype=np.uint8)}, {"type": "text", "text": "b"}]}]
+    short = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "video", "video": rng.integers(0, 256, (2, 56, 56, 3), dtype=np.uint8)},
+                {"type": "text", "text": "a"},
+            ],
+        }
+    ]
+    long = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "video", "video": rng.integers(0, 256, (8, 112, 140, 3), dtype=np.uint8)},
+                {"type": "text", "text": "b"},
+            ],
+        }
+    ]
     alone, beside = vlm.encode([short]), vlm.encode([short, long])
     n = int(np.asarray(alone.mask).sum())
     assert beside.tokens.shape[1] > alone.tokens.shape[1]
     np.testing.assert_allclose(vlm.logits(alone)[0, :n], vlm.logits(beside)[0, :n], atol=2e-5)
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ([{"type": "audio"}], "content type 'audio'"),
-    ([{"type": "video", "video": np.zeros((2, 8, 8, 3))}], "uint8"),
-    ([{"type": "video", "video": "/none.mp4"}], "no such file"),
-    ([{"type": "image", "image": "/none.png"}], "cannot read image"),
-], ids=["type", "dtype", "video", "image"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([{"type": "audio"}], "content type 'audio'"),
+        ([{"type": "video", "video": np.zeros((2, 8, 8, 3))}], "uint8"),
+        ([{"type": "video", "video": "/none.mp4"}], "no such file"),
+        ([{"type": "image", "image": "/none.png"}], "cannot read image"),
+    ],
+    ids=["type", "dtype", "video", "image"],
+)
 def test_a_bad_message_is_named(vlm: VideoLM, content: list, words: str) -> None:
     with pytest.raises(InputError, match=words):
         vlm.encode([[{"role": "user", "content": content}]])

@@ -30,14 +30,42 @@ C = truth("qa", answer="C")
 # What the reference's rules get wrong, each with the right outcome: (what, reward, completion, truth, rule, value).
 FLAWS = [
     ("an empty answer is not Normal", "accuracy", plain("", "<glue>[-1.0, -1.0]</glue>"), NORMAL, "strict", 0.0),
-    ("text without a capital letter is not Normal", "accuracy", plain("no idea", "<glue>[-1, -1]</glue>"), NORMAL, "strict", 0.0),
+    (
+        "text without a capital letter is not Normal",
+        "accuracy",
+        plain("no idea", "<glue>[-1, -1]</glue>"),
+        NORMAL,
+        "strict",
+        0.0,
+    ),
     ("lower case anomaly is right", "accuracy", plain("anomaly", "<glue>[2.0, 6.0]</glue>"), FIRE, "strict", 1.0),
     ("the article a is no answer", "accuracy", "<think>x</think>A video shows C", C, "lenient", 1.0),
     ("Based on is not B", "accuracy", "<think>x</think>Based on the video, C", C, "lenient", 1.0),
-    ("no anomaly on a normal video is right", "tiou", plain("Normal", "<glue>[-1.0, -1.0]</glue>"), NORMAL, "strict", 1.0),
+    (
+        "no anomaly on a normal video is right",
+        "tiou",
+        plain("Normal", "<glue>[-1.0, -1.0]</glue>"),
+        NORMAL,
+        "strict",
+        1.0,
+    ),
     ("a zero-length interval is no overlap", "tiou", plain("Anomaly", "<glue>[3.0, 3.0]</glue>"), FIRE, "strict", 0.0),
-    ("a zero-length interval on a normal video", "tiou", plain("Anomaly", "<glue>[0.0, 0.0]</glue>"), NORMAL, "strict", 0.0),
-    ("no anomaly where the interval is unknown", "tiou", plain("Normal", "<glue>[-1.0, -1.0]</glue>"), UNKNOWN, "strict", 0.0),
+    (
+        "a zero-length interval on a normal video",
+        "tiou",
+        plain("Anomaly", "<glue>[0.0, 0.0]</glue>"),
+        NORMAL,
+        "strict",
+        0.0,
+    ),
+    (
+        "no anomaly where the interval is unknown",
+        "tiou",
+        plain("Normal", "<glue>[-1.0, -1.0]</glue>"),
+        UNKNOWN,
+        "strict",
+        0.0,
+    ),
     ("inner spaces keep the form", "format", "<think> x </think>\n <answer> C </answer>", C, "strict", 1.0),
     ("inner spaces keep the answer", "accuracy", plain(" C "), C, "strict", 1.0),
     ("a full stop keeps the answer", "accuracy", plain("C."), C, "strict", 1.0),
@@ -46,7 +74,14 @@ FLAWS = [
     ("text outside the tags breaks the form", "format", "so <think>x</think><answer>C</answer>", C, "strict", 0.0),
     ("a reversed interval is turned round", "tiou", plain("Anomaly", "<glue>[6.0, 2.0]</glue>"), FIRE, "lenient", 1.0),
     ("a clock time is read", "tiou", plain("Anomaly", "<glue>00:02, 00:06</glue>"), FIRE, "lenient", 1.0),
-    ("a reversed interval earns nothing in training", "tiou", plain("Anomaly", "<glue>[6.0, 2.0]</glue>"), FIRE, "strict", 0.0),
+    (
+        "a reversed interval earns nothing in training",
+        "tiou",
+        plain("Anomaly", "<glue>[6.0, 2.0]</glue>"),
+        FIRE,
+        "strict",
+        0.0,
+    ),
 ]
 
 
@@ -57,7 +92,14 @@ def test_flaw_of_the_reference(name: str, text: str, target: Target, rule: str, 
 
 @pytest.mark.parametrize(
     ("glue", "value"),
-    [("[2.0, 6.0]", 1.0), ("[4.0, 8.0]", 1 / 3), ("[6.0, 9.0]", 0.0), ("[3.0, 4.0]", 0.25), ("[-1.0, -1.0]", 0.0), ("soon", 0.0)],
+    [
+        ("[2.0, 6.0]", 1.0),
+        ("[4.0, 8.0]", 1 / 3),
+        ("[6.0, 9.0]", 0.0),
+        ("[3.0, 4.0]", 0.25),
+        ("[-1.0, -1.0]", 0.0),
+        ("soon", 0.0),
+    ],
 )
 def test_tiou(glue: str, value: float) -> None:
     assert reward("tiou", plain("Anomaly", f"<glue>{glue}</glue>"), FIRE) == pytest.approx(value)
@@ -70,7 +112,9 @@ def test_classification_ignores_case_and_underscores() -> None:
 
 
 def reflected(draft: str, answer: str, reflect: str = "the smoke says otherwise") -> str:
-    return f"<think>t</think><draft>{draft}</draft><reflect>{reflect}</reflect><revise>r</revise><answer>{answer}</answer>"
+    return (
+        f"<think>t</think><draft>{draft}</draft><reflect>{reflect}</reflect><revise>r</revise><answer>{answer}</answer>"
+    )
 
 
 # Draft, answer, value: honest and right beats everything else.
@@ -99,7 +143,8 @@ def test_for_any_final_interval_the_best_draft_is_one_as_good() -> None:
         final = f"<answer>Anomaly</answer><glue>[2.0, {end}]</glue>"
         values = []
         for draft_end in (3.0, 4.0, 6.0):
-            text = f"<think>t</think><draft>Anomaly [2.0, {draft_end}]</draft><reflect>a b c</reflect><revise>r</revise>{final}"
+            draft = f"<think>t</think><draft>Anomaly [2.0, {draft_end}]</draft>"
+            text = f"{draft}<reflect>a b c</reflect><revise>r</revise>{final}"
             values.append(reward("reflection", text, FIRE, reflection=True))
         assert int(np.argmax(values)) == (3.0, 4.0, 6.0).index(end)
 
@@ -144,7 +189,7 @@ def test_jit_and_vmap_give_the_same(name: str, rng: np.random.Generator) -> None
 
 def test_tiou_equals_brute_force(rng: np.random.Generator) -> None:
     """Counting hundredths of a second, on random intervals."""
-    a, b = (np.sort(rng.integers(0, 1000, (200, 2)), axis=1) + [0, 1] for _ in range(2))
+    a, b = (np.sort(rng.integers(0, 1000, (200, 2)), axis=1) + np.asarray([0, 1]) for _ in range(2))
     ticks = np.arange(1002)
     inside = [(ticks >= x[:, :1]) & (ticks < x[:, 1:]) for x in (a, b)]
     expected = (inside[0] & inside[1]).sum(1) / (inside[0] | inside[1]).sum(1)

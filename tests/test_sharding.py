@@ -57,7 +57,11 @@ print(json.dumps({"losses": losses, "same": bool(same), "programs": t.update._ca
 
 
 def run_on(model: Path, data: Path, mesh: tuple[int, int, int], stage: str) -> dict:
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={int(np.prod(mesh))}", "JAX_PLATFORMS": "cpu"}
+    env = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={int(np.prod(mesh))}",
+        "JAX_PLATFORMS": "cpu",
+    }
     command = [sys.executable, "-c", SCRIPT, str(model), str(data), json.dumps(mesh), stage]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -19,7 +19,8 @@ def batch(vlm: VideoLM) -> Batch:
     clips = [rng.integers(0, 256, (f, 56, 84, 3), dtype=np.uint8) for f in (4, 8)]
     texts = ["What happens in the video? a fire breaks out", "fire?"]
     items = [
-        [{"type": "video", "video": c, "fps": 2.0}, {"type": "text", "text": t}] for c, t in zip(clips, texts, strict=True)
+        [{"type": "video", "video": c, "fps": 2.0}, {"type": "text", "text": t}]
+        for c, t in zip(clips, texts, strict=True)
     ]
     return vlm.encode([[{"role": "user", "content": content}] for content in items])
 
@@ -78,7 +79,7 @@ def test_log_probs_equal_the_whole_sequence(vlm: VideoLM) -> None:
     n = tokens.shape[1]
     positions = np.broadcast_to(np.arange(n, dtype=np.int32), (1, 3, n))
     plain = Batch(tokens, np.ones((1, n), bool), positions, np.full((1, n), -1, np.int32), np.asarray([n]), None)
-    scores = np.asarray(vlm.logits(plain))[0, len(row.tokens) - 1 : -1]
+    scores = np.array(vlm.logits(plain))[0, len(row.tokens) - 1 : -1]
     scores[:, list(vlm.processor.config.never_sampled)] = -np.inf
     expected = np.asarray(jax.nn.log_softmax(scores))[np.arange(4), extra]
     np.testing.assert_allclose(np.asarray(packed)[0, 0], expected, atol=2e-5)

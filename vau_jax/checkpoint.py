@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from vau_jax.files import InputError, read_json
@@ -49,7 +50,11 @@ def restore_params(step_folder: str | os.PathLike) -> Params:
     folder = Path(step_folder).resolve() / "state"
     tree = reader.metadata(folder).item_metadata.tree
     template = {"params": jax.tree.map(lambda leaf: 0, tree["params"], is_leaf=lambda x: hasattr(x, "shape"))}
-    args = ocp.args.PyTreeRestore(item=template, partial_restore=True, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(), template))
+    args = ocp.args.PyTreeRestore(
+        item=template,
+        partial_restore=True,
+        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template),
+    )
     return reader.restore(folder, args=args)["params"]
 
 

@@ -91,7 +91,9 @@ def _batches(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Itera
     for first in range(0, len(examples), config.batch_size):
         group = examples[first : first + config.batch_size]
         padded = group + [group[-1]] * (config.batch_size - len(group))  # one shape, one program
-        items = [loader(e, np.random.default_rng([config.seed, *hashlib.sha256(e.name.encode()).digest()])) for e in padded]
+        items = [
+            loader(e, np.random.default_rng([config.seed, *hashlib.sha256(e.name.encode()).digest()])) for e in padded
+        ]
         host = collate(items)
         yield HostBatch(host.batch, host.completions, host.weights, host.target, host.examples[: len(group)])
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 
-
 def logits(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
     """float32 [..., V] for hidden [..., D] and unembedding [D, V]."""
     return jnp.einsum("...d,dv->...v", hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32)

@@ -5,9 +5,12 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 from tensorboardX import SummaryWriter
+
+from vau_jax.files import write_text
 
 
 class Progress:
@@ -33,30 +36,38 @@ def _clock(seconds: float) -> str:
 
 
 class MetricWriter:
-    """Appends one JSON object a step to workdir/metrics.jsonl and the same scalars to TensorBoard event files.
+    """Appends to workdir: metrics.jsonl (an object a step) with the same scalars for TensorBoard, and samples.jsonl.
 
-    A run that resumes at `start_step` first drops the lines of later steps, which it is going to write again.
+    A run that resumes at `start_step` first drops what was written of later steps, which it is going to write again.
     """
 
     def __init__(self, workdir: str | os.PathLike, start_step: int) -> None:
-        self.path = Path(workdir) / "metrics.jsonl"
-        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= start_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
-        self.file = self.path.open("a", encoding="utf-8")
+        self.metrics = _append_after(Path(workdir) / "metrics.jsonl", start_step)
+        self.samples = _append_after(Path(workdir) / "samples.jsonl", start_step)
         self.board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Values are turned to float; those that are not finite are written as null in JSON."""
+    def write(self, step: int, scalars: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        """Scalars are turned to float; those that are not finite are null in JSON. Samples are for people to read."""
         values = {name: float(np.asarray(value)) for name, value in scalars.items()}
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps({"step": step, **plain}) + "\n")
-        self.file.flush()
+        self.metrics.write(json.dumps({"step": step, **plain}) + "\n")
+        self.samples.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+        for file in (self.metrics, self.samples):
+            file.flush()
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        """Ends the run's files."""
+        for file in (self.metrics, self.samples, self.board):
+            file.close()
+
+
+def _append_after(path: Path, step: int) -> TextIO:
+    """Opens a JSONL file for appending, without the lines of steps after `step`."""
+    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+    write_text(path, "".join(kept))
+    return path.open("a", encoding="utf-8")
 
 
 def _whole_lines(path: Path) -> list[str]:

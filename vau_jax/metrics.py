@@ -46,7 +46,9 @@ def grounding(parsed: Parsed, target: Target) -> dict[str, Any]:
     A normal video is a false alarm unless the answer says that there is no anomaly: an unreadable answer is one too.
     """
     kind, known = np.asarray(target.kind), np.asarray(parsed.final.kind) == INTERVAL
-    iou = np.where(known, temporal_iou(np.asarray(parsed.final.interval), np.asarray(target.interval)), 0.0)[kind == INTERVAL]
+    iou = np.where(known, temporal_iou(np.asarray(parsed.final.interval), np.asarray(target.interval)), 0.0)[
+        kind == INTERVAL
+    ]
     quiet = (np.asarray(parsed.final.kind) == NORMAL) & (np.asarray(parsed.final.anomaly) != 1)
     return {
         "mIoU": estimate(iou),
@@ -132,6 +134,5 @@ def baselines(target: Target, task: str) -> dict[str, Any]:
 
 def select(tree: Any, rows: Sequence[int] | np.ndarray) -> Any:
     """The given rows of a Parsed or Target."""
-
 
     return jax.tree.map(lambda x: np.asarray(x)[rows], tree)

@@ -27,7 +27,11 @@ ROWS = (
     ("R@0.5", ("tasks", "grounding", "R@0.5"), None),
     ("R@0.7", ("tasks", "grounding", "R@0.7"), None),
     ("False alarms (normal videos)", ("tasks", "grounding", "false_alarms"), None),
-    ("Classification, multi-class", ("tasks", "classification", "multiclass"), ("baselines", "classification", "majority_class")),
+    (
+        "Classification, multi-class",
+        ("tasks", "classification", "multiclass"),
+        ("baselines", "classification", "majority_class"),
+    ),
     ("Classification, normal or not", ("tasks", "classification", "binary"), None),
     ("Mean total reward", ("rewards", "total"), None),
 )
@@ -49,16 +53,17 @@ def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Title row, then one row a number: an evaluation a column, and what a constant guess reaches."""
     lines = [["", *(escape(result["name"]) for result in results), "constant guess", "n"]]
     for title, path, guess in ROWS:
-        found = [_lookup(result, path) for result in results]
+        found = [lookup(result, path) for result in results]
         if any(found):
-            constant = next((_lookup(r, guess) for r in results if guess and _lookup(r, guess)), None)
+            constant = next((lookup(r, guess) for r in results if guess and lookup(r, guess)), None)
             n = str(next(e["n"] for e in found if e))
             lines.append([title, *map(cell, found), cell(constant) if constant else "", n])
     failed = [str(result["failed"]) for result in results]
     return [*lines, ["Videos that failed (examples)", *failed, "", ""]]
 
 
-def _lookup(result: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:
+def lookup(result: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:
+    """The estimate at a path of metrics.json, None where there is none."""
     value: Any = result
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None

@@ -62,7 +62,9 @@ def interval_score(answers: Answers, target: Target) -> jax.Array:
     inner = jnp.minimum(answers.interval[..., 1], target.interval[..., 1])
     inner = inner - jnp.maximum(answers.interval[..., 0], target.interval[..., 0])
     inner = jnp.maximum(inner, 0.0)
-    lengths = (answers.interval[..., 1] - answers.interval[..., 0]) + (target.interval[..., 1] - target.interval[..., 0])
+    lengths = (answers.interval[..., 1] - answers.interval[..., 0]) + (
+        target.interval[..., 1] - target.interval[..., 0]
+    )
     iou = inner / jnp.maximum(lengths - inner, 1e-6)
     both_normal = (answers.kind == NORMAL) & (target.kind == NORMAL)
     both_known = (answers.kind == INTERVAL) & (target.kind == INTERVAL)

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 
-def loss(logps: jax.Array, batch: Mapping[str, jax.Array], config: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(
+    logps: jax.Array, batch: Mapping[str, jax.Array], config: Any = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted mean negative log-probability of the target tokens.
 
     logps [N, C]; batch: `weights` [N, C], 0 on padding and on what the model should not imitate. Returns the loss and

@@ -19,7 +19,8 @@ from vau_jax.files import InputError
 AXES = ("data", "fsdp", "tensor")
 EXAMPLES = ("data", "fsdp")  # the mesh axes that the leading axis of a batch is split over
 
-# The first rule whose regex matches the end of the name, from a slash on, decides. Stacked layers have a leading axis that is never split.
+# The first rule whose regex matches the end of the name, from a slash on, decides. Stacked layers have a leading axis
+# that is never split.
 PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
     (r"lm_head", P("fsdp", "tensor")),
@@ -44,7 +45,9 @@ def make_mesh(shape: Mapping[str, int]) -> Mesh:
         sizes[sizes.index(-1)] = count // rest if rest > 0 else 0
     if any(size < 1 for size in sizes) or math.prod(sizes) != count:
         asked = ", ".join(f"{axis}={shape.get(axis, 1)}" for axis in AXES)
-        valid = [(d, f, count // d // f) for d in range(1, count + 1) if count % d == 0 for f in range(1, count // d + 1)]
+        valid = [
+            (d, f, count // d // f) for d in range(1, count + 1) if count % d == 0 for f in range(1, count // d + 1)
+        ]
         valid = [v for v in valid if math.prod(v) == count]
         raise InputError(f"mesh {asked} does not fit {count} device(s); (data, fsdp, tensor) can be one of {valid}")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
@@ -67,7 +70,10 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """
     for pattern, spec in PARAM_RULES:
         if re.fullmatch(rf"(?:.*/)?(?:{pattern})", path):
-            axes = (axis if size % mesh.shape[axis or AXES[0]] == 0 or axis is None else None for axis, size in zip(spec, shape, strict=False))
+            axes = (
+                axis if size % mesh.shape[axis or AXES[0]] == 0 or axis is None else None
+                for axis, size in zip(spec, shape, strict=False)
+            )
             return P(*axes)
     raise ValueError(f"no rule in sharding.PARAM_RULES covers the parameter {path!r} of shape {shape}")
 

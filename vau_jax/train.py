@@ -6,7 +6,6 @@ RFT adds one line to a step: it makes the batch by a rollout before the same upd
 its last checkpoint and ends with the same bits.
 """
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -92,7 +91,7 @@ class Trainer:
         print(audit.table(), flush=True)
         start = VideoLM.load(config.init_from or config.model, config.dtype, self.mesh)
         self.processor = start.processor
-        self.model = QwenVL(self.processor.config, DTYPES[config.dtype], config.remat)
+        self.model = QwenVL(self.processor.config, DTYPES[config.dtype], config.remat, config.unroll)
         self.rollout = Rollout(config, self.model, self.processor) if config.stage == "rft" else None
         self.optimiser = optim.make(config.optim, config.steps, start.params)
         self.reference = jax.tree.map(jnp.copy, start.params) if config.stage == "rft" and config.grpo.beta else None
@@ -132,7 +131,8 @@ class Trainer:
         else:
             train = self._sft_batch(host, batch)
         train = jax.device_put(train, sharding.examples(self.mesh))
-        self.state, scalars = self.update(self.state, train)
+        with jax.transfer_guard("disallow"):  # everything is where the program wants it
+            self.state, scalars = self.update(self.state, train)
         metrics.update(jax.device_get(scalars))
         metrics["seconds/data"] = loaded - began
         metrics["seconds/step"] = time.monotonic() - began
@@ -167,8 +167,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
         done = number + 1
         check_finite(metrics, done, checkpoints.latest())
         if done % config.log_every == 0 or done == config.steps:
-            writer.write(done, metrics)
-            write_samples(workdir, done, samples)
+            writer.write(done, metrics, samples)
         progress.show(done, headline(metrics))
         if done % config.checkpoint.every == 0 or done == config.steps:
             place = checkpoint.iterator_state(trainer.data.get_state())
@@ -192,13 +191,6 @@ def check_finite(metrics: dict[str, Any], step: int, saved: int | None) -> None:
                 f"{name} is {metrics[name]} at step {step}; the last good checkpoint is of step {saved}: "
                 "lower optim.lr or optim.clip_norm and start again"
             )
-
-
-def write_samples(workdir: Path, step: int, samples: list[dict[str, Any]]) -> None:
-    """Appends completions and their rewards to samples.jsonl."""
-    if samples:
-        with (workdir / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
 
 
 if __name__ == "__main__":

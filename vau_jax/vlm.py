@@ -1,13 +1,13 @@
 """The front door: a video-language model to load, ask and save.
 
-    from vau_jax.vlm import VideoLM
+from vau_jax.vlm import VideoLM
 
-    vlm = VideoLM.load("path/to/Qwen2.5-VL-3B-Instruct", dtype="bfloat16")
-    batch = vlm.encode([[{"role": "user", "content": [
-        {"type": "video", "video": "clip.mp4", "fps": 2.0},
-        {"type": "text", "text": "What happens?"},
-    ]}]])
-    print(vlm.generate(batch, num_generations=1, max_new_tokens=64, temperature=0.0).text)
+vlm = VideoLM.load("path/to/Qwen2.5-VL-3B-Instruct", dtype="bfloat16")
+batch = vlm.encode([[{"role": "user", "content": [
+    {"type": "video", "video": "clip.mp4", "fps": 2.0},
+    {"type": "text", "text": "What happens?"},
+]}]])
+print(vlm.generate(batch, num_generations=1, max_new_tokens=64, temperature=0.0).text)
 """
 
 import os
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vau_jax import logprobs, sampling
+from vau_jax import checkpoint, logprobs, sampling, sharding
 from vau_jax.data.processor import Message, Processor, collate
 from vau_jax.files import InputError
 from vau_jax.models import hf, qwen_vl
@@ -58,8 +58,6 @@ class VideoLM:
         float32 always. With a `mesh`, parameters are laid out by `sharding.PARAM_RULES`. Raises InputError for a
         folder that is neither, and for weights that do not fit.
         """
-        from vau_jax import checkpoint, sharding
-
         if dtype not in DTYPES:
             raise InputError(f"dtype={dtype!r} is unknown: expected one of {', '.join(DTYPES)}")
         folder, run = checkpoint.find_model(path)
@@ -69,7 +67,9 @@ class VideoLM:
         if run is None:
             return cls(processor, model, hf.load(folder, processor.config, DTYPES[dtype], place))
         params = hf.flatten(checkpoint.restore_params(run))
-        return cls(processor, model, hf.unflatten({k: place(k, np.asarray(v).astype(dtype)) for k, v in params.items()}))
+        return cls(
+            processor, model, hf.unflatten({k: place(k, np.asarray(v).astype(dtype)) for k, v in params.items()})
+        )
 
     def encode(self, conversations: Sequence[Sequence[Message]], left: bool = False) -> Batch:
         """Chat messages to a padded batch (padding after the prompt, or before it when `left`).
@@ -135,7 +135,10 @@ def _logits(params: Params, batch: Batch, *, model: QwenVL) -> jax.Array:
 def decode_text(processor: Processor, tokens: np.ndarray, mask: np.ndarray) -> list[list[str]]:
     """The texts of completions [B, G, C], without end and padding tokens."""
     keep = mask & ~np.isin(tokens, processor.end_tokens)
-    flat = [row[real].tolist() for row, real in zip(tokens.reshape(-1, tokens.shape[-1]), keep.reshape(-1, tokens.shape[-1]), strict=True)]
+    flat = [
+        row[real].tolist()
+        for row, real in zip(tokens.reshape(-1, tokens.shape[-1]), keep.reshape(-1, tokens.shape[-1]), strict=True)
+    ]
     texts = processor.tokenizer.batch_decode(flat, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return [texts[i : i + tokens.shape[1]] for i in range(0, len(texts), tokens.shape[1])]
 
@@ -152,4 +155,3 @@ def save_folder(path: str | os.PathLike, processor: Processor, params: Params) -
         path.rename(old)
     part.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-

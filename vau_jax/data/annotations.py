@@ -189,7 +189,9 @@ def _read_records(path: Path) -> list[dict[str, str]]:
         records, columns = list(reader), set(reader.fieldnames or ())
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
-        raise InputError(f"{path} lacks the column(s) {', '.join(missing)}: VAU-Bench's columns are {', '.join(COLUMNS)}")
+        raise InputError(
+            f"{path} lacks the column(s) {', '.join(missing)}: VAU-Bench's columns are {', '.join(COLUMNS)}"
+        )
     if not records:
         raise InputError(f"{path} has no rows: at least one annotated video is needed")
     return [{column: str(record.get(column) or "") for column in COLUMNS} for record in records]

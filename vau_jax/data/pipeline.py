@@ -3,12 +3,10 @@
 The order and the randomness of example n depend on the seed and on n alone, never on the number of threads.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -96,7 +94,9 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]
 
 def video_options(config: ConfigDict, default: VideoOptions) -> VideoOptions:
     """The sampling that config.data asks for; pixel budgets it leaves at 0 are the model folder's."""
-    given = {name: config[name] for name in ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels") if config[name]}
+    given = {
+        name: config[name] for name in ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels") if config[name]
+    }
     return VideoOptions.from_item({**given, "total_pixels": config.total_pixels or None}, default)
 
 
@@ -155,7 +155,9 @@ class Loader:
         encoded = self.processor.tokenizer(
             "".join(span.text for span in spans), add_special_tokens=False, return_offsets_mapping=True
         )
-        weights = [weight_of_character[min(start, len(weight_of_character) - 1)] for start, _ in encoded["offset_mapping"]]
+        weights = [
+            weight_of_character[min(start, len(weight_of_character) - 1)] for start, _ in encoded["offset_mapping"]
+        ]
         tokens = [*encoded["input_ids"], self.processor.end_tokens[0]]
         return np.asarray(tokens, np.int32), np.asarray([*weights, 1.0], np.float32)
 
@@ -223,7 +225,8 @@ def train_iterator(
     by_task = {task: [e for e in examples if e.task == task] for task in config.tasks}
     by_task = {task: group for task, group in by_task.items() if group}
     streams = [
-        grain.MapDataset.source(group).seed(seed + number).shuffle().repeat() for number, group in enumerate(by_task.values())
+        grain.MapDataset.source(group).seed(seed + number).shuffle().repeat()
+        for number, group in enumerate(by_task.values())
     ]
     weights = [float(config.task_weights.get(task, 1.0)) for task in by_task]
     mixed = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights=weights)

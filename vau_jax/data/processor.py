@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch, which nothing here needs, is missing
 from transformers import AutoTokenizer
 
 from vau_jax.data import video
@@ -65,6 +63,8 @@ class Shape(NamedTuple):
     frames: int = 0
     frame_size: int = 0
 
+
+NO_FLOOR = Shape(0)
 
 # --- Frames to patches --------------------------------------------------------------------------------------------
 
@@ -154,9 +154,13 @@ class Processor:
             raise InputError(f"model folder {folder} does not exist (config.model)")
         self.config = model_config.load(folder)
         if not (self.folder / "tokenizer.json").is_file():
-            raise InputError(f"model folder {folder} has no tokenizer.json: copy the tokenizer files beside the weights")
+            raise InputError(
+                f"model folder {folder} has no tokenizer.json: copy the tokenizer files beside the weights"
+            )
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        self.image_options = self._pixel_budget("preprocessor_config.json", VideoOptions(min_pixels=3136, max_pixels=1003520))
+        self.image_options = self._pixel_budget(
+            "preprocessor_config.json", VideoOptions(min_pixels=3136, max_pixels=1003520)
+        )
         self.video_options = self._pixel_budget("video_preprocessor_config.json", VideoOptions())
         self.end_tokens = self._end_tokens()
 
@@ -291,7 +295,7 @@ def batch_shape(rows: Sequence[Encoded], floor: Shape) -> Shape:
 
 
 def collate(
-    rows: Sequence[Encoded], config: VisionConfig, floor: Shape = Shape(0), pad_token: int = 0, left: bool = False
+    rows: Sequence[Encoded], config: VisionConfig, floor: Shape = NO_FLOOR, pad_token: int = 0, left: bool = False
 ) -> Batch:
     """Pads prompts to one batch; padding tokens come after the prompt, or before it when `left`."""
     shape = batch_shape(rows, floor)

@@ -101,7 +101,9 @@ def _box(image: np.ndarray, x: float, y: float, w: float, h: float, color: tuple
     image[top : max(top, round(y + h)), left : max(left, round(x + w))] = color
 
 
-def _disc(image: np.ndarray, x: float, y: float, radius: float, color: tuple[int, int, int], alpha: float = 1.0) -> None:
+def _disc(
+    image: np.ndarray, x: float, y: float, radius: float, color: tuple[int, int, int], alpha: float = 1.0
+) -> None:
     top, left = max(0, int(y - radius)), max(0, int(x - radius))
     patch = image[top : max(top, int(y + radius) + 2), left : max(left, int(x + radius) + 2)]
     rows, cols = np.ogrid[top : top + patch.shape[0], left : left + patch.shape[1]]
@@ -172,7 +174,9 @@ class Painter:
             (rng.uniform(-20, scene.width), rng.choice([-1, 1]) * rng.uniform(12, 30), self.ground + 2, DULL[i])
             for i in rng.integers(0, len(DULL), rng.integers(0, 2))
         ]
-        self.lamp = (rng.uniform(0, scene.width), rng.uniform(0, 20), rng.uniform(0.5, 2)) if rng.random() < 0.3 else None
+        self.lamp = (
+            (rng.uniform(0, scene.width), rng.uniform(0, 20), rng.uniform(0.5, 2)) if rng.random() < 0.3 else None
+        )
         self.spot = rng.uniform(0.3, 0.7) * scene.width  # where the anomaly happens
         self.scale = rng.uniform(1.1, 1.5)  # of the anomaly
 
@@ -201,7 +205,13 @@ def _fire(p: Painter, image: np.ndarray, t: float, length: float) -> np.ndarray:
     for i in range(4):
         _disc(image, p.spot + p.rng.normal(0, 4), p.ground - size * (1.2 + 0.5 * i), 5, (50, 48, 46), 0.6)
     for color, share in (((225, 70, 15), 1.0), ((250, 150, 20), 0.7), ((255, 225, 90), 0.35)):
-        _disc(image, p.spot + p.rng.normal(0, 1.5), p.ground - size * share, size * share * p.rng.uniform(0.85, 1.1), color)
+        _disc(
+            image,
+            p.spot + p.rng.normal(0, 1.5),
+            p.ground - size * share,
+            size * share * p.rng.uniform(0.85, 1.1),
+            color,
+        )
     return image
 
 

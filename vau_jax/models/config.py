@@ -57,12 +57,14 @@ def load(folder: str | Path) -> QwenVLConfig:
     """Reads folder/config.json. Raises InputError when there is none, or for a model_type that is not supported."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise InputError(f"model folder {folder} has no config.json: give a Hugging Face model folder or a run's workdir")
+        raise InputError(
+            f"model folder {folder} has no config.json: give a Hugging Face model folder or a run's workdir"
+        )
     return from_hf(read_json(path), str(path))
 
 
 def from_hf(raw: dict[str, Any], where: str = "config.json") -> QwenVLConfig:
-    """The sizes in a Hugging Face config, with the text fields nested (transformers 4.52 and later) or flat (published)."""
+    """The sizes in a Hugging Face config, whose text fields are nested (transformers 4.52 and later) or flat."""
     model_type = raw.get("model_type")
     if model_type not in SUPPORTED:
         raise InputError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")

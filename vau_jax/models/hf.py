@@ -99,7 +99,8 @@ class _Reader:
         for path in self.files:
             try:
                 with safe_open(path, framework="numpy") as handle:
-                    self.where.update({published_name(name): (path, name) for name in handle.keys()})
+                    names = list(handle.keys())
+                self.where.update({published_name(name): (path, name) for name in names})
             except Exception as error:  # safetensors raises its own type for a damaged header
                 raise InputError(f"cannot read {path}: {error}; download or copy it again") from error
 
@@ -114,7 +115,9 @@ class _Reader:
         if (folder / SINGLE).is_file():
             return [folder / SINGLE]
         if list(folder.glob("*.bin")):
-            raise InputError(f"{folder} has .bin weights only: those are pickles, which can run code; convert to safetensors")
+            raise InputError(
+                f"{folder} has .bin weights only: those are pickles, which can run code; convert to safetensors"
+            )
         raise InputError(f"{folder} has no {SINGLE} and no {INDEX}")
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vau_jax.models import attention, rope
 from vau_jax.models.attention import Keys
 from vau_jax.models.config import QwenVLConfig
-from vau_jax.models.layers import RMSNorm, SwiGLU, UNIT_NORMAL, dense
+from vau_jax.models.layers import UNIT_NORMAL, RMSNorm, SwiGLU, dense
 from vau_jax.models.vision import VisionTower
 from vau_jax.types import Batch, Completions, Groups, KVCache, Params, Vision
 
@@ -83,7 +83,8 @@ class Decoder(nn.Module):
 
     config: QwenVLConfig
     dtype: Any
-    remat: bool = False
+    remat: bool
+    unroll: int
 
     @nn.compact
     def __call__(
@@ -100,7 +101,8 @@ class Decoder(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
-            length=self.config.num_layers, unroll=4,
+            length=self.config.num_layers,
+            unroll=self.unroll,
         )(self.config, self.dtype, generations, keep_kv, name="layers")
         x, kv = layers(x, where, caches)
         return RMSNorm(self.config.rms_norm_eps, name="norm")(x), kv
@@ -111,13 +113,14 @@ class QwenVL(nn.Module):
 
     config: QwenVLConfig
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool = False  # compute activations again in the backward pass
+    unroll: int = 1  # layers in one round of the scan: more is faster for small models, and slower to compile
 
     def setup(self) -> None:
         c = self.config
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=UNIT_NORMAL)
-        self.visual = VisionTower(c.vision, self.dtype, self.remat)
-        self.decoder = Decoder(c, self.dtype, self.remat)
+        self.visual = VisionTower(c.vision, self.dtype, self.remat, self.unroll)
+        self.decoder = Decoder(c, self.dtype, self.remat, self.unroll)
         if not c.tie_word_embeddings:
             self.lm_head = self.param("lm_head", UNIT_NORMAL, (c.hidden_size, c.vocab_size))
 

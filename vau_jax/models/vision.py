@@ -49,7 +49,9 @@ class VisionBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, vision: Vision, angles: jax.Array, whole_frame: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, vision: Vision, angles: jax.Array, whole_frame: jax.Array
+    ) -> tuple[jax.Array, None]:
         c = self.config
         attn = VisionAttention(c, self.dtype, name="attn")
         x = x + attn(RMSNorm(1e-6, name="norm1")(x), vision, angles, whole_frame)
@@ -63,6 +65,7 @@ class VisionTower(nn.Module):
     config: VisionConfig
     dtype: Any
     remat: bool = False
+    unroll: int = 1
 
     @nn.compact
     def __call__(self, vision: Vision) -> jax.Array:
@@ -76,7 +79,8 @@ class VisionTower(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
-            length=c.depth, unroll=3,
+            length=c.depth,
+            unroll=self.unroll,
         )(c, self.dtype, name="blocks")
         x, _ = blocks(x, vision, angles, jnp.asarray(whole_frame))
         x = RMSNorm(1e-6, name="merger_ln_q")(x)

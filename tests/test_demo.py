@@ -1,0 +1,103 @@
+"""The whole job, small, through the script a user calls: twice, then after a kill."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from vau_jax.files import read_json
+from vau_jax.metric_writer import read_metrics
+from vau_jax.vlm import VideoLM
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment() -> dict[str, str]:
+    import sys
+
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "VENV": str(Path(sys.prefix))}
+
+
+def demo(workdir: Path) -> subprocess.CompletedProcess:
+    args = ["bash", "launch/demo.sh", "quick", str(workdir)]
+    return subprocess.run(args, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A demo that was killed during SFT and called again."""
+    workdir = tmp_path_factory.mktemp("demo") / "run"
+    args = ["bash", "launch/demo.sh", "quick", str(workdir)]
+    process = subprocess.Popen(args, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (workdir / "sft" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = demo(workdir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir, done.stdout
+
+
+def test_every_stage_leaves_its_result(finished: tuple[Path, str]) -> None:
+    workdir, _ = finished
+    for name in ("init", "sft", "sft_blind", "rft", "rft_blind"):
+        result = read_json(workdir / "eval" / name / "metrics.json")
+        assert {
+            task: metrics[key]["n"] > 0 for task, metrics in result["tasks"].items() for key in metrics if "R@" in key
+        }
+        assert result["failed"] == 0
+    assert set(result["tasks"]) == {"qa", "grounding", "classification"}
+    assert len((workdir / "eval" / "rft" / "predictions.jsonl").read_text().splitlines()) == 24 * 3
+
+
+def test_training_wrote_its_metrics(finished: tuple[Path, str]) -> None:
+    workdir, _ = finished
+    steps = read_metrics(workdir / "rft")
+    wanted = {"reward", "rewards/format", "rewards/tiou_std", "kl", "entropy", "sampler_logp_gap", "length/truncated"}
+    assert wanted <= set(steps[0])
+    assert all(step["sampler_logp_gap"] < 1e-3 for step in steps)
+    assert list((workdir / "rft" / "tensorboard").iterdir())
+
+
+def test_the_report_shows_table_and_curves(finished: tuple[Path, str]) -> None:
+    workdir, out = finished
+    text = (workdir / "report.md").read_text()
+    assert re.search(r"QA accuracy +\| \d\.\d\d \[", out)
+    assert "Grounding mIoU" in text and "constant guess" in text and "rft blind" in text
+    for picture in re.findall(r"\((\S+\.png)\)", text):
+        assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
+    assert "curves_rft_rewards.png" in text
+
+
+def test_the_trained_model_opens_and_saves(finished: tuple[Path, str], tmp_path: Path) -> None:
+    workdir, _ = finished
+    vlm = VideoLM.load(workdir / "rft")
+    vlm.save(tmp_path / "hf")
+    assert VideoLM.load(tmp_path / "hf").processor.config == vlm.processor.config
+
+
+def test_progress_says_what_how_far_and_how_long(finished: tuple[Path, str]) -> None:
+    _, out = finished
+    assert re.search(r"^rft: \d+/\d+ +(\d+:\d\d gone, \d+:\d\d left|took \d+:\d\d)", out, re.MULTILINE)
+
+
+def test_a_second_call_skips_what_is_done(finished: tuple[Path, str]) -> None:
+    workdir, _ = finished
+    began = time.monotonic()
+    done = demo(workdir)
+    assert done.returncode == 0
+    assert time.monotonic() - began < 60
+    for words in ("clips are there already", "sft: 60 steps are done already", "rft: evaluated already"):
+        assert words in done.stdout
+
+
+def test_a_changed_checkpoint_is_evaluated_again(finished: tuple[Path, str]) -> None:
+    workdir, _ = finished
+    result = read_json(workdir / "eval" / "init" / "metrics.json")
+    other = read_json(workdir / "eval" / "sft" / "metrics.json")
+    assert result["fingerprint"] != other["fingerprint"]

@@ -1,0 +1,47 @@
+"""Users need no torch: the whole front door works where it cannot be imported."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+SCRIPT = """
+import sys
+sys.modules["torch"] = None  # an import of torch fails
+import numpy as np
+from vau_jax import evaluate, report, train
+from vau_jax.vlm import VideoLM
+vlm = VideoLM.load(sys.argv[1])
+video = {"type": "video", "video": np.zeros((4, 56, 84, 3), np.uint8), "fps": 2.0}
+batch = vlm.encode([[{"role": "user", "content": [video, {"type": "text", "text": "What?"}]}]])
+assert vlm.generate(batch, 2, 4).tokens.shape == (1, 2, 4)
+vlm.save(sys.argv[2])
+"""
+
+
+def test_the_front_door_works_without_torch(model_folder: Path, tmp_path: Path) -> None:
+    args = [sys.executable, "-c", SCRIPT, str(model_folder), str(tmp_path / "copy")]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_only_the_test_extra_names_torch() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert not any("torch" in name for name in project["dependencies"])
+    with_torch = [
+        extra for extra, names in project["optional-dependencies"].items() if any("torch" in n for n in names)
+    ]
+    assert with_torch == ["test"]
+
+
+def test_every_dependency_is_pinned() -> None:
+    import re
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {re.split("==", line)[0].lower() for line in (ROOT / "launch/constraints.txt").read_text().splitlines()}
+    names = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    assert {re.split(r"[;=\[ ]", name)[0].lower() for name in names} <= {
+        name.replace("_", "-") for name in pinned
+    } | pinned
