@@ -28,14 +28,14 @@ def get_config() -> ConfigDict:
     c.data.reflection = ""  # JSONL of reflection records; empty: reasoning from the annotations
     c.data.source = "auto"  # rules for times: msad, ucf, ecva, or auto by file name
     c.data.protocol = "clean"  # clean: dirt mended; paper: as the published denominators
-    c.data.tasks = ("qa", "grounding", "classification")
+    c.data.tasks = ("qa", "grounding", "classification")  # what is asked of each video
     c.data.task_weights = ConfigDict({"qa": 1.0, "grounding": 1.0, "classification": 1.0})  # share in the mix
     c.data.style = "think"  # completions: direct, think, or reflection
     c.data.wording = "full"  # prompts: full says the grammar, short asks only
     c.data.max_examples = 0  # use only the first so many (video, task) pairs; 0: all
     c.data.fps = 2.0  # frames a second of video
-    c.data.min_frames = 4
-    c.data.max_frames = 768
+    c.data.min_frames = 4  # of a video, however short
+    c.data.max_frames = 768  # of a video, however long
     c.data.min_pixels = 0  # a frame; 0: the model folder's
     c.data.max_pixels = 0  # a frame; 0: the model folder's
     c.data.total_pixels = 3584 * 28 * 28  # all frames of a video (VAU-R1's training budget)
@@ -46,23 +46,23 @@ def get_config() -> ConfigDict:
     c.data.bucket = (256, 1024, 16, 64, 16, 64)  # least padded sizes: tokens, patches, windows, size, frames, size
     c.data.threads = 2  # that load examples
 
-    c.optim = ConfigDict()
-    c.optim.lr = 2e-5
+    c.optim = ConfigDict()  # AdamW
+    c.optim.lr = 2e-5  # highest learning rate
     c.optim.schedule = "linear"  # after the warm-up: constant, linear or cosine
-    c.optim.warmup_steps = 0
+    c.optim.warmup_steps = 0  # from 0 up to lr
     c.optim.final_lr = 0.0  # end of the schedule, as a share of lr
-    c.optim.b1 = 0.9
-    c.optim.b2 = 0.999
-    c.optim.weight_decay = 0.0
-    c.optim.no_decay = (r".*(norm\d?|layernorm|ln_q)/weight", r".*/bias")  # regexes on parameter names
+    c.optim.b1 = 0.9  # decay of the mean of gradients
+    c.optim.b2 = 0.999  # decay of the mean of their squares
+    c.optim.weight_decay = 0.0  # decoupled, times the learning rate
+    c.optim.no_decay = (r".*(norm\d?|layernorm|ln_q)/weight", r".*/bias")  # names without weight decay (regexes)
     c.optim.freeze = ()  # regexes on parameter names; VAU-R1 trains everything
-    c.optim.clip_norm = 1.0
+    c.optim.clip_norm = 1.0  # most norm of the gradient of all parameters
 
     c.rollout = ConfigDict()  # rft only
     c.rollout.num_generations = 4  # completions a prompt (G)
-    c.rollout.temperature = 1.0
-    c.rollout.top_p = 1.0  # below 1 or top_k above 0: what is sampled is no longer what is scored
-    c.rollout.top_k = 0
+    c.rollout.temperature = 1.0  # of sampling and scoring alike
+    c.rollout.top_p = 1.0  # mass of the likeliest tokens kept; below 1 what is sampled is no longer what is scored
+    c.rollout.top_k = 0  # number of the likeliest tokens kept, likewise; 0: all
 
     c.rewards = ConfigDict({"format": 1.0, "accuracy": 1.0, "tiou": 0.0, "reflection": 0.0})  # weights; 0: off
 
@@ -71,11 +71,11 @@ def get_config() -> ConfigDict:
     c.grpo.scale = "group"  # advantages divided by the std of: group, batch, none
     c.grpo.beta = 0.04  # weight of the KL term; 0: no reference policy is kept
     c.grpo.kl = "k3"  # k1, k2, k3
-    c.grpo.epsilon_low = 0.2
-    c.grpo.epsilon_high = 0.2
+    c.grpo.epsilon_low = 0.2  # the ratio is clipped below 1 - this
+    c.grpo.epsilon_high = 0.2  # and above 1 + this; for cispo the cap itself
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every = 100  # steps
+    c.checkpoint.every = 100  # steps between checkpoints; the last step is always one
     c.checkpoint.keep = 2  # the newest so many
 
     return c

@@ -25,15 +25,11 @@ def test_a_training_config_has_the_fields_of_base(name: str) -> None:
     assert fields(importlib.import_module(f"configs.{name}").get_config()) == fields(base.get_config())
 
 
-def test_base_explains_every_field_where_it_is_not_plain() -> None:
-    """Each assignment has a comment, but for five whose names and values say all."""
+def test_base_explains_every_field() -> None:
+    """Each assignment has a comment on its line; a group's fields have theirs."""
     lines = (ROOT / "configs" / "base.py").read_text().splitlines()
-    bare = [line.split("=")[0].strip() for line in lines if re.match(r"    c\.\S+ = ", line) and "#" not in line]
-    groups = {f"c.{name}" for name in ("mesh", "data", "optim", "rollout", "grpo", "checkpoint")}
-    plain = {"c.data.tasks", "c.data.min_frames", "c.data.max_frames", "c.optim.lr", "c.optim.b1", "c.optim.b2"}
-    plain |= {"c.optim.weight_decay", "c.optim.clip_norm", "c.rollout.temperature"}
-    plain |= {"c.grpo.epsilon_low", "c.grpo.epsilon_high"}
-    assert set(bare) - groups <= plain
+    bare = [line for line in lines if re.match(r"    c\.\S+ = ", line) and "#" not in line]
+    assert [line for line in bare if not line.endswith("ConfigDict()")] == []
 
 
 @pytest.mark.parametrize("mode", ["", "quick"])

@@ -3,4 +3,4 @@
 import os
 
 # transformers is used for tokenizers alone; it would warn at every start that torch is missing.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
