@@ -78,4 +78,4 @@ def get_config() -> ConfigDict:
     c.checkpoint.every = 100  # steps between checkpoints; the last step is always one
     c.checkpoint.keep = 2  # the newest so many
 
-    return c
+    return c.lock()  # a misspelt field in another config fails and names the nearest

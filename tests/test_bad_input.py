@@ -89,10 +89,11 @@ def test_annotation_files(good: dict[str, str], dataset: Path, tmp_path: Path, c
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "cannot read"),
         (lambda f: (f / "config.json").write_text("{"), "as JSON"),
         (lambda f: (f / "config.json").write_text('{"model_type": "llava"}'), "supported: qwen2_5_vl"),
-        (lambda f: widen(f), "expected [96"),
+        (lambda f: change(f, intermediate_size=96), "expected [96, 64]"),
+        (lambda f: change(f, hidden_size=96), "mrope_section"),
         (lambda f: ((f / "model.safetensors").unlink(), (f / "pytorch_model.bin").write_bytes(b"")), "pickles"),
     ],
-    ids=["config", "tokenizer", "weights", "damaged weights", "json", "model_type", "shapes", "pickle"],
+    ids=["config", "tokenizer", "weights", "damaged weights", "json", "model_type", "shapes", "sizes", "pickle"],
 )
 def test_model_folders(good: dict[str, str], model_folder: Path, tmp_path: Path, damage: object, words: str) -> None:
     import shutil
@@ -106,9 +107,9 @@ def test_model_folders(good: dict[str, str], model_folder: Path, tmp_path: Path,
     assert "Traceback" not in error
 
 
-def widen(folder: Path) -> None:
+def change(folder: Path, **fields: int) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 96}))
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
 
 
 def test_evaluation_of_a_run_without_a_checkpoint(dataset: Path, model_folder: Path, tmp_path: Path) -> None:

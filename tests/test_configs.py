@@ -42,6 +42,5 @@ def test_the_demo_config_builds(mode: str) -> None:
 
 def test_a_misspelt_field_in_a_config_file_names_the_nearest() -> None:
     c = base.get_config()
-    c.lock()
     with pytest.raises(AttributeError, match='Did you mean "lr"'):
         c.optim.lrr = 1.0

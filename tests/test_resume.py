@@ -86,3 +86,12 @@ def test_killed_and_straight_runs_end_alike(
     for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
     assert learning_curve(tmp_path / "killed") == learning_curve(tmp_path / "straight")
+
+
+def test_a_workdir_with_another_run_is_refused(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    args = command("sft", model_folder, dataset, tmp_path / "run")
+    run(args)
+    other = [*args, "--config.optim.lr=5e-4"]
+    done = subprocess.run(other, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "optim.lr (was 0.001, is 0.0005)" in done.stderr

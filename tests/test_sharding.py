@@ -37,6 +37,7 @@ import json, sys
 import jax, numpy as np
 from configs import demo
 from vau_jax import sharding, train
+from vau_jax.types import Completions, TrainBatch
 folder, data, mesh = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 c = demo.stage(sys.argv[4])
 c.model, c.mesh.data, c.mesh.fsdp, c.mesh.tensor = folder, *mesh
@@ -46,13 +47,22 @@ c.data.max_completion_tokens = 24 if c.stage == "rft" else 128
 c.data.csv, c.data.videos, c.data.reflection = data + "/train.csv", data + "/videos", data + "/train_reflection.jsonl"
 t = train.Trainer(c, "unused")
 before = jax.tree.map(lambda x: x.sharding, t.state)
-losses = []
+losses, tokens = [], []
 for i in range(2):
-    metrics, _ = t.step(i)
+    if c.stage == "sft":
+        metrics, _ = t.step(i)
+    else:  # rewards of a random model are all alike, so the advantages are given
+        host = next(t.data)
+        batch = jax.device_put(host.batch, sharding.examples(t.mesh))
+        out = t.rollout.sample(t.state.params, batch, jax.random.key(i))
+        tokens.append(np.asarray(out.tokens).tolist())
+        inputs = {"mask": out.mask, "advantages": np.cos(np.arange(32.0)).reshape(8, 4), "sampler_logps": out.logps}
+        full = t._with_reference(TrainBatch(batch, Completions(out.tokens, out.mask), inputs))
+        t.state, metrics = t.update(t.state, jax.device_put(full, sharding.examples(t.mesh)))
     losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
 after = jax.tree.map(lambda x: x.sharding, t.state)
 same = jax.tree.all(jax.tree.map(lambda a, b, x: a.is_equivalent_to(b, x.ndim), before, after, t.state))
-print(json.dumps({"losses": losses, "same": bool(same), "programs": t.update._cache_size()}))
+print(json.dumps({"losses": losses, "same": bool(same), "programs": t.update._cache_size(), "tokens": tokens}))
 """
 
 
@@ -73,6 +83,7 @@ def test_sharded_equals_one_device(model_folder: Path, dataset: Path, stage: str
     """Losses and gradient norms of two updates on 8 devices and on one, 1e-4 relative: other orders of float32 sums."""
     alone, spread = run_on(model_folder, dataset, (1, 1, 1), stage), run_on(model_folder, dataset, mesh, stage)
     np.testing.assert_allclose(spread["losses"], alone["losses"], rtol=1e-4, atol=1e-5)
+    assert spread["tokens"] == alone["tokens"], "the same key draws the same completions on any mesh"
     assert spread["same"], "a step changed how the state lies on the devices"
     assert spread["programs"] == 1
 

@@ -6,6 +6,7 @@ RFT adds one line to a step: it makes the batch by a rollout before the same upd
 its last checkpoint and ends with the same bits.
 """
 
+import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 from vau_jax import checkpoint, cli, grpo, logprobs, optim, sft, sharding
 from vau_jax.data import pipeline
 from vau_jax.data.pipeline import HostBatch
-from vau_jax.files import InputError, write_text
+from vau_jax.files import InputError, read_json, write_text
 from vau_jax.metric_writer import MetricWriter, Progress
 from vau_jax.models import qwen_vl
 from vau_jax.models.qwen_vl import QwenVL
@@ -152,6 +153,7 @@ class Trainer:
 def run(config: ConfigDict, workdir: str | Path) -> Path:
     """Trains to config.steps in `workdir`, from its last checkpoint where there is one. Returns the workdir."""
     workdir = Path(workdir)
+    check_same_run(config, workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
     if (checkpoints.latest() or 0) >= config.steps:
         print(f"{config.stage}: {config.steps} steps are done already ({workdir})", flush=True)
@@ -175,6 +177,29 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     writer.close()
     checkpoints.close()
     return workdir
+
+
+MAY_CHANGE = ("steps", "log_every", "checkpoint.every", "checkpoint.keep", "data.threads", "data.cache")
+
+
+def check_same_run(config: ConfigDict, workdir: Path) -> None:
+    """Raises InputError when `workdir` holds a run with other settings, but for those of MAY_CHANGE."""
+    path = workdir / "config.json"
+    if not path.exists() or not checkpoint.steps(workdir):
+        return
+    old, new = _flat(read_json(path)), _flat(json.loads(config.to_json_best_effort()))
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    changed = [f"{name} (was {old.get(name)!r}, is {new.get(name)!r})" for name in changed if name not in MAY_CHANGE]
+    if changed:
+        raise InputError(f"{workdir} holds a run with other settings: {', '.join(changed)}; choose another --workdir")
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"a.b": value}."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def headline(metrics: dict[str, Any]) -> str:
