@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,8 +18,6 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment() -> dict[str, str]:
-    import sys
-
     return {**os.environ, "JAX_PLATFORMS": "cpu", "VENV": str(Path(sys.prefix))}
 
 
@@ -96,8 +95,17 @@ def test_a_second_call_skips_what_is_done(finished: tuple[Path, str]) -> None:
         assert words in done.stdout
 
 
-def test_a_changed_checkpoint_is_evaluated_again(finished: tuple[Path, str]) -> None:
+def test_the_readmes_python_runs(finished: tuple[Path, str]) -> None:
+    """The block under "In Python", on this run's folder."""
     workdir, _ = finished
-    result = read_json(workdir / "eval" / "init" / "metrics.json")
-    other = read_json(workdir / "eval" / "sft" / "metrics.json")
-    assert result["fingerprint"] != other["fingerprint"]
+    block = re.search(r"## In Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    code = block.replace("runs/demo/", f"{workdir}/")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_table_over_seeds(finished: tuple[Path, str]) -> None:
+    workdir, _ = finished
+    args = [sys.executable, "-m", "launch.seeds", str(workdir), str(workdir)]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert re.search(r"QA accuracy +\| \d\.\d\d ± 0\.00", done.stdout), done.stderr

@@ -1,0 +1,98 @@
+"""Every training config runs on a real model folder and real videos, and learning lowers the loss."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from vau_jax import evaluate, train
+from vau_jax.files import InputError, read_json
+from vau_jax.metric_writer import read_metrics
+from vau_jax.models import hf
+from vau_jax.vlm import VideoLM
+
+ROOT = Path(__file__).parents[1]
+TRAINING = sorted(p.stem for p in (ROOT / "configs").glob("*vau_r1*.py"))
+
+
+def small(name: str, model: Path, data: Path, split: str = "train") -> ConfigDict:
+    """A config with the test's paths and sizes, and nothing else changed."""
+    c = importlib.import_module(f"configs.{name}").get_config()
+    c.dtype = "float32"
+    c.batch_size = 4
+    c.data.csv, c.data.videos = str(data / f"{split}.csv"), str(data / "videos")
+    c.data.max_frames, c.data.wording = 8, "short"
+    c.data.bucket = (128, 576, 48, 64, 12, 64)
+    if name == "eval":
+        c.checkpoint = str(model)
+        c.data.max_completion_tokens = 8
+        return c
+    c.model, c.steps = str(model), 1
+    c.data.max_completion_tokens = 16 if c.stage == "rft" else 160
+    if c.data.style == "reflection":
+        c.data.reflection = str(data / "train_reflection.jsonl")
+    return c
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_config_trains(name: str, model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    train.run(small(name, model_folder, dataset), tmp_path)
+    step = read_metrics(tmp_path)[0]
+    assert np.isfinite([step["loss"], step["grad_norm"]]).all()
+    assert read_json(tmp_path / "config.json")["stage"] == name.rpartition("_")[2]
+
+
+def test_sft_lowers_the_loss(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    c = small("srvau_r1_sft", model_folder, dataset)
+    c.steps, c.optim.lr, c.optim.schedule = 25, 1e-3, "constant"
+    train.run(c, tmp_path)
+    losses = [step["loss"] for step in read_metrics(tmp_path)]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
+
+
+def test_frozen_parameters_stay_and_the_others_move(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    c = small("srvau_r1_sft", model_folder, dataset)
+    c.optim.freeze, c.optim.lr = ("visual/.*",), 1e-3
+    train.run(c, tmp_path)
+    before, after = (hf.flatten(VideoLM.load(path).params) for path in (model_folder, tmp_path))
+    for name, value in before.items():
+        moved = not np.array_equal(np.asarray(value), np.asarray(after[name]))
+        assert moved == (not name.startswith("visual/")), name
+
+
+def test_rft_begins_at_its_reference(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    """At the first step policy and reference are one: KL 0, and the sampler's log-probabilities are the trainer's."""
+    train.run(small("srvau_r1_rft", model_folder, dataset), tmp_path)
+    step = read_metrics(tmp_path)[0]
+    assert abs(step["kl"]) < 1e-6
+    assert step["sampler_logp_gap"] < 1e-4
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step() -> None:
+    with pytest.raises(InputError, match="loss is nan at step 7; the last good checkpoint is of step 5"):
+        train.check_finite({"loss": float("nan"), "grad_norm": 1.0}, 7, 5)
+
+
+def test_evaluation_counts_a_broken_video_as_wrong(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(dataset / "videos", tmp_path / "videos")
+    (tmp_path / "videos" / "test_00004.mp4").write_bytes(b"broken")
+    c = small("eval", model_folder, dataset, "test")
+    c.data.videos = str(tmp_path / "videos")
+    result = evaluate.run(c, tmp_path / "eval")
+    assert result["failed"] == 3
+    assert result["tasks"]["qa"]["accuracy"]["n"] == 12
+
+
+def test_evaluation_goes_on_after_the_examples_that_are_done(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    c = small("eval", model_folder, dataset, "test")
+    first = evaluate.run(c, tmp_path)
+    path = tmp_path / "predictions.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:10]) + lines[10][:20])
+    (tmp_path / "metrics.json").unlink()
+    assert evaluate.run(c, tmp_path) == first
+    assert sorted(path.read_text().splitlines()) == sorted(line.strip() for line in lines)
