@@ -13,7 +13,8 @@ def get_config() -> ConfigDict:
     c.steps = 1000  # updates
     c.batch_size = 8  # prompts an update, over all devices
     c.log_every = 1  # steps between lines of metrics.jsonl
-    c.dtype = "bfloat16"  # of parameters and activations: float32 or bfloat16
+    c.dtype = "bfloat16"  # of activations: float32 or bfloat16
+    c.param_dtype = "float32"  # of parameters and optimiser: bfloat16 would lose updates of lr 1e-6
     c.remat = True  # compute activations again in the backward pass instead of keeping them
     c.unroll = 1  # layers in one round of the scan: more is faster for small models, and slower to compile
 

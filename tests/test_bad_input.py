@@ -53,6 +53,7 @@ CASES = {
     "missing config": ({"config": "configs/none.py"}, "none.py"),
     "missing reflection file": ({"config.data.reflection": "/no/such"}, "reflection file /no/such does not exist"),
     "unknown dtype": ({"config.dtype": "float8"}, "dtype='float8' is unknown"),
+    "unknown parameter dtype": ({"config.param_dtype": "float8"}, "dtype='float8' is unknown"),
     "freeze that matches nothing": ({"config.optim.freeze": "('vision.*',)"}, "matches no parameter"),
     "unknown schedule": ({"config.optim.schedule": "step"}, "optim.schedule='step' is unknown"),
 }

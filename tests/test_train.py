@@ -62,6 +62,15 @@ def test_frozen_parameters_stay_and_the_others_move(model_folder: Path, dataset:
         assert moved == (not name.startswith("visual/")), name
 
 
+def test_bfloat16_activations_keep_small_updates(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    """With lr 1e-6, float32 parameters move under bfloat16 activations; bfloat16 ones would stay where they are."""
+    c = small("vau_r1_multi_rft", model_folder, dataset)
+    c.stage, c.dtype, c.data.max_completion_tokens = "sft", "bfloat16", 160
+    train.run(c, tmp_path)
+    before, after = (hf.flatten(VideoLM.load(path).params) for path in (model_folder, tmp_path))
+    assert all(not np.array_equal(before[name], after[name]) for name in before)
+
+
 def test_rft_begins_at_its_reference(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     """At the first step policy and reference are one: KL 0, and the sampler's log-probabilities are the trainer's."""
     train.run(small("srvau_r1_rft", model_folder, dataset), tmp_path)

@@ -90,8 +90,10 @@ class Trainer:
         sharding.check_divisible(config.batch_size, self.mesh)
         self.examples, audit = pipeline.load_examples(config.data)
         print(audit.table(), flush=True)
-        start = VideoLM.load(config.init_from or config.model, config.dtype, self.mesh)
+        start = VideoLM.load(config.init_from or config.model, config.param_dtype, self.mesh)
         self.processor = start.processor
+        if config.dtype not in DTYPES:
+            raise InputError(f"dtype={config.dtype!r} is unknown: expected one of {', '.join(DTYPES)}")
         self.model = QwenVL(self.processor.config, DTYPES[config.dtype], config.remat, config.unroll)
         self.rollout = Rollout(config, self.model, self.processor) if config.stage == "rft" else None
         self.optimiser = optim.make(config.optim, config.steps, start.params)
