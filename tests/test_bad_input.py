@@ -27,6 +27,7 @@ def good(dataset: Path, model_folder: Path, tmp_path: Path) -> dict[str, str]:
         "config.model": str(model_folder),
         "config.data.csv": str(dataset / "train.csv"),
         "config.data.videos": str(dataset / "videos"),
+        "config.data.reflection": str(dataset / "train_reflection.jsonl"),
         "config.dtype": "float32",
         "config.steps": "1",
     }
@@ -51,6 +52,7 @@ CASES = {
     "misspelt field": ({"config.optim.lrr": "1"}, 'Did you mean "lr"'),
     "no number": ({"config.optim.lr": "fast"}, "could not convert string to float"),
     "missing config": ({"config": "configs/none.py"}, "none.py"),
+    "no reflection file": ({"config.data.reflection": ""}, "needs the records to learn from"),
     "missing reflection file": ({"config.data.reflection": "/no/such"}, "reflection file /no/such does not exist"),
     "unknown dtype": ({"config.dtype": "float8"}, "dtype='float8' is unknown"),
     "unknown parameter dtype": ({"config.param_dtype": "float8"}, "dtype='float8' is unknown"),

@@ -134,6 +134,16 @@ def test_a_missing_video_is_excluded_and_listed(config: ConfigDict, tmp_path: Pa
     assert [e.video for e in audit.entries if e.reason.startswith("no such video")] == ["train_00003.mp4"]
 
 
+def test_an_example_without_its_reflection_record_is_excluded_and_listed(config: ConfigDict, tmp_path: Path) -> None:
+    lines = Path(config.reflection).read_text().splitlines(keepends=True)
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(lines[1:]))
+    config.reflection = str(path)
+    examples, audit = pipeline.load_examples(config)
+    assert len(examples) == len(lines) - 1
+    assert audit.counts() == {("excluded", "no reflection record"): 1}
+
+
 def test_no_usable_example_is_an_error(config: ConfigDict, tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     config.videos = str(tmp_path / "videos")

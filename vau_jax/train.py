@@ -85,6 +85,10 @@ class Trainer:
     def __init__(self, config: ConfigDict, workdir: str | Path) -> None:
         if config.stage not in LOSSES:
             raise InputError(f"stage={config.stage!r} is unknown: expected one of {', '.join(LOSSES)}")
+        if config.stage == "sft" and config.data.style == "reflection" and not config.data.reflection:
+            raise InputError(
+                "SFT with data.style=reflection needs the records to learn from: set config.data.reflection"
+            )
         self.config, self.workdir = config, Path(workdir)
         self.mesh = sharding.make_mesh(config.mesh)
         sharding.check_divisible(config.batch_size, self.mesh)

@@ -84,9 +84,13 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]
         if not path.is_file():
             audit.entries.append(annotations.AuditEntry(line, row.video, "excluded", "row", f"no such video: {path}"))
             continue
-        for task in config.tasks:
-            if task in row.tasks:
-                examples.append(Example(row, task, path, reflections.get((row.video, task))))
+        for task in (task for task in config.tasks if task in row.tasks):
+            reflection = reflections.get((row.video, task))
+            if config.reflection and reflection is None:
+                note = annotations.AuditEntry(line, row.video, "excluded", task, "no reflection record")
+                audit.entries.append(note)
+                continue
+            examples.append(Example(row, task, path, reflection))
     if not examples:
         raise InputError(f"no usable example is left for tasks {', '.join(config.tasks)}:\n{audit.table()}")
     return examples[: config.max_examples or None], audit

@@ -21,6 +21,8 @@ from vau_jax.files import InputError, write_bytes
 
 try:
     import decord
+
+    decord.logging.set_level(decord.logging.QUIET)  # what it cannot open is reported by `read`
 except ImportError:  # no wheel for this processor (arm64): PyAV carries the load
     decord = None
 
