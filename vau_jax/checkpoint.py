@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vau_jax.files import InputError, read_json
+from vau_jax.files import InputError
 from vau_jax.types import Params, State
 
 MODEL_FOLDER = "model"  # config, tokenizer and processor files of the run's model, without weights
@@ -95,12 +95,6 @@ def copy_model_files(source: str | os.PathLike, workdir: str | os.PathLike) -> N
             shutil.copy2(file, part)
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
-
-
-def model_type(path: str | os.PathLike) -> str | None:
-    """The model_type in a folder's config.json, None without one."""
-    file = Path(path) / "config.json"
-    return read_json(file).get("model_type") if file.is_file() else None
 
 
 def iterator_state(raw: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Parameters to and from Hugging Face safetensors, by one table of names."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -200,8 +199,3 @@ def save_weights(folder: str | os.PathLike, params: Params, config: QwenVLConfig
                 layer = layer.reshape(layer.shape[0], *patch)
             tensors[name] = np.ascontiguousarray(layer)
     write_bytes(Path(folder) / SINGLE, save(tensors, metadata={"format": "pt"}))
-
-
-def config_dict(folder: str | os.PathLike) -> dict[str, Any]:
-    """folder/config.json as it stands."""
-    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
