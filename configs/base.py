@@ -18,6 +18,15 @@ def get_config() -> ConfigDict:
     c.remat = True  # compute activations again in the backward pass instead of keeping them
     c.unroll = 1  # layers in one round of the scan: more is faster for small models, and slower to compile
 
+    c.attention = "auto"  # of prompts: jnp, xla, cudnn (GPU), splash (TPU); auto: the best of them here
+
+    c.lora = ConfigDict()  # low-rank adapters: they alone are trained, and saved in checkpoints
+    c.lora.rank = 0  # 0: none, all parameters are trained
+    c.lora.alpha = 32.0  # the adapters' output is times alpha / rank
+    c.lora.dropout = 0.0  # of the adapters' input, in training
+    c.lora.targets = (r"decoder/layers/.*_proj",)  # linear layers that get them (regexes on names)
+    c.lora.rank_stabilised = False  # alpha / sqrt(rank) instead
+
     c.mesh = ConfigDict()  # devices along each axis; -1 takes all that are left
     c.mesh.data = 1  # copies of the model
     c.mesh.fsdp = -1  # parameters and examples split
@@ -55,7 +64,7 @@ def get_config() -> ConfigDict:
     c.optim.b1 = 0.9  # decay of the mean of gradients
     c.optim.b2 = 0.999  # decay of the mean of their squares
     c.optim.weight_decay = 0.0  # decoupled, times the learning rate
-    c.optim.no_decay = (r".*(norm\d?|layernorm|ln_q)/weight", r".*/bias")  # names without weight decay (regexes)
+    c.optim.no_decay = (r".*(norm\d?|layernorm)/weight", r".*/bias")  # names without weight decay (regexes)
     c.optim.freeze = ()  # regexes on parameter names; VAU-R1 trains everything
     c.optim.clip_norm = 1.0  # most norm of the gradient of all parameters
 

@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import eval as eval_config
-from data_prep import demo_model
+from data_prep import random_model
 from vau_jax import cli, evaluate, report, train
 from vau_jax.data import annotations, prompts, synthetic
 from vau_jax.files import read_json, write_text
@@ -48,7 +48,7 @@ def make_model(config: ConfigDict, workdir: Path) -> None:
         print(f"model: is there already ({folder})", flush=True)
         return
     sizes = dict(config.model.text), dict(config.model.vision)
-    demo_model.write(
+    random_model.write(
         folder, demo_texts(workdir / "data"), config.model.vocab_size, *sizes, config.model.pixels, config.seed
     )
     write_text(stamp, json.dumps(request))

@@ -1,52 +1,41 @@
-"""What many tests share: a small data set of real mp4 files, and a small model with weights that hide nothing."""
+"""What many tests share: a small data set of real mp4 files, and small models with weights that hide nothing."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Tests that start processes compile the same programs again and again: all share what is compiled.
+    compiled = tempfile.TemporaryDirectory(prefix="vau_jax_compiled_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep import demo_model
+import tests.torchvision_operators  # noqa: F401 - before anything of transformers
+from tests.small_models import FAMILIES, make_model
 from vau_jax.data import synthetic
-from vau_jax.models import config as model_config
-from vau_jax.models import hf
 from vau_jax.vlm import VideoLM
-
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-VISION = {"depth": 3, "hidden_size": 48, "intermediate_size": 96, "num_heads": 4, "fullatt_block_indexes": [1]}
-
-
-def randomise(folder: Path, seed: int = 0) -> None:
-    """Draws every parameter of a model folder anew, none at zero or one, so that nothing can be left out unseen."""
-    config = model_config.load(folder)
-    rng = np.random.default_rng(seed)
-    params = {
-        name: (rng.normal(1.0 if name.endswith("/weight") else 0.0, 0.1, shape)).astype(np.float32)
-        for name, shape in hf.parameter_shapes(config).items()
-    }
-    hf.save_weights(folder, hf.unflatten(params), config)
-
-
-def make_model(folder: Path, tied: bool = True, **sizes: int) -> Path:
-    texts = ["What happens in the video? a fire breaks out, 0 calm 1 calm 2 fire [12.0, 30.5]", *synthetic.KINDS]
-    text = {**TEXT, **sizes, "tie_word_embeddings": tied}
-    demo_model.write(folder, texts, 512, text, VISION, (28 * 28, 64 * 28 * 28))
-    randomise(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "small")
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One small model of each family."""
+    return {family: make_model(tmp_path_factory.mktemp("family") / family, family=family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family_folder(request: pytest.FixtureRequest, family_folders: dict[str, Path]) -> Path:
+    """Each of `family_folders` in turn."""
+    return family_folders[request.param]
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,10 @@ def test_annotation_files(good: dict[str, str], dataset: Path, tmp_path: Path, c
         (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "cannot read"),
         (lambda f: (f / "config.json").write_text("{"), "as JSON"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "llava"}'), "supported: qwen2_5_vl"),
+        (
+            lambda f: (f / "config.json").write_text('{"model_type": "llava"}'),
+            "supported: qwen2_vl, qwen2_5_vl, qwen3_vl",
+        ),
         (lambda f: change(f, intermediate_size=96), "expected [96, 64]"),
         (lambda f: change(f, hidden_size=96), "mrope_section"),
         (lambda f: ((f / "model.safetensors").unlink(), (f / "pytorch_model.bin").write_bytes(b"")), "pickles"),

@@ -13,12 +13,16 @@ import pytest
 from vau_jax import sharding
 from vau_jax.files import InputError
 from vau_jax.models import config as model_config
-from vau_jax.models import hf
+from vau_jax.models import hf, lora
+from vau_jax.models.lora import LoRA
 
 
-def test_every_parameter_has_a_rule(model_folder: Path) -> None:
+def test_every_parameter_has_a_rule(family_folder: Path) -> None:
+    """Adapters of every linear layer too."""
     mesh = sharding.make_mesh({"fsdp": -1})
-    for path, shape in hf.parameter_shapes(model_config.load(model_folder)).items():
+    shapes = hf.parameter_shapes(model_config.load(family_folder))
+    adapters = lora.init(jax.random.key(0), shapes, LoRA(rank=2, alpha=2.0, targets=(".*",)))
+    for path, shape in {**shapes, **{path: leaf.shape for path, leaf in adapters.items()}}.items():
         sharding.param_spec(path, shape, mesh)
 
 
@@ -54,11 +58,11 @@ for i in range(2):
     else:  # rewards of a random model are all alike, so the advantages are given
         host = next(t.data)
         batch = jax.device_put(host.batch, sharding.examples(t.mesh))
-        out = t.rollout.sample(t.state.params, batch, jax.random.key(i))
+        out = t.rollout.sample(t.variables, batch, jax.random.key(i))
         tokens.append(np.asarray(out.tokens).tolist())
         inputs = {"mask": out.mask, "advantages": np.cos(np.arange(32.0)).reshape(8, 4), "sampler_logps": out.logps}
         full = t._with_reference(TrainBatch(batch, Completions(out.tokens, out.mask), inputs))
-        t.state, metrics = t.update(t.state, jax.device_put(full, sharding.examples(t.mesh)))
+        t.state, metrics = t.update(t.state, t.base, jax.device_put(full, sharding.examples(t.mesh)))
     losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
 after = jax.tree.map(lambda x: x.sharding, t.state)
 same = jax.tree.all(jax.tree.map(lambda a, b, x: a.is_equivalent_to(b, x.ndim), before, after, t.state))

@@ -1,5 +1,7 @@
 """A prompt read once by G completions gives the same numbers as G repeated prompts: log-probabilities and gradients."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +15,16 @@ G, C = 3, 7
 
 
 @pytest.fixture(scope="module")
+def vlm(family_folder: Path) -> VideoLM:
+    return VideoLM.load(family_folder)
+
+
+@pytest.fixture(scope="module")
 def batch(vlm: VideoLM) -> Batch:
     """Two prompts of different length, one with a longer clip."""
     rng = np.random.default_rng(1)
-    clips = [rng.integers(0, 256, (f, 56, 84, 3), dtype=np.uint8) for f in (4, 8)]
+    n = vlm.processor.factor
+    clips = [rng.integers(0, 256, (f, 2 * n, 3 * n, 3), dtype=np.uint8) for f in (4, 8)]
     texts = ["What happens in the video? a fire breaks out", "fire?"]
     items = [
         [{"type": "video", "video": c, "fps": 2.0}, {"type": "text", "text": t}]
@@ -43,7 +51,7 @@ def total(vlm: VideoLM, batch: Batch, completions: Completions) -> jax.Array:
     """A scalar that weighs every real token differently."""
 
     def value(params: dict) -> jax.Array:
-        logps, _ = train.policy_logps(params, batch, completions, vlm.model, 0.9)
+        logps, _ = train.policy_logps({"params": params}, batch, completions, vlm.model, 0.9)
         flat = (logps * completions.mask).reshape(-1)
         return jnp.sum(flat * jnp.cos(jnp.arange(flat.size)))
 
@@ -51,15 +59,15 @@ def total(vlm: VideoLM, batch: Batch, completions: Completions) -> jax.Array:
 
 
 def test_log_probs_equal_the_repeated_form(vlm: VideoLM, batch: Batch, completions: Completions) -> None:
-    shared, _ = train.policy_logps(vlm.params, batch, completions, vlm.model, 1.0)
-    naive, _ = train.policy_logps(vlm.params, *repeated(batch, completions), vlm.model, 1.0)
+    shared, _ = train.policy_logps(vlm.variables, batch, completions, vlm.model, 1.0)
+    naive, _ = train.policy_logps(vlm.variables, *repeated(batch, completions), vlm.model, 1.0)
     mask = np.asarray(completions.mask)
     np.testing.assert_allclose(np.asarray(shared)[mask], np.asarray(naive).reshape(2, G, C)[mask], rtol=1e-5, atol=1e-5)
 
 
 def test_every_gradient_equals_the_repeated_form(vlm: VideoLM, batch: Batch, completions: Completions) -> None:
-    shared = jax.grad(total(vlm, batch, completions))(vlm.params)
-    naive = jax.grad(total(vlm, *repeated(batch, completions)))(vlm.params)
+    shared = jax.jit(jax.grad(total(vlm, batch, completions)))(vlm.params)
+    naive = jax.jit(jax.grad(total(vlm, *repeated(batch, completions))))(vlm.params)
     for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(shared)[0], jax.tree.leaves(naive), strict=True):
         scale = float(jnp.abs(b).max())
         assert scale > 0, f"{path} has no gradient"
@@ -73,7 +81,7 @@ def test_log_probs_equal_the_whole_sequence(vlm: VideoLM) -> None:
     extra = np.asarray([5, 9, 14, 20], np.int32)
     batch = vlm.encode([prompt])
     packed, _ = train.policy_logps(
-        vlm.params, batch, Completions(extra[None, None], np.ones((1, 1, 4), bool)), vlm.model, 1.0
+        vlm.variables, batch, Completions(extra[None, None], np.ones((1, 1, 4), bool)), vlm.model, 1.0
     )
     tokens = np.concatenate([row.tokens, extra])[None]
     n = tokens.shape[1]
@@ -85,17 +93,11 @@ def test_log_probs_equal_the_whole_sequence(vlm: VideoLM) -> None:
     np.testing.assert_allclose(np.asarray(packed)[0, 0], expected, atol=2e-5)
 
 
-def test_sampler_log_probs_equal_the_trainers(vlm: VideoLM, batch: Batch) -> None:
-    out = vlm.generate(batch, num_generations=4, max_new_tokens=12, temperature=0.8, seed=3)
-    scored, _ = train.policy_logps(vlm.params, batch, Completions(out.tokens, out.mask), vlm.model, 0.8)
-    np.testing.assert_allclose(out.logps[out.mask], np.asarray(scored)[out.mask], atol=1e-4)
-
-
 def test_a_completion_does_not_see_its_neighbours(vlm: VideoLM, batch: Batch, completions: Completions) -> None:
     tokens = completions.tokens.copy()
     tokens[:, 1] = (tokens[:, 1] + 17) % 256
-    before, _ = train.policy_logps(vlm.params, batch, completions, vlm.model, 1.0)
-    after, _ = train.policy_logps(vlm.params, batch, Completions(tokens, completions.mask), vlm.model, 1.0)
+    before, _ = train.policy_logps(vlm.variables, batch, completions, vlm.model, 1.0)
+    after, _ = train.policy_logps(vlm.variables, batch, Completions(tokens, completions.mask), vlm.model, 1.0)
     np.testing.assert_array_equal(np.asarray(before)[:, [0, 2]], np.asarray(after)[:, [0, 2]])
 
 
@@ -106,7 +108,13 @@ def test_visual_pads_are_never_sampled(vlm: VideoLM, batch: Batch) -> None:
     embedding[pads] *= 100
     params = {**vlm.params, "embed_tokens": {"embedding": jnp.asarray(embedding)}}
     out = sampling.sample(
-        params, batch, jax.random.key(0), model=vlm.model, num_generations=8, max_new_tokens=16, end_tokens=(2,)
+        {"params": params},
+        batch,
+        jax.random.key(0),
+        model=vlm.model,
+        num_generations=8,
+        max_new_tokens=16,
+        end_tokens=(2,),
     )
     assert not np.isin(np.asarray(out.tokens)[np.asarray(out.mask)], pads).any()
 
@@ -115,32 +123,3 @@ def test_seed_decides_the_sample(vlm: VideoLM, batch: Batch) -> None:
     first, same, other = (vlm.generate(batch, 4, 12, seed=seed).tokens for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, same)
     assert (first != other).any()
-
-
-def test_sampled_frequencies_follow_the_distribution(vlm: VideoLM) -> None:
-    """Chi-square of 8192 first tokens over the 20 likeliest tokens and the rest."""
-    from scipy import stats
-
-    batch = vlm.encode([[{"role": "user", "content": "fire"}]])
-    out = vlm.generate(batch, num_generations=8192, max_new_tokens=1, temperature=0.5)
-    scores = np.asarray(vlm.logits(batch), np.float64)[0, np.asarray(batch.mask)[0].sum() - 1] / 0.5
-    scores[list(vlm.processor.config.never_sampled)] = -np.inf
-    p = np.exp(scores - scores.max())
-    p /= p.sum()
-    top = np.argsort(-p)[:20]
-    counts = np.asarray([(out.tokens == token).sum() for token in top])
-    observed, expected = np.append(counts, 8192 - counts.sum()), 8192 * np.append(p[top], 1 - p[top].sum())
-    assert stats.chisquare(observed, expected).pvalue > 1e-3
-
-
-@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 5), (0.3, 0)])
-def test_filters_keep_only_the_likeliest(vlm: VideoLM, top_p: float, top_k: int) -> None:
-    batch = vlm.encode([[{"role": "user", "content": "fire"}]])
-    out = vlm.generate(batch, num_generations=2000, max_new_tokens=1, top_p=top_p, top_k=top_k)
-    scores = np.asarray(vlm.logits(batch), np.float64)[0, np.asarray(batch.mask)[0].sum() - 1]
-    scores[list(vlm.processor.config.never_sampled)] = -np.inf
-    p = np.exp(scores) / np.exp(scores).sum()
-    order = np.argsort(-p)
-    allowed = order[:top_k] if top_k else order[: int(np.sum(np.cumsum(p[order]) - p[order] < top_p))]
-    assert set(np.unique(out.tokens)) <= set(allowed)
-    np.testing.assert_allclose(np.exp(out.logps[0, :, 0]), (p / p[allowed].sum())[out.tokens[0, :, 0]], rtol=1e-4)

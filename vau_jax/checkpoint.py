@@ -4,17 +4,19 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vau_jax.files import InputError
+from vau_jax.files import InputError, read_json, write_text
+from vau_jax.models.lora import LoRA
 from vau_jax.types import Params, State
 
 MODEL_FOLDER = "model"  # config, tokenizer and processor files of the run's model, without weights
 CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter.json"
 
 
 class Checkpoints:
@@ -66,8 +68,33 @@ def steps(workdir: str | os.PathLike) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
 
 
-def find_model(path: str | os.PathLike) -> tuple[Path, Path | None]:
-    """(folder with config and tokenizer, checkpoint to read the weights from or None for the folder's safetensors).
+class Adapter(NamedTuple):
+    """What a run with LoRA trains: its checkpoints hold the adapters alone."""
+
+    base: str  # folder or run that the other parameters come from
+    lora: LoRA
+
+
+class Found(NamedTuple):
+    folder: Path  # config, tokenizer and processor files
+    step_folder: Path | None  # the checkpoint that holds the weights; None: the folder's safetensors do
+    adapter: Adapter | None = None
+
+
+def write_adapter(workdir: str | os.PathLike, adapter: Adapter) -> None:
+    """Notes in a run's workdir that its checkpoints hold adapters."""
+    write_text(Path(workdir) / ADAPTER, json.dumps({"base": adapter.base, "lora": vars(adapter.lora)}, indent=1))
+
+
+def _adapter(workdir: Path) -> Adapter | None:
+    if not (workdir / ADAPTER).is_file():
+        return None
+    raw = read_json(workdir / ADAPTER)
+    return Adapter(raw["base"], LoRA(**{**raw["lora"], "targets": tuple(raw["lora"]["targets"])}))
+
+
+def find_model(path: str | os.PathLike) -> Found:
+    """Where a model's files are.
 
     `path` is a Hugging Face folder, the workdir of a run (its last checkpoint), or workdir/checkpoints/STEP.
     """
@@ -75,13 +102,13 @@ def find_model(path: str | os.PathLike) -> tuple[Path, Path | None]:
     if not path.is_dir():
         raise InputError(f"model folder {path} does not exist: give a Hugging Face folder or the workdir of a run")
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
-        return path.parent.parent / MODEL_FOLDER, path
+        return Found(path.parent.parent / MODEL_FOLDER, path, _adapter(path.parent.parent))
     if (path / MODEL_FOLDER).is_dir():
         found = steps(path)
         if not found:
             raise InputError(f"{path} is a run without a finished checkpoint: train it first, or give a model folder")
-        return path / MODEL_FOLDER, path / CHECKPOINTS / str(found[-1])
-    return path, None
+        return Found(path / MODEL_FOLDER, path / CHECKPOINTS / str(found[-1]), _adapter(path))
+    return Found(path, None)
 
 
 def copy_model_files(source: str | os.PathLike, workdir: str | os.PathLike) -> None:

@@ -101,7 +101,7 @@ def _batches(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Itera
 def _answer(host: HostBatch, vlm: VideoLM, config: ConfigDict) -> Iterator[dict[str, Any]]:
     """Decodes a batch, greedily at temperature 0."""
     out = sampling.sample(
-        vlm.params,
+        vlm.variables,
         host.batch,
         jax.random.key(config.seed),
         config.temperature or 1.0,

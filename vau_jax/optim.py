@@ -28,13 +28,13 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, main], [config.warmup_steps]) if config.warmup_steps else main
 
 
-def make(config: ConfigDict, steps: int, params: Params) -> optax.GradientTransformation:
+def make(config: ConfigDict, steps: int, params: Params, frozen: Params | None = None) -> optax.GradientTransformation:
     """The optimiser for `params` (arrays or shapes) over `steps` updates.
 
     Parameters whose name matches one of `freeze` keep their values and have no optimiser slots; those that match one
-    of `no_decay` have no weight decay. A pattern that matches nothing is an InputError.
+    of `no_decay` have no weight decay. A pattern that matches neither them nor `frozen` is an InputError.
     """
-    names = list(hf.flatten(params))
+    names = list(hf.flatten(params)) + list(hf.flatten(frozen or {}))
     for pattern in (*config.freeze, *config.no_decay):
         if not any(re.fullmatch(pattern, name) for name in names):
             raise InputError(f"optim pattern {pattern!r} matches no parameter; names look like {', '.join(names[:3])}")

@@ -14,7 +14,7 @@ from vau_jax.data.processor import Processor
 from vau_jax.files import InputError
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.rewards import REWARDS, task_score
-from vau_jax.types import Batch, Completions, Params, Sampled, Target, TrainBatch
+from vau_jax.types import Batch, Completions, Sampled, Target, TrainBatch, Variables
 from vau_jax.vlm import decode_text
 
 
@@ -38,11 +38,11 @@ class Rollout:
         self.names = tuple(name for name, weight in self.config.rewards.items() if weight)
         self.score = jax.jit(self._score)
 
-    def sample(self, params: Params, batch: Batch, key: jax.Array) -> Sampled:
+    def sample(self, variables: Variables, batch: Batch, key: jax.Array) -> Sampled:
         """G completions of each prompt, on the device."""
         c = self.config.rollout
         return sampling.sample(
-            params,
+            variables,
             batch,
             key,
             jnp.float32(c.temperature),
@@ -69,9 +69,9 @@ class Rollout:
             "final_score": task_score(parsed.final, target),
         }
 
-    def __call__(self, params: Params, host: HostBatch, batch: Batch, key: jax.Array) -> "Scored":
+    def __call__(self, variables: Variables, host: HostBatch, batch: Batch, key: jax.Array) -> "Scored":
         """Samples, parses and scores; `batch` is host.batch on the device."""
-        out = jax.device_get(self.sample(params, batch, key))
+        out = jax.device_get(self.sample(variables, batch, key))
         texts = decode_text(self.processor, out.tokens, out.mask)
         g = self.config.rollout.num_generations
         tasks = [item.example.task for item in host.examples for _ in range(g)]

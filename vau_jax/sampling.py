@@ -9,16 +9,20 @@ import jax.numpy as jnp
 from vau_jax import logprobs
 from vau_jax.models import qwen_vl
 from vau_jax.models.qwen_vl import QwenVL
-from vau_jax.types import Batch, KVCache, Params, Sampled
+from vau_jax.types import Array, Batch, KVCache, Sampled, Variables
+
+DRAW_BLOCK = 128  # tokens
 
 
 class _Loop(NamedTuple):
-    step: jax.Array  # int32 []
+    step: jax.Array  # int32 []: completion tokens drawn
     last: jax.Array  # int32 [B, G]: the newest token, not in the cache yet
     own: KVCache  # [L, B, G, C, K, H]
     tokens: jax.Array  # int32 [B, G, C]
     logps: jax.Array  # float32 [B, G, C]
+    mask: jax.Array  # bool [B, G, C]
     done: jax.Array  # bool [B, G]
+    stop_state: jax.Array  # int32 [B, G]: how much of a stop string has been read
 
 
 def restrict(scores: jax.Array, top_p: float, top_k: int) -> jax.Array:
@@ -34,15 +38,40 @@ def restrict(scores: jax.Array, top_p: float, top_k: int) -> jax.Array:
     return scores
 
 
+def draw(key: jax.Array, scores: jax.Array) -> jax.Array:
+    """One index int32 [...] for logits float32 [..., V], with probability softmax(scores).
+
+    Inverts the distribution function in two steps, first to a block of the vocabulary and then inside it: two random
+    numbers a row instead of V (making those costs more than the rest of a small model's step), and sums short enough
+    that float32 loses no unlikely token. A token of logit -inf is never drawn.
+    """
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    pad = -scores.shape[-1] % DRAW_BLOCK
+    weights = jnp.pad(weights, [(0, 0)] * (scores.ndim - 1) + [(0, pad)])
+    weights = weights.reshape(*scores.shape[:-1], -1, DRAW_BLOCK)
+    chance = jax.random.uniform(key, (2, *scores.shape[:-1], 1))
+
+    def invert(mass: jax.Array, share: jax.Array) -> jax.Array:
+        """The first index whose cumulative mass exceeds `share` of the whole, which is below 1."""
+        total = jnp.cumsum(mass, axis=-1)
+        return jnp.argmax(total > share * total[..., -1:], axis=-1)
+
+    block = invert(weights.sum(-1), chance[0])
+    inside = jnp.take_along_axis(weights, block[..., None, None], axis=-2)[..., 0, :]
+    return block * DRAW_BLOCK + invert(inside, chance[1])
+
+
 @partial(
     jax.jit,
     static_argnames=("model", "num_generations", "max_new_tokens", "end_tokens", "greedy", "top_p", "top_k"),
 )
 def sample(
-    params: Params,
+    variables: Variables,
     batch: Batch,
     key: jax.Array,
     temperature: float | jax.Array = 1.0,
+    min_new_tokens: int | jax.Array = 0,
+    stop_table: Array | None = None,
     *,
     model: QwenVL,
     num_generations: int,
@@ -54,63 +83,69 @@ def sample(
 ) -> Sampled:
     """Draws G = num_generations completions of at most C = max_new_tokens tokens for each prompt.
 
-    A completion ends with the first of `end_tokens`, which belongs to it; the loop stops when all have ended. Token t
-    is drawn with fold_in(key, t). The log-probabilities are those of the distribution drawn from, filters included;
-    greedy ones are those at temperature 1.
+    A completion ends with the first of `end_tokens`, none of which is drawn among the first `min_new_tokens`, or with
+    the token that completes a stop string of `stop_table` (see `stop_strings.table`); that token belongs to it. The
+    loop stops when all have ended. Token t is drawn with fold_in(key, t). The log-probabilities are those of the
+    distribution drawn from, filters included; greedy ones are those at temperature 1.
     """
-    variables = {"params": params}
-    head = qwen_vl.unembedding(params, model.config)
+    head = qwen_vl.unembedding(variables, model.config)
     never = model.config.never_sampled
+    ends = jnp.asarray(end_tokens, jnp.int32)
 
     def pick(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         scores = logprobs.sampling_logits(hidden, head, 1.0 if greedy else temperature, never)  # [B, G, V]
+        scores = scores.at[..., ends].add(jnp.where(step < min_new_tokens, -jnp.inf, 0.0))
         if greedy:
             token = jnp.argmax(scores, axis=-1)
         else:
             scores = restrict(scores, top_p, top_k)
-            token = jax.random.categorical(jax.random.fold_in(key, step), scores)
-        logp = jnp.take_along_axis(jax.nn.log_softmax(scores), token[..., None], axis=-1)[..., 0]
+            token = draw(jax.random.fold_in(key, step), scores)
+        logp = jnp.take_along_axis(scores, token[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(scores, axis=-1)
         return token.astype(jnp.int32), logp
 
-    hidden, prompt = model.apply(variables, batch, method="prefill")
-    b, g, c = batch.tokens.shape[0], num_generations, max_new_tokens
-    first = jnp.broadcast_to(logprobs.last_token(hidden, batch.mask)[:, None], (b, g, hidden.shape[-1]))
-    token, logp = pick(first, jnp.int32(0))
-    blank = jnp.zeros((prompt.k.shape[0], b, g, c, *prompt.k.shape[-2:]), prompt.k.dtype)
-    loop = _Loop(
-        step=jnp.int32(0),
-        last=token,
-        own=KVCache(blank, blank),
-        tokens=jnp.zeros((b, g, c), jnp.int32).at[..., 0].set(token),
-        logps=jnp.zeros((b, g, c)).at[..., 0].set(logp),
-        done=jnp.isin(token, jnp.asarray(end_tokens)),
-    )
-
-    def body(loop: _Loop) -> _Loop:
-        hidden, new = model.apply(variables, loop.last, batch, loop.step, (prompt, loop.own), method="decode")
-        own = KVCache(*(_write(old, x, loop.step) for old, x in ((loop.own.k, new.k), (loop.own.v, new.v))))
-        token, logp = pick(hidden, loop.step + 1)
-        at = (0, 0, loop.step + 1)
+    def add(loop: _Loop, hidden: jax.Array, own: KVCache) -> _Loop:
+        """The loop after one more token, predicted by hidden [B, G, D]."""
+        token, logp = pick(hidden, loop.step)
+        at, alive = (0, 0, loop.step), ~loop.done
+        state = loop.stop_state if stop_table is None else stop_table[loop.stop_state, token]
+        done = loop.done | jnp.isin(token, ends)
         return _Loop(
             step=loop.step + 1,
             last=token,
             own=own,
-            tokens=jax.lax.dynamic_update_slice(loop.tokens, jnp.where(loop.done, 0, token)[..., None], at),
-            logps=jax.lax.dynamic_update_slice(loop.logps, jnp.where(loop.done, 0.0, logp)[..., None], at),
-            done=loop.done | jnp.isin(token, jnp.asarray(end_tokens)),
+            tokens=jax.lax.dynamic_update_slice(loop.tokens, jnp.where(alive, token, 0)[..., None], at),
+            logps=jax.lax.dynamic_update_slice(loop.logps, jnp.where(alive, logp, 0.0)[..., None], at),
+            mask=jax.lax.dynamic_update_slice(loop.mask, alive[..., None], at),
+            done=done if stop_table is None else done | (state == len(stop_table) - 1),
+            stop_state=state,
         )
 
-    loop = jax.lax.while_loop(lambda s: (s.step < c - 1) & ~jnp.all(s.done), body, loop)
-    return Sampled(loop.tokens, loop.logps, completion_mask(loop.tokens, end_tokens, loop.step + 1))
+    hidden, prompt = model.apply(variables, batch, method="prefill")
+    b, g, c = batch.tokens.shape[0], num_generations, max_new_tokens
+    first = jnp.broadcast_to(logprobs.last_token(hidden, batch.mask)[:, None], (b, g, hidden.shape[-1]))
+    blank = jnp.zeros((prompt.k.shape[0], b, g, c, *prompt.k.shape[-2:]), prompt.k.dtype)
+    start = _Loop(
+        step=jnp.int32(0),
+        last=jnp.zeros((b, g), jnp.int32),
+        own=KVCache(blank, blank),
+        tokens=jnp.zeros((b, g, c), jnp.int32),
+        logps=jnp.zeros((b, g, c)),
+        mask=jnp.zeros((b, g, c), bool),
+        done=jnp.zeros((b, g), bool),
+        stop_state=jnp.zeros((b, g), jnp.int32),
+    )
+
+    def body(loop: _Loop) -> _Loop:
+        at = loop.step - 1  # of the newest token
+        hidden, new = model.apply(variables, loop.last, batch, at, (prompt, loop.own), method="decode")
+        own = KVCache(*(_write(old, x, at) for old, x in ((loop.own.k, new.k), (loop.own.v, new.v))))
+        return add(loop, hidden, own)
+
+    loop = add(start, first, start.own)
+    loop = jax.lax.while_loop(lambda s: (s.step < c) & ~jnp.all(s.done), body, loop)
+    return Sampled(loop.tokens, loop.logps, loop.mask)
 
 
 def _write(cache: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
     """Puts new [L, B, G, K, H] at completion position `step` of cache [L, B, G, C, K, H]."""
     return jax.lax.dynamic_update_slice(cache, new[:, :, :, None], (0, 0, 0, step, 0, 0))
-
-
-def completion_mask(tokens: jax.Array, end_tokens: tuple[int, ...], length: jax.Array | int) -> jax.Array:
-    """bool [B, G, C]: True up to and including the first end token, nowhere from `length` on."""
-    ended = jnp.isin(tokens, jnp.asarray(end_tokens)).astype(jnp.int32)
-    before = jnp.cumsum(ended, axis=-1) - ended
-    return (before == 0) & (jnp.arange(tokens.shape[-1]) < length)

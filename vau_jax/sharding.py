@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from vau_jax.files import InputError
@@ -26,10 +25,17 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"lm_head", P("fsdp", "tensor")),
     (r"decoder/layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")),
     (r"decoder/layers/.*(o_proj|down_proj)/kernel", P(None, "tensor", "fsdp")),
-    (r"visual/blocks/.*(qkv|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")),
-    (r"visual/blocks/.*(proj|down_proj)/kernel", P(None, "tensor", "fsdp")),
-    (r"visual/(patch_embed|merger_in|merger_out)/kernel", P("fsdp", "tensor")),
-    (r".*(/bias|norm/weight|norm1/weight|norm2/weight|ln_q/weight|layernorm/weight)", P()),
+    (r"visual/(blocks|deepstack)/.*(qkv|gate_proj|up_proj|fc1)/kernel", P(None, "fsdp", "tensor")),
+    (r"visual/(blocks|deepstack)/.*(proj|down_proj|fc2)/kernel", P(None, "tensor", "fsdp")),
+    (r"visual/(patch_embed|merger/mlp/fc1)/kernel", P("fsdp", "tensor")),
+    (r"visual/merger/mlp/fc2/kernel", P("tensor", "fsdp")),
+    (r"visual/pos_embed", P(None, "fsdp")),
+    (r".*(/bias|norm/weight|norm1/weight|norm2/weight|layernorm/weight)", P()),
+    (r"decoder/layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/a", P(None, "fsdp")),  # LoRA's factors
+    (r"decoder/layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/b", P(None, None, "tensor")),
+    (r"decoder/layers/.*(o_proj|down_proj)/a", P(None, "tensor")),
+    (r"decoder/layers/.*(o_proj|down_proj)/b", P(None, None, "fsdp")),
+    (r"visual/.*/[ab]", P()),
 )
 
 
@@ -93,11 +99,12 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def placer(mesh: Mesh | None) -> Callable[[str, np.ndarray], jax.Array]:
-    """`place(path, array)`: a parameter onto the mesh by rule, or onto the default device without one."""
+def layout(mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], Sharding]:
+    """`layout(mesh)(path, shape)`: how a parameter lies on the mesh by rule, or on this process's first device."""
     if mesh is None:
-        return lambda path, array: jax.device_put(array)
-    return lambda path, array: jax.device_put(array, NamedSharding(mesh, param_spec(path, array.shape, mesh)))
+        alone = SingleDeviceSharding(jax.local_devices()[0])
+        return lambda path, shape: alone
+    return lambda path, shape: NamedSharding(mesh, param_spec(path, shape, mesh))
 
 
 def examples(mesh: Mesh) -> NamedSharding:

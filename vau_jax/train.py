@@ -25,35 +25,60 @@ from vau_jax.data import pipeline
 from vau_jax.data.pipeline import HostBatch
 from vau_jax.files import InputError, read_json, write_text
 from vau_jax.metric_writer import MetricWriter, Progress
-from vau_jax.models import qwen_vl
+from vau_jax.models import hf, lora, qwen_vl
+from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.rollout import Rollout
-from vau_jax.types import Batch, Completions, Params, State, TrainBatch
+from vau_jax.types import Batch, Completions, Params, State, TrainBatch, Variables
 from vau_jax.vlm import DTYPES, VideoLM
 
 LOSSES = {"sft": sft.loss, "rft": grpo.loss}
+DROPOUT_STREAM, ADAPTER_STREAM = 2**31 - 1, 2**31 - 2  # no step numbers: these keys and the sampler's never meet
 
 
 def policy_logps(
-    params: Params, batch: Batch, completions: Completions, model: QwenVL, temperature: float
+    variables: Variables,
+    batch: Batch,
+    completions: Completions,
+    model: QwenVL,
+    temperature: float,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of the completions' tokens and entropies, float32 [B, G, C], prompts read once a group."""
-    hidden = model.apply({"params": params}, batch, completions, method="hidden")
+    """Log-probabilities of the completions' tokens and entropies, float32 [B, G, C], prompts read once a group.
+
+    With a `dropout_key`, LoRA's dropout is on.
+    """
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    hidden = model.apply(variables, batch, completions, method="hidden", rngs=rngs)
     predicting = logprobs.completion_hidden(hidden, batch.mask, completions.tokens.shape[1])
-    head = qwen_vl.unembedding(params, model.config)
+    head = qwen_vl.unembedding(variables, model.config)
     return logprobs.token_logps(predicting, head, completions.tokens, temperature, model.config.never_sampled)
+
+
+def policy(trained: Params, base: Params | None) -> Variables:
+    """The model that is trained: all parameters, or adapters `trained` on the parameters `base`."""
+    return qwen_vl.with_adapters(trained, None) if base is None else qwen_vl.with_adapters(base, trained)
 
 
 def make_update(
     config: ConfigDict, model: QwenVL, optimiser: optax.GradientTransformation, shardings: State, mesh: Mesh
-) -> Callable[[State, TrainBatch], tuple[State, dict[str, jax.Array]]]:
-    """The compiled update: State and TrainBatch to State and metrics. The old state's memory is given up."""
+) -> Callable[[State, Params | None, TrainBatch], tuple[State, dict[str, jax.Array]]]:
+    """The compiled update: State, frozen parameters (LoRA's base, or None) and TrainBatch to State and metrics.
+
+    The old state's memory is given up.
+    """
     loss_fn = LOSSES[config.stage]
     settings = loss_settings(config)
     temperature = config.rollout.temperature if config.stage == "rft" else 1.0
 
-    def objective(params: Params, train: TrainBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logps, entropy = policy_logps(params, train.batch, train.completions, model, temperature)
+    def objective(
+        trained: Params, base: Params | None, train: TrainBatch, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        key = None
+        if model.lora is not None and model.lora.dropout:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT_STREAM), step)
+        variables = policy(trained, base)
+        logps, entropy = policy_logps(variables, train.batch, train.completions, model, temperature, key)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), train.loss_inputs)  # [B, G, ...] -> [N, ...]
         logps = logps.reshape(-1, logps.shape[-1])
         loss, metrics = loss_fn(logps, flat, settings)
@@ -64,8 +89,8 @@ def make_update(
         return loss, metrics
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-    def update(state: State, train: TrainBatch) -> tuple[State, dict[str, jax.Array]]:
-        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params, train)
+    def update(state: State, base: Params | None, train: TrainBatch) -> tuple[State, dict[str, jax.Array]]:
+        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params, base, train, state.step)
         changes, opt_state = optimiser.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         metrics = {**metrics, "loss": loss, "grad_norm": optax.global_norm(grads)}
@@ -94,16 +119,24 @@ class Trainer:
         sharding.check_divisible(config.batch_size, self.mesh)
         self.examples, audit = pipeline.load_examples(config.data)
         print(audit.table(), flush=True)
-        start = VideoLM.load(config.init_from or config.model, config.param_dtype, self.mesh)
+        start = VideoLM.load(config.init_from or config.model, config.param_dtype, self.mesh).merged()
         self.processor = start.processor
+        self.lora = LoRA(**config.lora) if config.lora.rank else None
         if config.dtype not in DTYPES:
             raise InputError(f"dtype={config.dtype!r} is unknown: expected one of {', '.join(DTYPES)}")
-        self.model = QwenVL(self.processor.config, DTYPES[config.dtype], config.remat, config.unroll)
+        self.model = QwenVL(
+            self.processor.config, DTYPES[config.dtype], config.remat, config.unroll, config.attention, self.lora
+        )
         self.rollout = Rollout(config, self.model, self.processor) if config.stage == "rft" else None
-        self.optimiser = optim.make(config.optim, config.steps, start.params)
-        self.reference = jax.tree.map(jnp.copy, start.params) if config.stage == "rft" and config.grpo.beta else None
-        opt_state = jax.jit(self.optimiser.init)(start.params)
-        state = State(jnp.int32(0), start.params, opt_state)
+        trained, self.base = start.params, None
+        if self.lora:
+            trained, self.base = self._fresh_adapters(start.params), start.params
+        self.optimiser = optim.make(config.optim, config.steps, trained, self.base)
+        self.reference = self.base
+        if config.stage == "rft" and config.grpo.beta and not self.lora:
+            self.reference = jax.tree.map(jnp.copy, start.params)
+        opt_state = jax.jit(self.optimiser.init)(trained)
+        state = State(jnp.int32(0), trained, opt_state)
         self.shardings = sharding.state_shardings(state, self.mesh)
         self.state = jax.device_put(state, self.shardings)
         self.update = make_update(config, self.model, self.optimiser, self.shardings, self.mesh)
@@ -112,6 +145,16 @@ class Trainer:
             self.examples, self.processor, config.data, config.batch_size, seed=config.seed
         )
         self.key = jax.random.key(config.seed)
+
+    def _fresh_adapters(self, params: Params) -> Params:
+        shapes = {path: leaf.shape for path, leaf in hf.flatten(params).items()}
+        key = jax.random.fold_in(jax.random.key(self.config.seed), ADAPTER_STREAM)
+        return hf.unflatten(lora.init(key, shapes, self.lora, jnp.dtype(self.config.param_dtype)))
+
+    @property
+    def variables(self) -> Variables:
+        """The policy as it is now."""
+        return policy(self.state.params, self.base)
 
     def resume(self, checkpoints: checkpoint.Checkpoints) -> int:
         """Puts the run where its last checkpoint left it; returns the steps done."""
@@ -131,7 +174,7 @@ class Trainer:
         metrics: dict[str, Any] = pipeline.counts(host, self.config.data)
         samples: list[dict[str, Any]] = []
         if self.rollout:
-            scored = self.rollout(self.state.params, host, batch, jax.random.fold_in(self.key, number))
+            scored = self.rollout(self.variables, host, batch, jax.random.fold_in(self.key, number))
             train, samples = self._with_reference(scored.train), scored.samples
             metrics.update(scored.metrics)
             metrics["seconds/rollout"] = time.monotonic() - loaded
@@ -139,7 +182,7 @@ class Trainer:
             train = self._sft_batch(host, batch)
         train = jax.device_put(train, sharding.examples(self.mesh))
         with jax.transfer_guard("disallow"):  # everything is where the program wants it
-            self.state, scalars = self.update(self.state, train)
+            self.state, scalars = self.update(self.state, self.base, train)
         metrics.update(jax.device_get(scalars))
         metrics["seconds/data"] = loaded - began
         metrics["seconds/step"] = time.monotonic() - began
@@ -150,9 +193,10 @@ class Trainer:
 
     def _with_reference(self, train: TrainBatch) -> TrainBatch:
         """Adds the log-probabilities of the policy that RFT began from, where the loss has a KL term."""
-        if self.reference is None:
+        if not self.config.grpo.beta:
             return train
-        ref_logps, _ = self.reference_logps(self.reference, train.batch, train.completions)
+        reference = qwen_vl.with_adapters(self.reference, None)
+        ref_logps, _ = self.reference_logps(reference, train.batch, train.completions)
         return TrainBatch(train.batch, train.completions, {**train.loss_inputs, "ref_logps": ref_logps})
 
 
@@ -166,6 +210,8 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
         return workdir
     trainer = Trainer(config, workdir)
     checkpoint.copy_model_files(trainer.processor.folder, workdir)
+    if trainer.lora:
+        checkpoint.write_adapter(workdir, checkpoint.Adapter(config.init_from or config.model, trainer.lora))
     write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
     done = trainer.resume(checkpoints)
     writer = MetricWriter(workdir, done)

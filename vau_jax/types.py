@@ -12,6 +12,7 @@ import numpy as np
 
 Array = jax.Array | np.ndarray
 Params = dict[str, Any]
+Variables = dict[str, Params]  # {"params": ...}, and {"lora": ...} for a model with adapters
 
 
 def pytree(cls: type) -> type:
@@ -37,8 +38,12 @@ class Vision:
 
     patches: Array  # uint8 [B, P, channels * temporal_patch * patch * patch], in Hugging Face's patch order
     positions: Array  # int32 [B, P, 2]: row and column of the patch in its frame
-    windows: Groups  # spatial windows inside one temporal patch
     frames: Groups  # all patches of one temporal patch
+    windows: Groups | None  # spatial windows inside one temporal patch, for models that have them
+    corners: (
+        Array | None
+    )  # int32 [B, P, 4]: entries of the learned position table around the patch, for models with one
+    corner_weights: Array | None  # float32 [B, P, 4]: their shares
 
 
 @pytree
@@ -48,7 +53,7 @@ class Batch:
     tokens: Array  # int32 [B, T]
     mask: Array  # bool [B, T], True on real tokens
     positions: Array  # int32 [B, 3, T]: time, height, width (M-RoPE)
-    visual_index: Array  # int32 [B, T]: number of the merged visual token that stands here, -1 on text
+    visual_index: Array  # int32 [B, T]: number of the merged visual token of the row that stands here, -1 on text
     next_position: Array  # int32 [B]: M-RoPE position of the first completion token
     vision: Vision | None
 
@@ -106,5 +111,5 @@ class State:
     """What an update changes."""
 
     step: Array  # int32 []
-    params: Params
+    params: Params  # what is trained: the parameters, or with LoRA the adapters
     opt_state: Any

@@ -10,23 +10,25 @@ batch = vlm.encode([[{"role": "user", "content": [
 print(vlm.generate(batch, num_generations=1, max_new_tokens=64, temperature=0.0).text)
 """
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vau_jax import checkpoint, logprobs, sampling, sharding
+from vau_jax import checkpoint, files, logprobs, sampling, sharding
+from vau_jax import stop_strings as stop_strings_
 from vau_jax.data.processor import Message, Processor, collate
 from vau_jax.files import InputError
-from vau_jax.models import hf, qwen_vl
+from vau_jax.models import hf, lora, peft, qwen_vl
+from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
-from vau_jax.types import Batch, Params
+from vau_jax.types import Batch, Params, Variables
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")
@@ -44,32 +46,68 @@ class Generated:
 
 @dataclass
 class VideoLM:
-    """A model with its processor and parameters."""
+    """A model with its processor, parameters and, after LoRA training, adapters."""
 
     processor: Processor
     model: QwenVL
     params: Params
+    adapters: Params | None = None  # LoRA's factors, of the kind that model.lora says
 
     @classmethod
-    def load(cls, path: str | os.PathLike, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> "VideoLM":
+    def load(
+        cls,
+        path: str | os.PathLike,
+        dtype: str = "float32",
+        mesh: jax.sharding.Mesh | None = None,
+        adapter: str | os.PathLike | None = None,
+    ) -> "VideoLM":
         """Opens a Hugging Face folder (config.json, tokenizer.json, safetensors) or the workdir of a training run.
 
         `dtype` ("float32", "bfloat16") is that of parameters and activations; norms, RoPE, softmax and logits are
-        float32 always. With a `mesh`, parameters are laid out by `sharding.PARAM_RULES`. Raises InputError for a
-        folder that is neither, and for weights that do not fit.
+        float32 always. With a `mesh`, parameters are laid out by `sharding.PARAM_RULES`, and this process reads only
+        what its devices hold. `adapter` is a PEFT folder (adapter_config.json, adapter_model.safetensors) to put on.
+        Raises InputError for a folder that is neither, and for weights that do not fit.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype={dtype!r} is unknown: expected one of {', '.join(DTYPES)}")
-        folder, run = checkpoint.find_model(path)
-        processor = Processor(folder)
+        vlm = cls._open(path, dtype, mesh)
+        if adapter is None:
+            return vlm
+        return vlm.merged()._with_adapters(*peft.load(adapter, vlm.processor.config), mesh)
+
+    @classmethod
+    def _open(cls, path: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | None) -> "VideoLM":
+        found = checkpoint.find_model(path)
+        layout = sharding.layout(mesh)
+        if found.adapter is not None:  # the checkpoint holds adapters alone: the rest is where the run began
+            base = cls._open(found.adapter.base, dtype, mesh).merged()
+            flat = hf.flatten(checkpoint.restore_params(found.step_folder))
+            return base._with_adapters(found.adapter.lora, flat, mesh)
+        processor = Processor(found.folder)
         model = QwenVL(processor.config, DTYPES[dtype])
-        place = sharding.placer(mesh)
-        if run is None:
-            return cls(processor, model, hf.load(folder, processor.config, DTYPES[dtype], place))
-        params = hf.flatten(checkpoint.restore_params(run))
-        return cls(
-            processor, model, hf.unflatten({k: place(k, np.asarray(v).astype(dtype)) for k, v in params.items()})
-        )
+        if found.step_folder is None:
+            return cls(processor, model, hf.load(found.folder, processor.config, DTYPES[dtype], layout))
+        flat = hf.flatten(checkpoint.restore_params(found.step_folder))
+        placed = {k: jax.device_put(np.asarray(v).astype(dtype), layout(k, v.shape)) for k, v in flat.items()}
+        return cls(processor, model, hf.unflatten(placed))
+
+    def _with_adapters(self, kind: LoRA, flat: dict[str, np.ndarray], mesh: jax.sharding.Mesh | None) -> "VideoLM":
+        layout = sharding.layout(mesh)
+        dtype = jax.tree.leaves(self.params)[0].dtype
+        placed = {k: jax.device_put(np.asarray(v).astype(dtype), layout(k, v.shape)) for k, v in flat.items()}
+        return VideoLM(self.processor, self.model.clone(lora=kind), self.params, hf.unflatten(placed))
+
+    @property
+    def variables(self) -> Variables:
+        """What `model.apply` takes."""
+        return qwen_vl.with_adapters(self.params, self.adapters)
+
+    def merged(self) -> "VideoLM":
+        """The same model with the adapters added into the parameters."""
+        if self.adapters is None:
+            return self
+        params = jax.jit(lora.merge, static_argnums=2)(self.params, self.adapters, self.model.lora)
+        return VideoLM(self.processor, self.model.clone(lora=None), params)
 
     def encode(self, conversations: Sequence[Sequence[Message]], left: bool = False) -> Batch:
         """Chat messages to a padded batch (padding after the prompt, or before it when `left`).
@@ -77,14 +115,15 @@ class VideoLM:
         A message is {"role", "content"}; content is text or a list of items {"type": "text" | "image" | "video"}. A
         video is a path, or uint8 frames [F, H, W, 3] with the "fps" they were taken at; items take qwen-vl-utils' keys
         (fps, nframes, min_frames, max_frames, min_pixels, max_pixels, total_pixels, resized_height, resized_width,
-        video_start, video_end). Raises InputError for what cannot be read.
+        video_start, video_end). Sizes are rounded up to few buckets, so that prompts of like length share a compiled
+        program. Raises InputError for what cannot be read.
         """
         rows = [self.processor.encode(messages) for messages in conversations]
         return collate(rows, self.processor.config.vision, left=left)
 
     def logits(self, batch: Batch) -> jax.Array:
         """float32 [B, T, V]: entry t predicts token t + 1; row b is real where batch.mask[b]."""
-        return _logits(self.params, batch, model=self.model)
+        return _logits(self.variables, batch, model=self.model)
 
     def generate(
         self,
@@ -95,21 +134,28 @@ class VideoLM:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
+        min_new_tokens: int = 0,
+        stop_strings: Sequence[str] = (),
     ) -> Generated:
         """Samples `num_generations` completions a prompt, all from one prefill; temperature 0 is greedy.
 
-        top_p in (0, 1] and top_k (0: off) restrict each token's distribution, and the log-probabilities with it.
+        top_p in (0, 1] and top_k (0: off) restrict each token's distribution, and the log-probabilities with it. A
+        completion ends with one of the folder's end tokens, with the token that completes one of `stop_strings`, or
+        after `max_new_tokens`; no end token is drawn among the first `min_new_tokens`. What ends it belongs to it (an
+        end token is left out of the text). Decoding stops when all completions have ended.
         """
-        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or num_generations < 1 or max_new_tokens < 1:
-            raise InputError(
-                "generate wants temperature >= 0, 0 < top_p <= 1, top_k >= 0, num_generations >= 1 and max_new_tokens "
-                f">= 1, found {temperature}, {top_p}, {top_k}, {num_generations}, {max_new_tokens}"
-            )
+        self._check_options(num_generations, max_new_tokens, temperature, top_p, top_k, min_new_tokens)
+        stops = None
+        if stop_strings:
+            written = stop_strings_.token_bytes(self.processor.tokenizer, self.processor.config.vocab_size)
+            stops = stop_strings_.table(stop_strings, written)
         out = sampling.sample(
-            self.params,
+            self.variables,
             batch,
             jax.random.key(seed),
             jnp.float32(temperature or 1.0),
+            jnp.int32(min_new_tokens),
+            stops,
             model=self.model,
             num_generations=num_generations,
             max_new_tokens=max_new_tokens,
@@ -121,15 +167,40 @@ class VideoLM:
         tokens, logps, mask = (np.asarray(x) for x in (out.tokens, out.logps, out.mask))
         return Generated(tokens, logps, mask, decode_text(self.processor, tokens, mask))
 
+    @staticmethod
+    def _check_options(
+        num_generations: int, max_new_tokens: int, temperature: float, top_p: float, top_k: int, min_new_tokens: int
+    ) -> None:
+        rules = {
+            f"num_generations >= 1, found {num_generations}": num_generations >= 1,
+            f"max_new_tokens >= 1, found {max_new_tokens}": max_new_tokens >= 1,
+            f"temperature >= 0, found {temperature}": temperature >= 0,
+            f"0 < top_p <= 1, found {top_p}": 0 < top_p <= 1,
+            f"top_k >= 0, found {top_k}": top_k >= 0,
+            f"0 <= min_new_tokens <= max_new_tokens, found {min_new_tokens}": 0 <= min_new_tokens <= max_new_tokens,
+        }
+        broken = [rule for rule, kept in rules.items() if not kept]
+        if broken:
+            raise InputError(f"generate wants {'; '.join(broken)}")
+
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a Hugging Face folder (safetensors, config, tokenizer, processor), complete or not at all."""
-        save_folder(path, self.processor, self.params)
+        """Writes a Hugging Face folder (safetensors, config, tokenizer, processor), complete or not at all.
+
+        Adapters are added in. Parameters keep their dtype: a folder loaded in its own dtype is saved bit for bit.
+        """
+        save_folder(path, self.processor, self.merged().params)
+
+    def save_adapter(self, path: str | os.PathLike) -> None:
+        """Writes the adapters alone as a PEFT folder, complete or not at all."""
+        if self.adapters is None:
+            raise InputError("this model has no adapters to save: train with config.lora.rank, or load with adapter=")
+        peft.save(path, self.model.lora, hf.flatten(self.adapters), self.processor.config, str(self.processor.folder))
 
 
 @partial(jax.jit, static_argnames="model")
-def _logits(params: Params, batch: Batch, *, model: QwenVL) -> jax.Array:
-    hidden = model.apply({"params": params}, batch, method="hidden")
-    return logprobs.logits(hidden, qwen_vl.unembedding(params, model.config))
+def _logits(variables: Variables, batch: Batch, *, model: QwenVL) -> jax.Array:
+    hidden = model.apply(variables, batch, method="hidden")
+    return logprobs.logits(hidden, qwen_vl.unembedding(variables, model.config))
 
 
 def decode_text(processor: Processor, tokens: np.ndarray, mask: np.ndarray) -> list[list[str]]:
@@ -144,14 +215,11 @@ def decode_text(processor: Processor, tokens: np.ndarray, mask: np.ndarray) -> l
 
 
 def save_folder(path: str | os.PathLike, processor: Processor, params: Params) -> None:
-    """Copies the processor's folder without its weights, and writes `params` beside it."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(processor.folder, part, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
-    hf.save_weights(part, params, processor.config)
-    old = path.with_name(path.name + ".old")
-    if path.exists():
-        path.rename(old)
-    part.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    """Copies the processor's folder without its weights, and writes `params` beside it, complete or not at all."""
+    with files.new_folder(path) as part:
+        shutil.copytree(processor.folder, part, ignore=shutil.ignore_patterns(*WEIGHT_FILES), dirs_exist_ok=True)
+        raw = files.read_json(part / "config.json")
+        dtype = str(jax.tree.leaves(params)[0].dtype)
+        raw |= {name: dtype for name in ("dtype", "torch_dtype") if name in raw}
+        files.write_text(part / "config.json", json.dumps(raw, indent=2))
+        hf.save_weights(part, params, processor.config)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vau_jax import parsing
 from vau_jax.data import annotations, prompts
 from vau_jax.data.annotations import Row
-from vau_jax.data.processor import Encoded, Processor, Shape, collate, encode_visual
+from vau_jax.data.processor import Encoded, Processor, Shape, collate
 from vau_jax.data.prompts import Reflection
 from vau_jax.data.video import Clip, FrameCache, VideoError, VideoOptions
 from vau_jax.files import InputError
@@ -124,8 +124,7 @@ class Loader:
         if self.augment and failure is None:
             clip = augment(clip, rng)
         if self.blind:
-            clip = Clip(np.full_like(clip.frames, GREY), clip.seconds_per_frame)
-        visual = encode_visual(clip.frames, clip.seconds_per_frame, self.processor.config.vision)
+            clip = replace(clip, frames=np.full_like(clip.frames, GREY))
         text = prompts.question(example.row, example.task, self.config.style, self.config.wording)
         content = [{"type": "video"}, {"type": "text", "text": text}]
         messages = [{"role": "user", "content": content}]
@@ -134,7 +133,7 @@ class Loader:
         return Loaded(
             example=example,
             prompt=prompt,
-            encoded=self.processor.encode_text(prompt, [visual]),
+            encoded=self.processor.encode_text(prompt, [self.processor.encode_clip(clip)]),
             target_tokens=tokens,
             target_weights=weights * (failure is None),
             failure=failure,
@@ -174,7 +173,7 @@ def augment(clip: Clip, rng: np.random.Generator) -> Clip:
     frames = _translate(frames, *(int(x) for x in rng.integers(-6, 7, 2)))
     gain = rng.uniform(0.85, 1.15) * rng.uniform(0.93, 1.07, 3)
     table = np.clip(np.arange(256)[:, None] * gain + rng.uniform(-12, 12), 0, 255).astype(np.uint8)  # [256, 3]
-    return Clip(np.stack([table[frames[..., c], c] for c in range(3)], axis=-1), clip.seconds_per_frame)
+    return replace(clip, frames=np.stack([table[frames[..., c], c] for c in range(3)], axis=-1))
 
 
 def _translate(frames: np.ndarray, dy: int, dx: int) -> np.ndarray:

@@ -4,7 +4,7 @@ The model never computes an integer itself: every index it needs comes from here
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +28,9 @@ class Visual:
     """One clip or image as patches."""
 
     patches: np.ndarray  # uint8 [P, patch_dim]
-    positions: np.ndarray  # int32 [P, 2]
-    windows: list[np.ndarray]  # int32 patch numbers of each window
-    frames: list[np.ndarray]  # int32 patch numbers of each temporal patch
     grid: tuple[int, int, int]  # merged units: temporal patches, rows, columns
-    time_step: float  # M-RoPE time positions from one temporal patch to the next
+    time_step: float = 1.0  # M-RoPE time positions from one temporal patch to the next
+    times: tuple[float, ...] | None = None  # seconds at the middle of each temporal patch; None: a still image
 
     @property
     def token_count(self) -> int:
@@ -54,7 +52,7 @@ class Encoded:
 
 
 class Shape(NamedTuple):
-    """Sizes of a padded batch."""
+    """Sizes of a padded batch; windows are 0 for models without them."""
 
     tokens: int
     patches: int = 0
@@ -94,28 +92,57 @@ def patch_positions(grid: tuple[int, int, int], merge: int) -> np.ndarray:
 
 
 def patch_groups(grid: tuple[int, int, int], config: VisionConfig) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(windows, frames): the patch numbers of each attention window and of each temporal patch."""
+    """(frames, windows): int32 patch numbers of each temporal patch, and of each attention window (none without)."""
     t, h, w = grid
     merge = config.spatial_merge_size
-    side = config.window_size // merge // config.patch_size  # merged units
     units = np.arange(t * h * w * merge**2, dtype=np.int32).reshape(t, h, w, merge**2)
+    if not config.window_size:
+        return list(units.reshape(t, -1)), []
+    side = config.window_size // merge // config.patch_size  # merged units
     windows = [
         units[i, y : y + side, x : x + side].reshape(-1)
         for i in range(t)
         for y in range(0, h, side)
         for x in range(0, w, side)
     ]
-    return windows, list(units.reshape(t, -1))
+    return list(units.reshape(t, -1)), windows
 
 
-def encode_visual(frames: np.ndarray, seconds_per_frame: float | None, config: VisionConfig) -> Visual:
-    """Patches of a clip, or of a still image when `seconds_per_frame` is None."""
+def table_corners(grid: tuple[int, int, int], config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [P, 4] and float32 [P, 4]: where each patch lies in the learned position table.
+
+    The table's corners are the frame's; a patch between entries takes its four neighbours' by bilinear shares.
+    """
+    side, sizes = config.position_grid, np.asarray(grid[1:]) * config.spatial_merge_size
+    positions = patch_positions(grid, config.spatial_merge_size).astype(np.float32)
+    place = positions * np.float32(side - 1) / np.maximum(sizes - 1, 1).astype(np.float32)  # [P, 2]
+    low = np.floor(place).astype(np.int32)
+    high_share = place - low
+    ends = np.stack([low, np.minimum(low + 1, side - 1)])  # [2, P, 2]
+    shares = np.stack([1 - high_share, high_share])
+    index = ends[:, None, :, 0] * side + ends[None, :, :, 1]  # [2, 2, P]
+    weights = shares[:, None, :, 0] * shares[None, :, :, 1]
+    return index.reshape(4, -1).T.astype(np.int32), weights.reshape(4, -1).T.astype(np.float32)
+
+
+def encode_visual(
+    frames: np.ndarray, config: VisionConfig, seconds_per_frame: float | None = None, start: float = 0.0
+) -> Visual:
+    """Patches of a clip whose first frame is at `start` seconds, or of a still image without `seconds_per_frame`."""
     patches, grid = patchify(frames, config)
-    windows, whole = patch_groups(grid, config)
-    step = 1.0
-    if seconds_per_frame is not None:
-        step = config.tokens_per_second * config.temporal_patch_size * seconds_per_frame
-    return Visual(patches, patch_positions(grid, config.spatial_merge_size), windows, whole, grid, step)
+    if seconds_per_frame is None:
+        return Visual(patches, grid)
+    depth = config.temporal_patch_size
+    stamps = start + seconds_per_frame * np.minimum(np.arange(grid[0] * depth), len(frames) - 1)
+    times = tuple(((stamps[::depth] + stamps[depth - 1 :: depth]) / 2).tolist())
+    step = config.tokens_per_second * depth * seconds_per_frame if config.tokens_per_second else 1.0
+    return Visual(patches, grid, step, times)
+
+
+def one_by_one(visual: Visual) -> list[Visual]:
+    """A clip as its temporal patches, one still image each."""
+    t, h, w = visual.grid
+    return [Visual(patches, (1, h, w)) for patches in np.split(visual.patches, t)]
 
 
 # --- Tokens and positions -----------------------------------------------------------------------------------------
@@ -158,15 +185,17 @@ class Processor:
                 f"model folder {folder} has no tokenizer.json: copy the tokenizer files beside the weights"
             )
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        self.image_options = self._pixel_budget(
-            "preprocessor_config.json", VideoOptions(min_pixels=3136, max_pixels=1003520)
-        )
-        self.video_options = self._pixel_budget("video_preprocessor_config.json", VideoOptions())
+        tokens = self.factor**2  # pixels of one visual token
+        image, clip = VideoOptions(min_pixels=4 * tokens, max_pixels=1280 * tokens), VideoOptions()
+        if self.config.timestamps:  # Qwen3-VL bounds a clip as a whole
+            image = VideoOptions(min_pixels=64 * tokens, max_pixels=16384 * tokens)
+            clip = VideoOptions(min_pixels=4096, max_pixels=24576 * tokens, per_clip=True)
+        self.image_options = self._pixel_budget("image", image)
+        self.video_options = self._pixel_budget("video", clip)
         self.end_tokens = self._end_tokens()
 
-    def _pixel_budget(self, name: str, default: VideoOptions) -> VideoOptions:
-        path = self.folder / name
-        raw = read_json(path) if path.is_file() else {}
+    def _pixel_budget(self, kind: str, default: VideoOptions) -> VideoOptions:
+        raw = model_config.processor_settings(self.folder, kind)
         size = raw.get("size") or {}
         item = {
             "min_pixels": raw.get("min_pixels") or size.get("shortest_edge"),
@@ -210,6 +239,8 @@ class Processor:
 
     def encode_text(self, text: str, visuals: list[Visual]) -> Encoded:
         """A prompt in template form, with one pad token where each visual goes."""
+        if self.config.timestamps:
+            text, visuals = self._with_timestamps(text, visuals)
         ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
         pads = np.isin(ids, self.config.never_sampled)
         if pads.sum() != len(visuals):
@@ -219,6 +250,27 @@ class Processor:
         is_visual = pads.repeat(repeats)
         index = np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32)
         return Encoded(ids.repeat(repeats), mrope_positions(is_visual, visuals), index, visuals)
+
+    def _with_timestamps(self, text: str, visuals: list[Visual]) -> tuple[str, list[Visual]]:
+        """Writes every clip as a row of frames, each after its time: `<1.5 seconds><|vision_start|>...<|vision_end|>`.
+
+        As Qwen3-VL was released (transformers 4.57): the row stands in the place of the clip's own start and end marks.
+        """
+        start, pad, end = self.tokenizer.convert_ids_to_tokens(
+            [self.config.vision_start_token_id, self.config.video_token_id, self.config.vision_end_token_id]
+        )
+        before, *after = text.split(pad)
+        clips = [visual for visual in visuals if visual.times is not None]
+        if len(after) != len(clips):
+            raise InputError(f"the prompt has {len(after)} places for videos, but {len(clips)} were given")
+        parts = [before]
+        for clip, rest in zip(clips, after, strict=True):
+            row = "".join(f"<{seconds:.1f} seconds>{start}{pad}{end}" for seconds in clip.times)
+            if parts[-1].endswith(start) and rest.startswith(end):
+                parts[-1], rest = parts[-1].removesuffix(start), rest.removeprefix(end)
+            parts += [row, rest]
+        stills = [still for v in visuals for still in ([v] if v.times is None else one_by_one(v))]
+        return "".join(parts), stills
 
     def _video(self, item: Message) -> Visual:
         options = VideoOptions.from_item(item, self.video_options)
@@ -230,9 +282,14 @@ class Processor:
                 raise InputError(str(error)) from error
         else:
             frames = _checked_frames(np.asarray(source), 4, "video")
-            size = video.frame_size(*frames.shape[1:3], len(frames), options, self.factor)
+            depth = self.config.vision.temporal_patch_size
+            size = video.frame_size(*frames.shape[1:3], len(frames), options, self.factor, depth)
             clip = Clip(video.resize(frames, *size), 1.0 / options.fps)
-        return encode_visual(clip.frames, clip.seconds_per_frame, self.config.vision)
+        return self.encode_clip(clip)
+
+    def encode_clip(self, clip: Clip) -> Visual:
+        """The patches of a decoded clip."""
+        return encode_visual(clip.frames, self.config.vision, clip.seconds_per_frame, clip.start)
 
     def _image(self, item: Message) -> Visual:
         source = item["image"]
@@ -243,8 +300,8 @@ class Processor:
                 raise InputError(f"cannot read image {item['image']}: {error}") from error
         frame = _checked_frames(np.asarray(source), 3, "image")[None]
         options = VideoOptions.from_item(item, self.image_options)
-        size = video.frame_size(*frame.shape[1:3], 1, options, self.factor)
-        return encode_visual(video.resize(frame, *size), None, self.config.vision)
+        size = video.frame_size(*frame.shape[1:3], 1, options, self.factor, 1)
+        return encode_visual(video.resize(frame, *size), self.config.vision)
 
 
 def _checked_frames(frames: np.ndarray, rank: int, what: str) -> np.ndarray:
@@ -276,18 +333,27 @@ def round_up(n: int) -> int:
     return next(size for size in (power, power * 3 // 2, power * 2) if size >= n)
 
 
-def batch_shape(rows: Sequence[Encoded], floor: Shape) -> Shape:
+def batch_shape(rows: Sequence[Encoded], config: VisionConfig, floor: Shape) -> Shape:
     """The shape to pad `rows` to: `floor` where that is enough, else the next rounded size."""
-    patches = [sum(len(v.patches) for v in row.visuals) for row in rows]
-    windows = [window for row in rows for v in row.visuals for window in v.windows]
-    frames = [frame for row in rows for v in row.visuals for frame in v.frames]
+    unit, side = config.spatial_merge_size**2, config.window_size // (config.spatial_merge_size * config.patch_size)
+
+    def most(value: Callable[[Visual], int], join: Callable[[Iterable[int]], int]) -> int:
+        return max((join(map(value, row.visuals)) for row in rows if row.visuals), default=0)
+
+    def windows(visual: Visual) -> int:
+        t, h, w = visual.grid
+        return t * -(-h // side) * -(-w // side) if side else 0
+
+    def window_size(visual: Visual) -> int:
+        return min(side, visual.grid[1]) * min(side, visual.grid[2]) * unit
+
     need = Shape(
         tokens=max(len(row.tokens) for row in rows),
-        patches=max(patches),
-        windows=max(sum(len(v.windows) for v in row.visuals) for row in rows),
-        window_size=max(map(len, windows), default=0),
-        frames=max(sum(len(v.frames) for v in row.visuals) for row in rows),
-        frame_size=max(map(len, frames), default=0),
+        patches=most(lambda v: len(v.patches), sum),
+        windows=most(windows, sum),
+        window_size=most(window_size, max),
+        frames=most(lambda v: v.grid[0], sum),
+        frame_size=most(lambda v: len(v.patches) // v.grid[0], max),
     )
     if not need.patches:
         return Shape(max(floor.tokens, round_up(need.tokens)))
@@ -298,7 +364,7 @@ def collate(
     rows: Sequence[Encoded], config: VisionConfig, floor: Shape = NO_FLOOR, pad_token: int = 0, left: bool = False
 ) -> Batch:
     """Pads prompts to one batch; padding tokens come after the prompt, or before it when `left`."""
-    shape = batch_shape(rows, floor)
+    shape = batch_shape(rows, config, floor)
     count = len(rows)
     tokens = np.full((count, shape.tokens), pad_token, np.int32)
     mask = np.zeros((count, shape.tokens), bool)
@@ -318,18 +384,28 @@ def _collate_vision(rows: Sequence[Encoded], config: VisionConfig, shape: Shape)
     count, unit = len(rows), config.spatial_merge_size**2
     total = -(-shape.patches // unit) * unit
     patches = np.zeros((count, total, config.in_channels * config.temporal_patch_size * config.patch_size**2), np.uint8)
-    positions = np.zeros((count, total, 2), np.int32)
-    windows = _empty_groups(count, total, shape.windows, shape.window_size)
-    frames = _empty_groups(count, total, shape.frames, shape.frame_size)
+    vision = Vision(
+        patches=patches,
+        positions=np.zeros((count, total, 2), np.int32),
+        frames=_empty_groups(count, total, shape.frames, shape.frame_size),
+        windows=_empty_groups(count, total, shape.windows, shape.window_size) if config.window_size else None,
+        corners=np.zeros((count, total, 4), np.int32) if config.position_grid else None,
+        corner_weights=np.zeros((count, total, 4), np.float32) if config.position_grid else None,
+    )
     for b, row in enumerate(rows):
         at = n_windows = n_frames = 0
         for visual in row.visuals:
-            patches[b, at : at + len(visual.patches)] = visual.patches
-            positions[b, at : at + len(visual.patches)] = visual.positions
-            n_windows = _fill_groups(windows, b, n_windows, visual.windows, at)
-            n_frames = _fill_groups(frames, b, n_frames, visual.frames, at)
-            at += len(visual.patches)
-    return Vision(patches, positions, windows, frames)
+            place = slice(at, at + len(visual.patches))
+            frames, windows = patch_groups(visual.grid, config)
+            vision.patches[b, place] = visual.patches
+            vision.positions[b, place] = patch_positions(visual.grid, config.spatial_merge_size)
+            n_frames = _fill_groups(vision.frames, b, n_frames, frames, at)
+            if vision.windows is not None:
+                n_windows = _fill_groups(vision.windows, b, n_windows, windows, at)
+            if vision.corners is not None:
+                vision.corners[b, place], vision.corner_weights[b, place] = table_corners(visual.grid, config)
+            at = place.stop
+    return vision
 
 
 def _empty_groups(count: int, patches: int, groups: int, size: int) -> Groups:

@@ -41,7 +41,8 @@ class VideoOptions:
     max_frames: int = 768
     min_pixels: int = 128 * 28 * 28  # a frame
     max_pixels: int = 768 * 28 * 28  # a frame
-    total_pixels: int = 115200 * 28 * 28  # all frames together
+    total_pixels: int = 115200 * 28 * 28  # all temporal patches together
+    per_clip: bool = False  # min_pixels and max_pixels are of all frames together, instead of each (Qwen3-VL)
     resized_height: int | None = None
     resized_width: int | None = None
     video_start: float | None = None  # seconds
@@ -64,27 +65,35 @@ class Clip:
 
     frames: np.ndarray  # uint8 [F, height, width, 3]
     seconds_per_frame: float  # spacing of the frames, as sampled
+    start: float = 0.0  # seconds from the start of the video to the first frame
 
     @property
     def duration(self) -> float:
         return len(self.frames) * self.seconds_per_frame
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, frames: int = 1, multiple: int = 1
+) -> tuple[int, int]:
     """The size nearest to (height, width) with both sides multiples of `factor` and a pixel count inside the bounds.
 
-    The rule of Qwen2-VL's processors, which keeps the aspect ratio as closely as the factor allows.
+    The rule of Qwen2-VL's processors, which keeps the aspect ratio as closely as the factor allows; with `frames`, that
+    of Qwen3-VL's, whose bounds are on the whole clip (rounded to `multiple` frames). Raises VideoError.
     """
+    if frames > 1 and min(height, width) < factor:
+        scale = factor / min(height, width)
+        height, width = int(height * scale), int(width * scale)
     if max(height, width) / min(height, width) > 200:
         raise VideoError(f"aspect ratio of {width}x{height} is above 200")
-    h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
-    if h * w > max_pixels:
-        scale = math.sqrt(height * width / max_pixels)
+    h, w = (round(side / factor) * factor for side in (height, width))
+    count = round(frames / multiple) * multiple
+    if count * h * w > max_pixels:
+        scale = math.sqrt(frames * height * width / max_pixels)
         h, w = (max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
-    elif h * w < min_pixels:
-        scale = math.sqrt(min_pixels / (height * width))
+    elif count * h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (frames * height * width))
         h, w = (math.ceil(side * scale / factor) * factor for side in (height, width))
-    return h, w
+    return max(h, factor), max(w, factor)
 
 
 def frame_count(duration: float, available: int, options: VideoOptions, multiple: int) -> int:
@@ -94,11 +103,16 @@ def frame_count(duration: float, available: int, options: VideoOptions, multiple
     return max(multiple, math.floor(wanted / multiple + 1e-6) * multiple)
 
 
-def frame_size(height: int, width: int, count: int, options: VideoOptions, factor: int) -> tuple[int, int]:
-    """Height and width of the resized frames of a clip of `count` frames."""
+def frame_size(
+    height: int, width: int, count: int, options: VideoOptions, factor: int, multiple: int
+) -> tuple[int, int]:
+    """Height and width of the resized frames of a clip of `count` frames; `multiple` is a temporal patch's."""
     if options.resized_height and options.resized_width:
         return smart_resize(options.resized_height, options.resized_width, factor, factor**2, 2**62)
-    share = options.total_pixels * 2 // count  # temporal patches of two frames cost one frame's tokens
+    if options.per_clip:
+        most = min(options.max_pixels, options.total_pixels * multiple)
+        return smart_resize(height, width, factor, options.min_pixels, most, max(count, multiple), multiple)
+    share = options.total_pixels * multiple // count  # a temporal patch costs one frame's tokens
     most = max(min(options.max_pixels, share), int(options.min_pixels * 1.05))
     return smart_resize(height, width, factor, options.min_pixels, most)
 
@@ -114,7 +128,7 @@ def read(path: str | os.PathLike, options: VideoOptions, factor: int, multiple: 
     errors = []
     for decode in (_decode_decord, _decode_pyav) if decord else (_decode_pyav,):
         try:
-            frames, duration = decode(path, options, multiple)
+            frames, start, duration = decode(path, options, multiple)
             break
         except VideoError:
             raise
@@ -122,8 +136,8 @@ def read(path: str | os.PathLike, options: VideoOptions, factor: int, multiple: 
             errors.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
     else:
         raise VideoError(f"cannot decode {path}: {'; '.join(errors)}")
-    height, width = frame_size(*frames.shape[1:3], len(frames), options, factor)
-    return Clip(resize(frames, height, width), duration / len(frames))
+    height, width = frame_size(*frames.shape[1:3], len(frames), options, factor, multiple)
+    return Clip(resize(frames, height, width), duration / len(frames), start)
 
 
 def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -134,8 +148,8 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC)) for f in frames])
 
 
-def choose(starts: np.ndarray, end: float, options: VideoOptions, multiple: int) -> tuple[np.ndarray, float]:
-    """Numbers of the frames to take, and the seconds they cover.
+def choose(starts: np.ndarray, end: float, options: VideoOptions, multiple: int) -> tuple[np.ndarray, float, float]:
+    """Numbers of the frames to take, the second of the video where they begin, and the seconds they cover.
 
     `starts` float64 [N] are the frames' time stamps in order, `end` is when the last one ends. Frame i of n is the one
     shown at i / n of the part between video_start and video_end.
@@ -148,17 +162,18 @@ def choose(starts: np.ndarray, end: float, options: VideoOptions, multiple: int)
     inside = int(np.sum((starts >= begin) & (starts < stop)))
     count = frame_count(stop - begin, inside, options, multiple)
     times = begin + np.arange(count) * (stop - begin) / count
-    return np.clip(np.searchsorted(starts, times + 1e-4, side="right") - 1, 0, len(starts) - 1), stop - begin
+    numbers = np.clip(np.searchsorted(starts, times + 1e-4, side="right") - 1, 0, len(starts) - 1)
+    return numbers, begin - first, stop - begin
 
 
-def _decode_decord(path: Path, options: VideoOptions, multiple: int) -> tuple[np.ndarray, float]:
+def _decode_decord(path: Path, options: VideoOptions, multiple: int) -> tuple[np.ndarray, float, float]:
     reader = decord.VideoReader(str(path), num_threads=1)
     stamps = reader.get_frame_timestamp(np.arange(len(reader)))  # [N, 2]: start and end
-    indices, duration = choose(stamps[:, 0].astype(np.float64), float(stamps[-1, 1]), options, multiple)
-    return reader.get_batch(indices).asnumpy(), duration
+    indices, *span = choose(stamps[:, 0].astype(np.float64), float(stamps[-1, 1]), options, multiple)
+    return reader.get_batch(indices).asnumpy(), *span
 
 
-def _decode_pyav(path: Path, options: VideoOptions, multiple: int) -> tuple[np.ndarray, float]:
+def _decode_pyav(path: Path, options: VideoOptions, multiple: int) -> tuple[np.ndarray, float, float]:
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise VideoError(f"{path} has no video stream")
@@ -171,8 +186,8 @@ def _decode_pyav(path: Path, options: VideoOptions, multiple: int) -> tuple[np.n
         if not images:
             raise VideoError(f"{path} has no frame that can be decoded")
         step = (starts[-1] - starts[0]) / (len(starts) - 1) if len(starts) > 1 else 1 / float(stream.average_rate or 25)
-    indices, duration = choose(np.asarray(starts), starts[-1] + step, options, multiple)
-    return np.stack([images[i] for i in indices]), duration
+    indices, *span = choose(np.asarray(starts), starts[-1] + step, options, multiple)
+    return np.stack([images[i] for i in indices]), *span
 
 
 class FrameCache:
@@ -205,17 +220,17 @@ class FrameCache:
 
 
 def _record_bytes(clip: Clip) -> bytes:
-    """The frames as .npy, followed by their spacing as .npy."""
+    """The frames as .npy, followed by their spacing and start as .npy."""
     buffer = io.BytesIO()
     np.save(buffer, clip.frames, allow_pickle=False)
-    np.save(buffer, np.float64(clip.seconds_per_frame), allow_pickle=False)
+    np.save(buffer, np.asarray([clip.seconds_per_frame, clip.start]), allow_pickle=False)
     return buffer.getvalue()
 
 
 def _load_record(record: Path) -> Clip | None:
     try:
         with record.open("rb") as file:
-            frames, spacing = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
-        return Clip(frames, float(spacing))
-    except (OSError, ValueError, EOFError):
+            frames, times = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
+        return Clip(frames, *times.tolist())
+    except (OSError, ValueError, TypeError, EOFError):
         return None

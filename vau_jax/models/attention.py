@@ -6,15 +6,24 @@ G completions of a prompt read the prompt's keys, which exist once, and their ow
     prompt  [T]  |  causal     |           |
     compl.  [G]  |  all        |  causal   |     each completion sees its own row only
 
-Scores and softmax are float32.
+Scores and softmax are float32. `IMPLEMENTATIONS` are ways to compute the same on different hardware.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+from vau_jax.files import InputError
 
 HIDDEN = -1e30  # finite, so that a row without any visible key gives a number and not NaN
+MOST_SCORES = 1 << 22  # scores of one head and one row that exist at a time; more are computed in pieces
+SPLASH_BLOCK = 512  # queries and keys of one step of the TPU kernel, at most
 
 
 class Keys(NamedTuple):
@@ -22,11 +31,59 @@ class Keys(NamedTuple):
 
     k: jax.Array  # [B, S, K, H] or [B, G, S, K, H]
     v: jax.Array
-    mask: jax.Array  # bool, broadcastable to [B, G, Q, S]: True where the query sees the key
+    seen: jax.Array  # bool [B or 1, G or 1, S]: which keys exist
+    causal: bool = False  # query i sees keys up to i alone
 
 
 def attend(q: jax.Array, parts: list[Keys]) -> jax.Array:
-    """Attention of q [B, G, Q, N, H] over the union of `parts` -> [B, G, Q, N, H]; N is a multiple of K."""
+    """Attention of q [B, G, Q, N, H] over the union of `parts` -> [B, G, Q, N, H]; N is a multiple of K.
+
+    The reference. Where a head would have more than MOST_SCORES scores they are computed in pieces, and again in the
+    backward pass.
+    """
+    g, length = q.shape[1:3]
+    keys = sum(part.k.shape[-3] for part in parts)
+    if g * length * keys <= MOST_SCORES:
+        return _attend(q, parts)
+    at_once = max(1, MOST_SCORES // (length * keys))  # groups
+    if at_once > 1 or length * keys <= MOST_SCORES:
+        return _over_groups(q, parts, at_once)
+    return _over_queries(q, parts, max(1, MOST_SCORES // (g * keys)))
+
+
+def _over_groups(q: jax.Array, parts: list[Keys], at_once: int) -> jax.Array:
+    """`attend` for `at_once` groups at a time."""
+    own = {i: (part.k, part.v) for i, part in enumerate(parts) if part.k.ndim == 5}
+    seen = [jnp.broadcast_to(part.seen, (part.seen.shape[0], *q.shape[1:2], part.seen.shape[2])) for part in parts]
+
+    @jax.checkpoint
+    def one(group: Any) -> jax.Array:
+        q, own, seen = group
+        chosen = [
+            Keys(*(x[:, None] for x in own[i]) if i in own else (part.k, part.v), seen[i][:, None], part.causal)
+            for i, part in enumerate(parts)
+        ]
+        return _attend(q[:, None], chosen)[:, 0]
+
+    out = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, own, seen)), batch_size=at_once)
+    return jnp.moveaxis(out, 0, 1)
+
+
+def _over_queries(q: jax.Array, parts: list[Keys], at_once: int) -> jax.Array:
+    """`attend` for `at_once` queries at a time."""
+    length = q.shape[2]
+    padded = jnp.pad(q, ((0, 0), (0, 0), (0, -length % at_once), (0, 0), (0, 0)))
+    pieces = jnp.moveaxis(padded.reshape(*q.shape[:2], -1, at_once, *q.shape[3:]), 2, 0)
+
+    @jax.checkpoint
+    def one(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _attend(piece[0], parts, first_row=piece[1])
+
+    out = jax.lax.map(one, (pieces, jnp.arange(len(pieces)) * at_once))
+    return jnp.moveaxis(out, 0, 2).reshape(padded.shape)[:, :, :length]
+
+
+def _attend(q: jax.Array, parts: list[Keys], first_row: jax.Array | int = 0) -> jax.Array:
     kv_heads = parts[0].k.shape[-2]
     b, g, length, heads, dim = q.shape
     grouped = q.reshape(b, g, length, kv_heads, heads // kv_heads, dim) * dim**-0.5
@@ -34,7 +91,10 @@ def attend(q: jax.Array, parts: list[Keys]) -> jax.Array:
     for part in parts:
         spec = "bgqkrh,bskh->bkrgqs" if part.k.ndim == 4 else "bgqkrh,bgskh->bkrgqs"
         score = jnp.einsum(spec, grouped, part.k, preferred_element_type=jnp.float32)
-        scores.append(jnp.where(part.mask[:, None, None], score, HIDDEN))
+        mask = part.seen[:, :, None, :]  # [B, G, Q, S]
+        if part.causal:
+            mask &= (first_row + jnp.arange(length))[:, None] >= jnp.arange(part.k.shape[-3])
+        scores.append(jnp.where(mask[:, None, None], score, HIDDEN))
     top = jnp.max(jnp.stack([score.max(-1) for score in scores]), axis=0)[..., None]
     weights = [jnp.exp(score - jax.lax.stop_gradient(top)) for score in scores]
     total = sum(weight.sum(-1) for weight in weights)  # [B, K, R, G, Q]
@@ -46,48 +106,151 @@ def attend(q: jax.Array, parts: list[Keys]) -> jax.Array:
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def causal_mask(length: int) -> jax.Array:
-    """bool [1, 1, length, length]: a position sees itself and what comes before."""
-    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+# --- Prompts and completions as one packed sequence ---------------------------------------------------------------
 
 
-def prefix_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int) -> jax.Array:
+def prefix_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int, implementation: str = "auto"
+) -> jax.Array:
     """Attention of one packed sequence, prompt then completions: q [B, T + G * C, N, H] -> the same shape.
 
     prompt_mask is bool [B, T]; generations is G, 0 for a prompt alone. Padding inside a completion lies after its
-    real tokens, where the causal mask already hides it.
+    real tokens, where the causal mask already hides it. What padding tokens give is undefined. `implementation` is a
+    name in IMPLEMENTATIONS, or "auto" for the best one on this machine.
     """
+    name = best(q.dtype) if implementation == "auto" else implementation
+    if name not in IMPLEMENTATIONS:
+        raise InputError(f"attention={name!r} is unknown: expected one of auto, {', '.join(IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[name](q, k, v, prompt_mask, generations)
+
+
+def best(dtype: Any) -> str:
+    """The implementation for this machine: cuDNN where the dtype allows it, the TPU kernel on one chip, else plain jnp.
+
+    (XLA splits the others over a mesh by itself; the kernel it cannot split.)
+    """
+    backend = jax.default_backend()
+    if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
+        return "cudnn"
+    return "splash" if backend == "tpu" and jax.device_count() == 1 else "jnp"
+
+
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int) -> jax.Array:
+    """Plain jnp."""
     t = prompt_mask.shape[1]
-    seen = prompt_mask[:, None, None, :]
-    prompt = attend(q[:, None, :t], [Keys(k[:, :t], v[:, :t], causal_mask(t) & seen)])[:, 0]
+    prompt = attend(q[:, None, :t], [Keys(k[:, :t], v[:, :t], prompt_mask[:, None], causal=True)])[:, 0]
+    return _with_completions(prompt, q, k, v, prompt_mask, generations)
+
+
+def _library(
+    q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int, implementation: str
+) -> jax.Array:
+    """The prompt by jax.nn.dot_product_attention (flash attention with cuDNN), completions by plain jnp."""
+    t = prompt_mask.shape[1]
+    mask = jnp.broadcast_to(prompt_mask[:, None, None], (q.shape[0], 1, t, t))
+    prompt = jax.nn.dot_product_attention(
+        q[:, :t], k[:, :t], v[:, :t], mask=mask, is_causal=True, implementation=implementation
+    )
+    return _with_completions(prompt, q, k, v, prompt_mask, generations)
+
+
+def _with_completions(
+    prompt: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int
+) -> jax.Array:
+    """Appends the completions' outputs to the prompt's."""
     if generations == 0:
         return prompt
+    t = prompt_mask.shape[1]
     split = [x[:, t:].reshape(x.shape[0], generations, -1, *x.shape[2:]) for x in (q, k, v)]
-    own = Keys(split[1], split[2], causal_mask(split[0].shape[2]))
-    completions = attend(split[0], [Keys(k[:, :t], v[:, :t], seen), own])
+    own = Keys(split[1], split[2], jnp.ones((1, 1, split[0].shape[2]), bool), causal=True)
+    completions = attend(split[0], [Keys(k[:, :t], v[:, :t], prompt_mask[:, None]), own])
     return jnp.concatenate([prompt, completions.reshape(q[:, t:].shape)], axis=1)
 
 
-def decode_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    prompt: Keys,
-    own: Keys,
+class SharedPrefixMask(splash_mask._ComputableMask):
+    """The mask of a packed sequence for the TPU kernel, computed block by block: never [S, S] in memory.
+
+    A query is one number, (start of its completion << 16) + row: it sees keys up to its row that lie in the prompt or
+    from its completion's start on. `length` is that of the sequence, up to 32,767; `prompt` and `completion` are T, C.
+    """
+
+    def __init__(self, length: int, prompt: int, completion: int) -> None:
+        if length >= 1 << 15:
+            raise InputError(
+                f"a packed sequence of {length} tokens is too long for the TPU kernel: at most {(1 << 15) - 1}"
+            )
+
+        def visible(q: Any, kv: Any) -> Any:
+            return (kv <= (q & 0xFFFF)) & ((kv < prompt) | (kv >= (q >> 16)))
+
+        super().__init__((length, length), visible)
+        self.layout = (length, prompt, completion)
+        rows, each = np.arange(length, dtype=np.int32), max(1, completion)
+        start = np.where(rows < prompt, 0, prompt + (rows - prompt) // each * each)
+        self.q_sequence = ((start << 16) + rows).astype(np.int32)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SharedPrefixMask) and self.layout == other.layout
+
+    def __hash__(self) -> int:
+        return hash(self.layout)
+
+
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int, interpret: bool = False
 ) -> jax.Array:
+    """The whole packed sequence by one Pallas kernel on TPU; `interpret` runs it anywhere, slowly."""
+    b, length, heads, dim = q.shape
+    t = prompt_mask.shape[1]
+    pad = -length % 128
+    q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
+    # A pad sees pads alone, and nothing real sees it.
+    real = jnp.pad(jnp.concatenate([prompt_mask, jnp.ones((b, length - t), bool)], axis=1), ((0, 0), (0, pad)))
+    mask = SharedPrefixMask(length + pad, t, (length - t) // max(1, generations))
+    block = next(size for size in (SPLASH_BLOCK, 384, 256, 128) if (length + pad) % size == 0)
+    kernel = splash.make_splash_mha(
+        splash_mask.MultiHeadMask([mask] * heads),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(_BLOCKS, block)),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    ids = real.astype(jnp.int32)
+    out = jax.vmap(kernel)(q * dim**-0.5, k, v, splash.SegmentIds(ids, ids))
+    return jnp.swapaxes(out, 1, 2)[:, :length]
+
+
+_BLOCKS = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+_BLOCKS += ("block_q_dq", "block_kv_dq")
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "jnp": _reference,
+    "xla": partial(_library, implementation="xla"),
+    "cudnn": partial(_library, implementation="cudnn"),
+    "splash": _splash,
+}
+
+
+# --- Decoding -----------------------------------------------------------------------------------------------------
+
+
+def decode_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt: Keys, own: Keys) -> jax.Array:
     """Attention of one new token in each of G completions: q [B, G, N, H] -> [B, G, N, H].
 
     `prompt` holds the prompt's keys (shared), `own` the completion's earlier ones; k, v [B, G, K, H] are the token's.
     """
-    itself = Keys(k[:, :, None], v[:, :, None], jnp.ones((1, 1, 1, 1), bool))
+    itself = Keys(k[:, :, None], v[:, :, None], jnp.ones((1, 1, 1), bool))
     return attend(q[:, :, None], [prompt, own, itself])[:, :, 0]
+
+
+# --- Groups of patches --------------------------------------------------------------------------------------------
 
 
 def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, members: jax.Array, slots: jax.Array) -> jax.Array:
     """Attention inside groups of patches: q, k, v [B, P, N, H] -> [B, P, N, H]; see `types.Groups`."""
     b, p, heads, dim = q.shape
     grouped = [_to_groups(x.reshape(b, p, -1), members, slots).reshape(*members.shape, heads, dim) for x in (q, k, v)]
-    out = attend(grouped[0], [Keys(grouped[1], grouped[2], (members < p)[:, :, None, :])])
+    out = attend(grouped[0], [Keys(grouped[1], grouped[2], members < p)])
     return _to_patches(out.reshape(b, -1, heads * dim), members, slots).reshape(q.shape)
 
 

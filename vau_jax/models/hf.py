@@ -1,24 +1,32 @@
 """Parameters to and from Hugging Face safetensors, by one table of names."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
-from vau_jax.files import InputError, read_json, write_bytes
+from vau_jax.files import InputError, read_json, sync, write_text
 from vau_jax.models import qwen_vl
 from vau_jax.models.config import QwenVLConfig
 from vau_jax.types import Params
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARD_BYTES = 2 << 30  # of one file that `save_weights` writes; saving needs about three times that beside the model
+Index = tuple[slice, ...]
+
+
+# --- Names --------------------------------------------------------------------------------------------------------
 
 
 class Rule(NamedTuple):
@@ -27,43 +35,90 @@ class Rule(NamedTuple):
     ours: str
     theirs: str
     transpose: bool = False  # Hugging Face keeps linear kernels as [out, in], we as [in, out]
+    layers: int = 0  # 0: not stacked
+
+    @property
+    def tensors(self) -> list[str]:
+        return [self.theirs.format(layer) for layer in range(self.layers)] if self.layers else [self.theirs]
 
 
-def _linear(ours: str, theirs: str, bias: bool) -> Iterator[Rule]:
-    yield Rule(f"{ours}/kernel", f"{theirs}.weight", transpose=True)
+def _linear(ours: str, theirs: str, bias: bool, layers: int = 0) -> Iterator[Rule]:
+    yield Rule(f"{ours}/kernel", f"{theirs}.weight", True, layers)
     if bias:
-        yield Rule(f"{ours}/bias", f"{theirs}.bias")
+        yield Rule(f"{ours}/bias", f"{theirs}.bias", False, layers)
+
+
+def _norm(ours: str, theirs: str, bias: bool, layers: int = 0) -> Iterator[Rule]:
+    yield Rule(f"{ours}/weight", f"{theirs}.weight", False, layers)
+    if bias:
+        yield Rule(f"{ours}/bias", f"{theirs}.bias", False, layers)
+
+
+# Names inside the vision tower that differ between families: first and second layer of a block's MLP, the merger's
+# norm, first and second layer.
+_VISION_NAMES = {
+    "qwen2_vl": ("fc1", "fc2", "ln_q", "mlp.0", "mlp.2"),
+    "qwen2_5_vl": ("", "", "ln_q", "mlp.0", "mlp.2"),
+    "qwen3_vl": ("linear_fc1", "linear_fc2", "norm", "linear_fc1", "linear_fc2"),
+}
+
+
+def _vision_rules(config: QwenVLConfig) -> Iterator[Rule]:
+    v = config.vision
+    fc1, fc2, norm, merger1, merger2 = _VISION_NAMES[config.model_type]
+    yield from _linear("visual/patch_embed", "visual.patch_embed.proj", v.patch_bias)
+    if v.position_grid:
+        yield Rule("visual/pos_embed", "visual.pos_embed.weight")
+    ours, theirs = "visual/blocks", "visual.blocks.{}"
+    for name in ("norm1", "norm2"):
+        yield from _norm(f"{ours}/{name}", f"{theirs}.{name}", not v.gated, v.depth)
+    mlp = {name: name for name in ("gate_proj", "up_proj", "down_proj")} if v.gated else {"fc1": fc1, "fc2": fc2}
+    for our_name, name in {"attn/qkv": "attn.qkv", "attn/proj": "attn.proj"}.items():
+        yield from _linear(f"{ours}/{our_name}", f"{theirs}.{name}", True, v.depth)
+    for our_name, name in mlp.items():
+        yield from _linear(f"{ours}/mlp/{our_name}", f"{theirs}.mlp.{name}", True, v.depth)
+    mergers = [("visual/merger", "visual.merger", 0)]
+    if v.deepstack_layers:
+        mergers.append(("visual/deepstack", "visual.deepstack_merger_list.{}", len(v.deepstack_layers)))
+    for ours, theirs, layers in mergers:
+        yield from _norm(f"{ours}/norm", f"{theirs}.{norm}", not v.gated, layers)
+        yield from _linear(f"{ours}/mlp/fc1", f"{theirs}.{merger1}", True, layers)
+        yield from _linear(f"{ours}/mlp/fc2", f"{theirs}.{merger2}", True, layers)
 
 
 def rules(config: QwenVLConfig) -> list[Rule]:
     """The table: every parameter of the model once."""
-    table = [Rule("embed_tokens/embedding", "model.embed_tokens.weight")]
-    table += _linear("visual/patch_embed", "visual.patch_embed.proj", bias=False)
-    block = "visual/blocks", "visual.blocks.{}"
-    for norm in ("norm1", "norm2"):
-        table.append(Rule(f"{block[0]}/{norm}/weight", f"{block[1]}.{norm}.weight"))
-    for name in ("attn/qkv", "attn/proj", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"):
-        table += _linear(f"{block[0]}/{name}", f"{block[1]}.{name.replace('/', '.')}", bias=True)
-    table.append(Rule("visual/merger_ln_q/weight", "visual.merger.ln_q.weight"))
-    table += _linear("visual/merger_in", "visual.merger.mlp.0", bias=True)
-    table += _linear("visual/merger_out", "visual.merger.mlp.2", bias=True)
-    layer = "decoder/layers", "model.layers.{}"
+    table = [Rule("embed_tokens/embedding", "model.embed_tokens.weight"), *_vision_rules(config)]
+    ours, theirs, depth = "decoder/layers", "model.layers.{}", config.num_layers
     for norm in ("input_layernorm", "post_attention_layernorm"):
-        table.append(Rule(f"{layer[0]}/{norm}/weight", f"{layer[1]}.{norm}.weight"))
+        table += _norm(f"{ours}/{norm}", f"{theirs}.{norm}", False, depth)
+    for norm in ("q_norm", "k_norm") if config.qk_norm else ():
+        table += _norm(f"{ours}/{norm}", f"{theirs}.self_attn.{norm}", False, depth)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        table += _linear(f"{layer[0]}/{name}", f"{layer[1]}.self_attn.{name}", bias=name != "o_proj")
+        bias = config.out_bias if name == "o_proj" else config.qkv_bias
+        table += _linear(f"{ours}/{name}", f"{theirs}.self_attn.{name}", bias, depth)
     for name in ("gate_proj", "up_proj", "down_proj"):
-        table += _linear(f"{layer[0]}/mlp/{name}", f"{layer[1]}.mlp.{name}", bias=False)
+        table += _linear(f"{ours}/mlp/{name}", f"{theirs}.mlp.{name}", False, depth)
     table.append(Rule("decoder/norm/weight", "model.norm.weight"))
     if not config.tie_word_embeddings:
-        table.append(Rule("lm_head", "lm_head.weight", transpose=True))
+        table.append(Rule("lm_head", "lm_head.weight", True))
     return table
 
 
-def published_name(name: str) -> str:
-    """The published name of a tensor, whatever version of transformers wrote the file."""
+def plain_name(name: str) -> str:
+    """The name of a tensor in the table, whatever version of transformers wrote the file."""
     name = re.sub(r"^model\.language_model\.", "model.", name)
     return re.sub(r"^model\.visual\.", "visual.", name)
+
+
+def module_name(plain: str) -> str:
+    """The inverse: the name of a tensor in transformers' own model (5.x), under which Qwen3-VL is published too."""
+    return re.sub(r"^(model|visual)\.", lambda m: {"model.": "model.language_model."}.get(m[0], "model.visual."), plain)
+
+
+def published_name(plain: str, config: QwenVLConfig) -> str:
+    """The name of a tensor in the family's published files."""
+    return module_name(plain) if config.model_type == "qwen3_vl" else plain
 
 
 def parameter_shapes(config: QwenVLConfig) -> dict[str, tuple[int, ...]]:
@@ -89,17 +144,21 @@ def unflatten(flat: dict[str, Any]) -> Params:
     return tree
 
 
+# --- Reading ------------------------------------------------------------------------------------------------------
+
+
 class _Reader:
-    """The tensors of a folder, under published names, read one at a time."""
+    """The tensors of a folder, under the table's names, of which any part can be read alone."""
 
     def __init__(self, folder: Path) -> None:
-        self.files = self._files(folder)
-        self.where = {}
-        for path in self.files:
+        self.where: dict[str, tuple[Path, str]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in self._files(folder):
             try:
                 with safe_open(path, framework="numpy") as handle:
-                    names = list(handle.keys())
-                self.where.update({published_name(name): (path, name) for name in names})
+                    for name in handle.keys():  # noqa: SIM118 - not a dict
+                        self.where[plain_name(name)] = path, name
+                        self.shapes[plain_name(name)] = tuple(handle.get_slice(name).get_shape())
             except Exception as error:  # safetensors raises its own type for a damaged header
                 raise InputError(f"cannot read {path}: {error}; download or copy it again") from error
 
@@ -119,42 +178,47 @@ class _Reader:
             )
         raise InputError(f"{folder} has no {SINGLE} and no {INDEX}")
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        path, stored = self.where[name]
-        with safe_open(path, framework="numpy") as handle:
-            return tuple(handle.get_slice(stored).get_shape())
+    def read(self, rule: Rule, index: Index, dtype: Any) -> np.ndarray:
+        """Part `index` of one of our parameters: of each tensor only the bytes that it needs."""
+        layers = range(rule.layers)[index[0]] if rule.layers else (0,)
+        rest = index[1:] if rule.layers else index
+        out, tensors = None, rule.tensors
+        with ExitStack() as opened:  # files are mapped to memory while they are open, and no longer
+            handles: dict[Path, Any] = {}
+            for place, layer in enumerate(layers):
+                path, name = self.where[tensors[layer]]
+                if path not in handles:
+                    handles[path] = opened.enter_context(safe_open(path, framework="numpy"))
+                part = _part(handles[path].get_slice(name), rest, rule.transpose)
+                if out is None:
+                    out = np.empty((len(layers), *part.shape), dtype)
+                out[place] = part
+        return out if rule.layers else out[0]
 
-    def __call__(self, name: str) -> np.ndarray:
-        path, stored = self.where[name]
-        with safe_open(path, framework="numpy") as handle:
-            return handle.get_tensor(stored)
 
-
-def _names(rule: Rule, config: QwenVLConfig) -> list[str]:
-    if "{}" not in rule.theirs:
-        return [rule.theirs]
-    depth = config.vision.depth if rule.ours.startswith("visual/") else config.num_layers
-    return [rule.theirs.format(layer) for layer in range(depth)]
-
-
-def _ours_from(tensor: np.ndarray, rule: Rule) -> np.ndarray:
-    """A tensor in our layout; a convolution kernel [out, in, t, h, w] is a linear one over flattened patches."""
-    return tensor.reshape(tensor.shape[0], -1).T if rule.transpose else tensor
+def _part(tensor: Any, index: Index, transpose: bool) -> np.ndarray:
+    """Part of a tensor in our layout; a convolution kernel [out, in, t, h, w] is a linear one over flat patches."""
+    if not transpose:
+        return tensor[index]
+    rows, columns = index[1], index[0]
+    if len(tensor.get_shape()) == 2:
+        return tensor[rows, columns].T
+    block = tensor[rows]
+    return block.reshape(block.shape[0], -1)[:, columns].T
 
 
 def _check(reader: _Reader, config: QwenVLConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises one InputError that lists every missing, unused and misshaped tensor."""
     problems, used = [], {"lm_head.weight"} if config.tie_word_embeddings else set()
     for rule in rules(config):
-        names = _names(rule, config)
-        want = shapes[rule.ours][1:] if "{}" in rule.theirs else shapes[rule.ours]
+        want = shapes[rule.ours][1:] if rule.layers else shapes[rule.ours]
         want = want[::-1] if rule.transpose else want
-        used.update(names)
-        for name in names:
-            if name not in reader.where:
+        used.update(rule.tensors)
+        for name in rule.tensors:
+            got = reader.shapes.get(name)
+            if got is None:
                 problems.append(f"missing {name} {list(want)}")
                 continue
-            got = reader.shape(name)
             flat = (got[0], int(np.prod(got[1:]))) if rule.transpose else got
             if flat != want:
                 problems.append(f"{name} has shape {list(got)}, expected {list(want)}")
@@ -168,34 +232,80 @@ def load(
     folder: str | os.PathLike,
     config: QwenVLConfig,
     dtype: Any = jnp.float32,
-    place: Callable[[str, np.ndarray], jax.Array] | None = None,
+    layout: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> Params:
-    """Reads a folder's safetensors into our parameters, one parameter at a time.
+    """Reads a folder's safetensors into our parameters, one after the other, the largest first.
 
-    `place(path, array)` puts a parameter on devices (with its sharding); the default puts it on the first device.
+    `layout(path, shape)` says how a parameter lies on devices; the default is the first device. A process reads only
+    what its own devices hold. Beside the parameters themselves, memory holds one parameter's part for one device.
     Raises InputError for a folder without safetensors, and one that lists all tensors that do not fit.
     """
-    reader = _Reader(Path(folder))
-    _check(reader, config, parameter_shapes(config))
-    place = place or (lambda _, array: jnp.asarray(array))
+    reader, shapes = _Reader(Path(folder)), parameter_shapes(config)
+    _check(reader, config, shapes)
+    alone = SingleDeviceSharding(jax.local_devices()[0])
     flat = {}
-    for rule in rules(config):
-        tensors = [_ours_from(reader(name), rule) for name in _names(rule, config)]
-        array = np.stack(tensors) if "{}" in rule.theirs else tensors[0]
-        flat[rule.ours] = place(rule.ours, array.astype(dtype))
+    for rule in sorted(rules(config), key=lambda rule: -np.prod(shapes[rule.ours])):
+        shape = shapes[rule.ours]
+        target = layout(rule.ours, shape) if layout else alone
+        flat[rule.ours] = _place(shape, target, lambda index, rule=rule: reader.read(rule, index, dtype))
     return unflatten(flat)
 
 
-def save_weights(folder: str | os.PathLike, params: Params, config: QwenVLConfig) -> None:
-    """Writes model.safetensors under the published names, complete or not at all."""
-    flat, tensors = flatten(params), {}
+def _place(shape: tuple[int, ...], layout: Sharding, read: Callable[[Index], np.ndarray]) -> jax.Array:
+    """An array on the devices of `layout`, of which this process reads each part that its devices hold once."""
+    holders_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in layout.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        holders_of.setdefault(bounds, []).append(device)
+    parts = []
+    for bounds, holders in holders_of.items():
+        host = read(tuple(slice(*ends) for ends in bounds))
+        parts += [jax.block_until_ready(jax.device_put(host, device)) for device in holders]
+    return jax.make_array_from_single_device_arrays(shape, layout, parts)
+
+
+# --- Writing ------------------------------------------------------------------------------------------------------
+
+
+def _tensors(params: Params, config: QwenVLConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Published name and value of every tensor."""
+    flat = flatten(params)
     patch = config.vision.in_channels, config.vision.temporal_patch_size, *2 * (config.vision.patch_size,)
     for rule in rules(config):
         array = np.asarray(flat[rule.ours])
-        layers = list(array) if "{}" in rule.theirs else [array]
-        for name, layer in zip(_names(rule, config), layers, strict=True):
+        for name, layer in zip(rule.tensors, array if rule.layers else [array], strict=True):
             layer = layer.T if rule.transpose else layer
             if rule.ours == "visual/patch_embed/kernel":
                 layer = layer.reshape(layer.shape[0], *patch)
-            tensors[name] = np.ascontiguousarray(layer)
-    write_bytes(Path(folder) / SINGLE, save(tensors, metadata={"format": "pt"}))
+            yield published_name(name, config), np.ascontiguousarray(layer)
+
+
+def save_weights(folder: str | os.PathLike, params: Params, config: QwenVLConfig) -> None:
+    """Writes model.safetensors, or several files of at most SHARD_BYTES and their index, under the published names.
+
+    Files are on disk when this returns. A crash leaves some of them: write to a folder that is renamed when complete.
+    """
+    folder = Path(folder)
+    shards, held, size = [], {}, 0
+
+    def flush() -> None:
+        path = folder / f"{len(shards)}.safetensors.part"
+        save_file(held, path, metadata={"format": "pt"})
+        sync(path)
+        shards.append((path, list(held), size))
+
+    for name, tensor in _tensors(params, config):
+        if held and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            held, size = {}, 0
+        held[name], size = tensor, size + tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        shards[0][0].rename(folder / SINGLE)
+        return
+    places: dict[str, str] = {}
+    for number, (path, names, _) in enumerate(shards, start=1):
+        path.rename(folder / f"model-{number:05}-of-{len(shards):05}.safetensors")
+        places |= dict.fromkeys(names, f"model-{number:05}-of-{len(shards):05}.safetensors")
+    index = {"metadata": {"total_size": sum(shard[2] for shard in shards)}, "weight_map": places}
+    write_text(folder / INDEX, json.dumps(index, indent=1))

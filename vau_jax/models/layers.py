@@ -1,17 +1,45 @@
 """Layers that the vision tower and the decoder share."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vau_jax.models.lora import LoRA
+
 UNIT_NORMAL = nn.initializers.normal(1.0)  # `qwen_vl.init` scales it by the config's initializer_range
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # by Hugging Face's names
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": nn.gelu,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "silu": nn.silu,
+}
 
-def dense(features: int, name: str, dtype: Any, bias: bool = False) -> nn.Dense:
-    """A linear layer as everywhere in the model: kernel [in, out]."""
-    return nn.Dense(features, use_bias=bias, name=name, dtype=dtype, kernel_init=UNIT_NORMAL)
+
+class Dense(nn.Module):
+    """A linear layer as everywhere in the model: kernel [in, out], with its LoRA where collection `lora` has one."""
+
+    features: int
+    dtype: Any
+    lora: LoRA | None = None
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", UNIT_NORMAL, (x.shape[-1], self.features))
+        y = x @ kernel.astype(self.dtype)
+        if self.bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        if self.lora is None or not self.has_variable("lora", "a"):
+            return y
+        if self.lora.dropout and self.has_rng("dropout"):  # training gives the key, everything else does not
+            kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.lora.dropout), 0)
+        a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b"))
+        return y + (x @ a) @ b * jnp.asarray(self.lora.scale, self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -27,15 +55,46 @@ class RMSNorm(nn.Module):
         return wide.astype(x.dtype) * weight.astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / std * weight + bias over the last axis, in float32 (arXiv 1607.06450)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide -= jnp.mean(wide, axis=-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * weight + bias).astype(x.dtype)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
     hidden: int
     dtype: Any
+    lora: LoRA | None = None
     bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = dense(self.hidden, "gate_proj", self.dtype, self.bias)(x)
-        up = dense(self.hidden, "up_proj", self.dtype, self.bias)(x)
-        return dense(x.shape[-1], "down_proj", self.dtype, self.bias)(nn.silu(gate) * up)
+        gate = Dense(self.hidden, self.dtype, self.lora, self.bias, name="gate_proj")(x)
+        up = Dense(self.hidden, self.dtype, self.lora, self.bias, name="up_proj")(x)
+        return Dense(x.shape[-1], self.dtype, self.lora, self.bias, name="down_proj")(nn.silu(gate) * up)
+
+
+class MLP(nn.Module):
+    """fc2(activation(fc1(x))), both with bias."""
+
+    hidden: int
+    features: int
+    activation: str  # a name in ACTIVATIONS
+    dtype: Any
+    lora: LoRA | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = Dense(self.hidden, self.dtype, self.lora, bias=True, name="fc1")(x)
+        return Dense(self.features, self.dtype, self.lora, bias=True, name="fc2")(ACTIVATIONS[self.activation](x))

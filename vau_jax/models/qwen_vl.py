@@ -1,7 +1,9 @@
-"""Qwen2.5-VL as a function of its parameters: whole sequences, prefill, and one decoding step.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL as functions of their parameters: whole sequences, prefill, one decoding step.
 
 A prompt and its G completions are one packed sequence [T + G * C]: the prompt goes through the model once, each
 completion sees the prompt and itself (see `attention`). SFT is the case G = 1; sampling reads the prompt's cache.
+
+`variables` is {"params": ...}, or {"params": ..., "lora": ...} for the model with its adapters.
 """
 
 from typing import Any, NamedTuple
@@ -13,9 +15,10 @@ import jax.numpy as jnp
 from vau_jax.models import attention, rope
 from vau_jax.models.attention import Keys
 from vau_jax.models.config import QwenVLConfig
-from vau_jax.models.layers import UNIT_NORMAL, RMSNorm, SwiGLU, dense
+from vau_jax.models.layers import UNIT_NORMAL, Dense, RMSNorm, SwiGLU
+from vau_jax.models.lora import LoRA
 from vau_jax.models.vision import VisionTower
-from vau_jax.types import Batch, Completions, Groups, KVCache, Params, Vision
+from vau_jax.types import Batch, Completions, Groups, KVCache, Params, Variables, Vision
 
 
 class Packed(NamedTuple):
@@ -23,6 +26,7 @@ class Packed(NamedTuple):
 
     angles: jax.Array  # float32 [B, T + G * C, H / 2]
     prompt_mask: jax.Array  # bool [B, T]
+    deep: jax.Array | None  # [n, B, T, D]: what the first n layers add to the prompt (DeepStack), zero on text
 
 
 class Decoding(NamedTuple):
@@ -36,20 +40,26 @@ class Decoding(NamedTuple):
 class DecoderLayer(nn.Module):
     config: QwenVLConfig
     dtype: Any
+    attention: str
+    lora: LoRA | None
     generations: int = 0  # completions in a packed sequence
     keep_kv: bool = False
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, where: Packed | Decoding, caches: tuple[KVCache, KVCache] | None
+        self, x: jax.Array, where: Packed | Decoding, number: jax.Array, caches: tuple[KVCache, KVCache] | None
     ) -> tuple[jax.Array, KVCache | None]:
         """x is [B, S, D]: a packed sequence, or one token of each completion when `caches` (prompt, own) are given."""
         c = self.config
         h = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
         out, kv = self._attention(h, where, caches)
-        x = x + dense(c.hidden_size, "o_proj", self.dtype)(out.reshape(*x.shape[:2], -1))
+        x = x + self._dense("o_proj", c.hidden_size, c.out_bias)(out.reshape(*x.shape[:2], -1))
         h = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
-        return x + SwiGLU(c.intermediate_size, self.dtype, name="mlp")(h), kv
+        x = x + SwiGLU(c.intermediate_size, self.dtype, self.lora, name="mlp")(h)
+        return _add_deep(x, where.deep, number) if isinstance(where, Packed) and where.deep is not None else x, kv
+
+    def _dense(self, name: str, features: int, bias: bool) -> Dense:
+        return Dense(features, self.dtype, self.lora, bias, name=name)
 
     def _attention(
         self, h: jax.Array, where: Packed | Decoding, caches: tuple[KVCache, KVCache] | None
@@ -57,14 +67,15 @@ class DecoderLayer(nn.Module):
         c = self.config
 
         def project(name: str, heads: int) -> jax.Array:
-            y = dense(heads * c.head_dim, name, self.dtype, bias=True)(h)
-            return y.reshape(*h.shape[:2], heads, c.head_dim)  # [B, S, heads, H]
+            y = self._dense(f"{name}_proj", heads * c.head_dim, c.qkv_bias)(h)
+            y = y.reshape(*h.shape[:2], heads, c.head_dim)  # [B, S, heads, H]
+            return RMSNorm(c.rms_norm_eps, name=f"{name}_norm")(y) if c.qk_norm and name != "v" else y
 
-        q = rope.rotate(project("q_proj", c.num_heads), where.angles)
-        k = rope.rotate(project("k_proj", c.num_kv_heads), where.angles)
-        v = project("v_proj", c.num_kv_heads)
+        q = rope.rotate(project("q", c.num_heads), where.angles)
+        k = rope.rotate(project("k", c.num_kv_heads), where.angles)
+        v = project("v", c.num_kv_heads)
         if caches is None:
-            out = attention.prefix_attention(q, k, v, where.prompt_mask, self.generations)
+            out = attention.prefix_attention(q, k, v, where.prompt_mask, self.generations, self.attention)
             return out, KVCache(k, v) if self.keep_kv else None
         prompt, own = caches
         written = jnp.arange(own.k.shape[2]) < where.step  # [C]
@@ -72,10 +83,19 @@ class DecoderLayer(nn.Module):
             q,
             k,
             v,
-            Keys(prompt.k, prompt.v, where.prompt_mask[:, None, None, :]),
-            Keys(own.k, own.v, written[None, None, None, :]),
+            Keys(prompt.k, prompt.v, where.prompt_mask[:, None]),
+            Keys(own.k, own.v, written[None, None]),
         )
         return out, KVCache(k, v)
+
+
+def _add_deep(x: jax.Array, deep: jax.Array, number: jax.Array) -> jax.Array:
+    """Adds deep[number] to the prompt's part of x, in the layers that have one."""
+
+    def add() -> jax.Array:
+        return x.at[:, : deep.shape[2]].add(jax.lax.dynamic_index_in_dim(deep, number, keepdims=False))
+
+    return jax.lax.cond(number < deep.shape[0], add, lambda: x)
 
 
 class Decoder(nn.Module):
@@ -83,6 +103,8 @@ class Decoder(nn.Module):
 
     config: QwenVLConfig
     dtype: Any
+    attention: str
+    lora: LoRA | None
     remat: bool
     unroll: int
 
@@ -96,62 +118,69 @@ class Decoder(nn.Module):
         keep_kv: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         """x [B, S, D] -> [B, S, D], and the keys and values of every layer, stacked."""
+        c = self.config
         layers = nn.scan(
             nn.remat(DecoderLayer) if self.remat else DecoderLayer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
-            length=self.config.num_layers,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, 0, 0),
+            length=c.num_layers,
             unroll=self.unroll,
-        )(self.config, self.dtype, generations, keep_kv, name="layers")
-        x, kv = layers(x, where, caches)
-        return RMSNorm(self.config.rms_norm_eps, name="norm")(x), kv
+        )(c, self.dtype, self.attention, self.lora, generations, keep_kv, name="layers")
+        x, kv = layers(x, where, jnp.arange(c.num_layers), caches)
+        return RMSNorm(c.rms_norm_eps, name="norm")(x), kv
 
 
 class QwenVL(nn.Module):
-    """The whole model; `QwenVL(config).apply({"params": params}, ..., method="hidden")` and so on."""
+    """The whole model; `QwenVL(config).apply(variables, ..., method="hidden")` and so on."""
 
     config: QwenVLConfig
     dtype: Any = jnp.float32
     remat: bool = False  # compute activations again in the backward pass
     unroll: int = 1  # layers in one round of the scan: more is faster for small models, and slower to compile
+    attention: str = "auto"  # of prompts, a name in attention.IMPLEMENTATIONS
+    lora: LoRA | None = None  # the kind of adapters that collection "lora" holds
 
     def setup(self) -> None:
         c = self.config
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=UNIT_NORMAL)
-        self.visual = VisionTower(c.vision, self.dtype, self.remat, self.unroll)
-        self.decoder = Decoder(c, self.dtype, self.remat, self.unroll)
+        self.visual = VisionTower(c.vision, self.dtype, self.lora, self.remat, self.unroll)
+        self.decoder = Decoder(c, self.dtype, self.attention, self.lora, self.remat, self.unroll)
         if not c.tie_word_embeddings:
             self.lm_head = self.param("lm_head", UNIT_NORMAL, (c.hidden_size, c.vocab_size))
 
     def _angles(self, positions: jax.Array) -> jax.Array:
         c = self.config
-        return rope.mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section)
+        return rope.mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section, c.mrope_interleaved)
 
-    def embed(self, batch: Batch) -> jax.Array:
-        """Token embeddings [B, T, D], with visual features in the places of visual tokens."""
+    def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        """Token embeddings [B, T, D] with visual features in the places of visual tokens, and `Packed.deep`."""
         x = self.embed_tokens(batch.tokens)
         if batch.vision is None:
-            return x
+            return x, None
         features = self.visual(batch.vision)
+        visual = batch.visual_index[..., None] >= 0  # [B, T, 1]
         index = jnp.maximum(batch.visual_index, 0)[..., None]
-        return jnp.where(batch.visual_index[..., None] >= 0, jnp.take_along_axis(features, index, axis=1), x)
+        x = jnp.where(visual, jnp.take_along_axis(features.tokens, index, axis=1), x)
+        if features.deep is None:
+            return x, None
+        return x, jnp.where(visual, jnp.take_along_axis(features.deep, index[None], axis=2), 0)
 
     def hidden(self, batch: Batch, completions: Completions | None = None) -> jax.Array:
         """Last hidden states of the packed sequence, [B, T + G * C, D]."""
-        x, positions, generations = self.embed(batch), batch.positions, 0
+        (x, deep), positions, generations = self.embed(batch), batch.positions, 0
         if completions is not None:
             b, generations, length = completions.tokens.shape
             x = jnp.concatenate([x, self.embed_tokens(completions.tokens.reshape(b, -1))], axis=1)
             own = batch.next_position[:, None] + jnp.tile(jnp.arange(length), generations)  # [B, G * C]
             own = jnp.broadcast_to(own[:, None], (b, 3, own.shape[1]))
             positions = jnp.concatenate([positions, own], axis=2)
-        return self.decoder(x, Packed(self._angles(positions), batch.mask), generations=generations)[0]
+        return self.decoder(x, Packed(self._angles(positions), batch.mask, deep), generations=generations)[0]
 
     def prefill(self, batch: Batch) -> tuple[jax.Array, KVCache]:
         """Hidden states [B, T, D] of the prompts and their cache [L, B, T, K, H]."""
-        where = Packed(self._angles(batch.positions), batch.mask)
-        return self.decoder(self.embed(batch), where, keep_kv=True)
+        x, deep = self.embed(batch)
+        return self.decoder(x, Packed(self._angles(batch.positions), batch.mask, deep), keep_kv=True)
 
     def decode(
         self, tokens: jax.Array, batch: Batch, step: jax.Array, caches: tuple[KVCache, KVCache]
@@ -168,6 +197,14 @@ def init(config: QwenVLConfig, key: jax.Array) -> Params:
     n = v.spatial_merge_size**2
     groups = Groups(jnp.arange(n)[None, None], jnp.arange(n)[None])
     patches = jnp.zeros((1, n, v.in_channels * v.temporal_patch_size * v.patch_size**2), jnp.uint8)
+    vision = Vision(
+        patches=patches,
+        positions=jnp.zeros((1, n, 2), jnp.int32),
+        frames=groups,
+        windows=groups if v.window_size else None,
+        corners=jnp.zeros((1, n, 4), jnp.int32) if v.position_grid else None,
+        corner_weights=jnp.zeros((1, n, 4)) if v.position_grid else None,
+    )
     token = jnp.zeros((1, 1), jnp.int32)
     batch = Batch(
         tokens=token,
@@ -175,15 +212,21 @@ def init(config: QwenVLConfig, key: jax.Array) -> Params:
         positions=jnp.zeros((1, 3, 1), jnp.int32),
         visual_index=token,
         next_position=token[0],
-        vision=Vision(patches, jnp.zeros((1, n, 2), jnp.int32), groups, groups),
+        vision=vision,
     )
     params = QwenVL(config).init(key, batch, method="hidden")["params"]
-    drawn = ("kernel", "embedding", "lm_head")
+    drawn = ("kernel", "embedding", "lm_head", "pos_embed")
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x * config.initializer_range if path[-1].key in drawn else x, params
     )
 
 
-def unembedding(params: Params, config: QwenVLConfig) -> jax.Array:
+def with_adapters(params: Params, adapters: Params | None) -> Variables:
+    """What `apply` takes: the parameters, and LoRA's factors where there are any."""
+    return {"params": params} if adapters is None else {"params": params, "lora": adapters}
+
+
+def unembedding(variables: Variables, config: QwenVLConfig) -> jax.Array:
     """The matrix [D, V] that turns hidden states to logits: its own, or the embedding's transpose where tied."""
+    params = variables["params"]
     return params["embed_tokens"]["embedding"].T if config.tie_word_embeddings else params["lm_head"]

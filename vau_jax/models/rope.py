@@ -10,13 +10,23 @@ def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
     return (1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)
 
 
-def mrope_angles(positions: jax.Array, head_dim: int, theta: float, sections: tuple[int, ...]) -> jax.Array:
-    """Angles [B, S, H / 2] for positions int32 [B, 3, S].
+def mrope_axes(sections: tuple[int, ...], interleaved: bool) -> np.ndarray:
+    """int [H / 2]: whether a frequency turns with the time (0), height (1) or width (2) position.
 
-    Frequency i turns with the time, height or width position; `sections` says how many consecutive frequencies each
-    of the three gets (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    `sections` says how many frequencies each of the three gets: consecutive ones (Qwen2-VL, arXiv 2409.12191, section
+    2.1), or `interleaved` as t h w t h w ... until a section is used up, and time from there on (Qwen3-VL).
     """
-    axis = np.repeat(np.arange(len(sections)) % 3, sections)  # [H / 2]
+    if not interleaved:
+        return np.repeat(np.arange(len(sections)) % 3, sections)
+    i = np.arange(sum(sections))
+    return np.where(i < 3 * np.asarray(sections)[i % 3], i % 3, 0)
+
+
+def mrope_angles(
+    positions: jax.Array, head_dim: int, theta: float, sections: tuple[int, ...], interleaved: bool
+) -> jax.Array:
+    """Angles [B, S, H / 2] for positions int32 [B, 3, S]; see `mrope_axes`."""
+    axis = mrope_axes(sections, interleaved)
     per_frequency = jnp.take(positions, axis, axis=1).astype(jnp.float32)  # [B, H / 2, S]
     return jnp.swapaxes(per_frequency, 1, 2) * inverse_frequencies(head_dim, theta)
 

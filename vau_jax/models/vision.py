@@ -1,6 +1,13 @@
-"""The Qwen2.5-VL vision tower: windowed attention in most layers, whole temporal patches in the others."""
+"""The vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: patches to visual tokens.
 
-from typing import Any
+    patches -> embed (+ learned positions, Qwen3) -> depth x block -> merger -> visual tokens
+                                                       |  after some blocks (Qwen3, DeepStack, arXiv 2406.04334)
+                                                       +--> merger of its own -> first decoder layers
+
+Attention stays inside a temporal patch (a frame), and in most layers of Qwen2.5-VL inside windows of it.
+"""
+
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,81 +16,139 @@ import numpy as np
 
 from vau_jax.models import attention, rope
 from vau_jax.models.config import VisionConfig
-from vau_jax.models.layers import RMSNorm, SwiGLU, dense
-from vau_jax.types import Vision
+from vau_jax.models.layers import MLP, UNIT_NORMAL, Dense, LayerNorm, RMSNorm, SwiGLU
+from vau_jax.models.lora import LoRA
+from vau_jax.types import Groups, Vision
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's statistics, which every Qwen-VL checkpoint uses
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+EPS = 1e-6  # of every norm, in every published tower
 
 
-def normalise(patches: jax.Array, channels: int) -> jax.Array:
+class Features(NamedTuple):
+    """What the tower gives: `deep` goes to the first decoder layers, one entry each."""
+
+    tokens: jax.Array  # [B, M, D]
+    deep: jax.Array | None  # [n, B, M, D]
+
+
+def normalise(patches: jax.Array, config: VisionConfig) -> jax.Array:
     """uint8 patches [..., channels * rest] to float32, (x / 255 - mean) / std by channel."""
-    by_channel = patches.reshape(*patches.shape[:-1], channels, -1).astype(jnp.float32)
-    mean, std = (np.asarray(x, np.float32)[:, None] for x in (IMAGE_MEAN, IMAGE_STD))
+    by_channel = patches.reshape(*patches.shape[:-1], config.in_channels, -1).astype(jnp.float32)
+    mean, std = (np.asarray(x, np.float32)[:, None] for x in (config.image_mean, config.image_std))
     return ((by_channel - 255 * mean) / (255 * std)).reshape(patches.shape)
+
+
+def norm(config: VisionConfig, name: str) -> nn.Module:
+    return RMSNorm(EPS, name=name) if config.gated else LayerNorm(EPS, name=name)
 
 
 class VisionAttention(nn.Module):
     config: VisionConfig
     dtype: Any
+    lora: LoRA | None
 
     @nn.compact
     def __call__(self, x: jax.Array, vision: Vision, angles: jax.Array, whole_frame: jax.Array) -> jax.Array:
         c = self.config
-        qkv = dense(3 * c.hidden_size, "qkv", self.dtype, bias=True)(x)
+        qkv = Dense(3 * c.hidden_size, self.dtype, self.lora, bias=True, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, c.num_heads, c.head_dim), 2, 0)
         q, k = rope.rotate(q, angles), rope.rotate(k, angles)
 
-        def inside(groups: Any) -> jax.Array:
+        def inside(groups: Groups) -> jax.Array:
             return attention.grouped_attention(q, k, v, groups.members, groups.slots)
 
-        if len(c.full_attention_layers) == c.depth:
+        if vision.windows is None:
             out = inside(vision.frames)
         else:
             out = jax.lax.cond(whole_frame, lambda: inside(vision.frames), lambda: inside(vision.windows))
-        return dense(c.hidden_size, "proj", self.dtype, bias=True)(out.reshape(x.shape))
+        return Dense(c.hidden_size, self.dtype, self.lora, bias=True, name="proj")(out.reshape(x.shape))
 
 
 class VisionBlock(nn.Module):
     config: VisionConfig
     dtype: Any
+    lora: LoRA | None
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, vision: Vision, angles: jax.Array, whole_frame: jax.Array
-    ) -> tuple[jax.Array, None]:
-        c = self.config
-        attn = VisionAttention(c, self.dtype, name="attn")
-        x = x + attn(RMSNorm(1e-6, name="norm1")(x), vision, angles, whole_frame)
-        x = x + SwiGLU(c.intermediate_size, self.dtype, bias=True, name="mlp")(RMSNorm(1e-6, name="norm2")(x))
-        return x, None
+        self,
+        carry: tuple[jax.Array, jax.Array | None],
+        vision: Vision,
+        angles: jax.Array,
+        whole_frame: jax.Array,
+        slot: jax.Array,
+    ) -> tuple[tuple[jax.Array, jax.Array | None], None]:
+        """carry is (x [B, P, D], kept [n + 1, B, P, D]): a block writes its output to kept[slot]; the last is waste."""
+        c, (x, kept) = self.config, carry
+        x = x + VisionAttention(c, self.dtype, self.lora, name="attn")(norm(c, "norm1")(x), vision, angles, whole_frame)
+        if c.gated:
+            mlp = SwiGLU(c.intermediate_size, self.dtype, self.lora, bias=True, name="mlp")
+        else:
+            mlp = MLP(c.intermediate_size, c.hidden_size, c.activation, self.dtype, self.lora, name="mlp")
+        x = x + mlp(norm(c, "norm2")(x))
+        if kept is not None:
+            kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
+        return (x, kept), None
 
 
-class VisionTower(nn.Module):
-    """Patches to visual tokens: `Vision` -> [B, P / merge^2, out_hidden_size]."""
+class Merger(nn.Module):
+    """Patches [B, P, D] to visual tokens [B, P / merge^2, out_hidden_size]."""
 
     config: VisionConfig
     dtype: Any
+    lora: LoRA | None
+    norm_merged: bool = False  # the norm is over the merged unit, instead of over each patch
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        width = c.hidden_size * c.spatial_merge_size**2
+        merged = x.shape[0], -1, width
+        x = norm(c, "norm")(x.reshape(merged)) if self.norm_merged else norm(c, "norm")(x).reshape(merged)
+        return MLP(width, c.out_hidden_size, "gelu", self.dtype, self.lora, name="mlp")(x)
+
+
+class VisionTower(nn.Module):
+    """`Vision` to `Features`."""
+
+    config: VisionConfig
+    dtype: Any
+    lora: LoRA | None = None
     remat: bool = False
     unroll: int = 1
 
     @nn.compact
-    def __call__(self, vision: Vision) -> jax.Array:
+    def __call__(self, vision: Vision) -> Features:
         c = self.config
-        pixels = normalise(vision.patches, c.in_channels).astype(self.dtype)
-        x = dense(c.hidden_size, "patch_embed", self.dtype)(pixels)  # [B, P, D]
-        angles = rope.patch_angles(vision.positions, c.head_dim)
-        whole_frame = np.isin(np.arange(c.depth), c.full_attention_layers)  # [L]
+        pixels = normalise(vision.patches, c).astype(self.dtype)
+        x = Dense(c.hidden_size, self.dtype, bias=c.patch_bias, name="patch_embed")(pixels)  # [B, P, D]
+        if c.position_grid:
+            table = self.param("pos_embed", UNIT_NORMAL, (c.position_grid**2, c.hidden_size))
+            corners = jnp.take(table.astype(self.dtype), vision.corners, axis=0)  # [B, P, 4, D]
+            x = x + jnp.einsum("bpcd,bpc->bpd", corners, vision.corner_weights).astype(self.dtype)
+        taps = len(c.deepstack_layers)
+        kept = jnp.zeros((taps + 1, *x.shape), x.dtype) if taps else None
+        x, kept = self._blocks((x, kept), vision)
+        tokens = Merger(c, self.dtype, self.lora, name="merger")(x)
+        if not taps:
+            return Features(tokens, None)
+        deepstack = nn.vmap(
+            Merger, variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True, "dropout": True}
+        )
+        return Features(tokens, deepstack(c, self.dtype, self.lora, norm_merged=True, name="deepstack")(kept[:taps]))
+
+    def _blocks(self, carry: tuple[jax.Array, jax.Array | None], vision: Vision) -> tuple[jax.Array, jax.Array | None]:
+        c = self.config
+        numbers = np.arange(c.depth)
+        whole_frame = np.isin(numbers, c.full_attention_layers)
+        slots = np.asarray([c.deepstack_layers.index(i) if i in c.deepstack_layers else -1 for i in numbers])
         blocks = nn.scan(
             nn.remat(VisionBlock) if self.remat else VisionBlock,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0, 0),
             length=c.depth,
             unroll=self.unroll,
-        )(c, self.dtype, name="blocks")
-        x, _ = blocks(x, vision, angles, jnp.asarray(whole_frame))
-        x = RMSNorm(1e-6, name="merger_ln_q")(x)
-        x = x.reshape(x.shape[0], -1, c.hidden_size * c.spatial_merge_size**2)  # [B, P / merge^2, D * merge^2]
-        x = nn.gelu(dense(x.shape[-1], "merger_in", self.dtype, bias=True)(x), approximate=False)
-        return dense(c.out_hidden_size, "merger_out", self.dtype, bias=True)(x)
+        )(c, self.dtype, self.lora, name="blocks")
+        angles = rope.patch_angles(vision.positions, c.head_dim)
+        slots = np.where(slots < 0, len(c.deepstack_layers), slots)
+        return blocks(carry, vision, angles, jnp.asarray(whole_frame), jnp.asarray(slots, jnp.int32))[0]

@@ -1,0 +1,65 @@
+"""Small models of each family as Hugging Face folders, with weights that hide nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep import random_model
+from vau_jax.data import synthetic
+from vau_jax.models import hf
+from vau_jax.models.config import QwenVLConfig
+from vau_jax.types import Params
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+VISION = {
+    "qwen2_vl": {"depth": 3, "embed_dim": 48, "mlp_ratio": 2, "num_heads": 4},
+    "qwen2_5_vl": {
+        "depth": 3,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_heads": 4,
+        "fullatt_block_indexes": [1],
+    },
+    "qwen3_vl": {
+        "depth": 4,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_heads": 4,
+        "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [0, 2],
+    },
+}
+FAMILIES = tuple(VISION)
+
+
+def revealing_weights(config: QwenVLConfig, seed: int, dtype: str) -> Params:
+    """Every parameter at random, none at zero or one, so that nothing can be left out unseen."""
+    rng = np.random.default_rng(seed)
+    return hf.unflatten(
+        {
+            name: (rng.normal(1.0 if name.endswith("/weight") else 0.0, 0.1, shape)).astype(dtype)
+            for name, shape in hf.parameter_shapes(config).items()
+        }
+    )
+
+
+def make_model(
+    folder: Path,
+    tied: bool = True,
+    family: str = "qwen2_5_vl",
+    seed: int = 0,
+    vision: dict[str, Any] | None = None,
+    **sizes: int,
+) -> Path:
+    texts = ["What happens in the video? a fire breaks out, 0 calm 1 calm 2 fire [12.0, 30.5]", *synthetic.KINDS]
+    text = {**TEXT, **({"head_dim": 24} if family == "qwen3_vl" else {}), **sizes, "tie_word_embeddings": tied}
+    eyes = {**VISION[family], **(vision or {})}
+    bounds = 28 * 28, 64 * 28 * 28
+    return random_model.write(folder, texts, 512, text, eyes, bounds, seed, family, draw=revealing_weights)

@@ -1,0 +1,58 @@
+"""`python -m vau_jax.ask`: an answer about a real file from the command line, or one clear line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vau_jax import ask
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*args: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    run = [sys.executable, "-m", "vau_jax.ask", *args]
+    return subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_model_is_asked(model_folder: Path, dataset: Path) -> None:
+    clip = str(dataset / "videos" / "test_00000.mp4")
+    done = command(f"--model={model_folder}", f"--video={clip}", "--task=describe", "--max_new_tokens=8", "What?")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("completion", "task", "expected"),
+    [
+        ("<think>x</think><answer>B</answer>", "qa", "B. fire"),
+        ("<think>x</think><answer>Anomaly</answer><glue>[3.0, 7.5]</glue>", "ground", "Anomaly\n3.0 s to 7.5 s"),
+        ("<think>x</think><answer>Normal</answer><glue>[-1.0, -1.0]</glue>", "ground", "Normal"),
+        ("<think>x</think><answer>Fire</answer>", "classify", "Fire"),
+        ("A man falls. ", "describe", "A man falls."),
+        ("hm", "qa", "no answer in the expected form; the model wrote:\nhm"),
+    ],
+)
+def test_what_is_printed(completion: str, task: str, expected: str) -> None:
+    assert ask.read(completion, task, ("a", "fire", "c", "d"), reflection=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--model=/none", "--video={clip}", "--task=ground"], "model folder /none does not exist"),
+        (["--model={model}", "--video=/none.mp4", "--task=ground"], "video /none.mp4 does not exist"),
+        (["--model={model}", "--video={clip}", "--task=qa", "Why?"], "four --option"),
+        (["--model={model}", "--video={model}/config.json", "--task=classify"], "cannot decode"),
+    ],
+    ids=["model", "video", "options", "not a video"],
+)
+def test_a_mistake_is_one_line(model_folder: Path, dataset: Path, args: list[str], words: str) -> None:
+    clip = dataset / "videos" / "test_00000.mp4"
+    done = command(*(arg.format(clip=clip, model=model_folder) for arg in args))
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,140 @@
+"""The ways to compute attention give the same numbers, in pieces or whole; the TPU kernel compiles without a TPU."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vau_jax.files import InputError
+from vau_jax.models import attention
+from vau_jax.models.attention import Keys
+
+B, T, G, C, N, K, H = 2, 40, 3, 9, 4, 2, 16
+
+
+def arrays(rng: np.random.Generator, length: int, dim: int = H) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return tuple(jnp.asarray(rng.normal(size=(B, length, n, dim)), jnp.float32) for n in (N, K, K))
+
+
+def prompt_mask(left: bool) -> np.ndarray:
+    lengths = np.asarray([T, T - 11])[:, None]
+    return np.arange(T) >= T - lengths if left else np.arange(T) < lengths
+
+
+def naive(q: jax.Array, k: jax.Array, v: jax.Array, mask: np.ndarray, generations: int) -> np.ndarray:
+    """numpy in float64, with the mask written out."""
+    length = q.shape[1]
+    row, segment = np.arange(length), np.r_[np.full(T, -1), np.repeat(np.arange(generations), C)]
+    seen = (row[:, None] >= row) & ((segment == -1) | (segment[:, None] == segment))
+    seen = seen & np.concatenate([mask, np.ones((B, length - T), bool)], axis=1)[:, None]
+    k, v = (np.repeat(np.asarray(x, np.float64), N // K, axis=2) for x in (k, v))
+    scores = np.einsum("bqnh,bsnh->bnqs", np.asarray(q, np.float64), k) / np.sqrt(q.shape[-1])
+    scores = np.where(seen[:, None], scores, -1e30)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bnqs,bsnh->bqnh", weights / weights.sum(-1, keepdims=True), v)
+
+
+def real(mask: np.ndarray, length: int) -> np.ndarray:
+    return np.concatenate([mask, np.ones((B, length - T), bool)], axis=1)
+
+
+@pytest.mark.parametrize("name", ["jnp", "xla"])
+@pytest.mark.parametrize("generations", [0, G])
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_prompts_and_completions(rng: np.random.Generator, name: str, generations: int, left: bool) -> None:
+    q, k, v = arrays(rng, T + generations * C)
+    mask = prompt_mask(left)
+    ours = attention.prefix_attention(q, k, v, jnp.asarray(mask), generations, name)
+    keep = real(mask, q.shape[1])
+    np.testing.assert_allclose(np.asarray(ours)[keep], naive(q, k, v, mask, generations)[keep], atol=2e-6)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_the_tpu_kernel_interpreted(rng: np.random.Generator, left: bool) -> None:
+    """Values and gradients of real tokens; its heads are 128 wide, as in every published model."""
+    q, k, v = arrays(rng, T + G * C, 128)
+    mask = prompt_mask(left)
+    keep = real(mask, q.shape[1])
+    weights = jnp.asarray(rng.normal(size=q.shape) * keep[..., None, None], jnp.float32)
+
+    def total(implementation: object, *x: jax.Array) -> jax.Array:
+        return jnp.sum(implementation(*x, jnp.asarray(mask), G) * weights)
+
+    kernel = jax.tree_util.Partial(attention._splash, interpret=True)
+    ours = kernel(q, k, v, jnp.asarray(mask), G)
+    np.testing.assert_allclose(np.asarray(ours)[keep], naive(q, k, v, mask, G)[keep], atol=2e-6)
+    grads = jax.grad(total, argnums=(1, 2, 3))(kernel, q, k, v)
+    expected = jax.grad(total, argnums=(1, 2, 3))(attention.IMPLEMENTATIONS["jnp"], q, k, v)
+    for a, b in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(a)[keep], np.asarray(b)[keep], atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [T * 7, 2 * C * (T + C), 50], ids=["queries", "groups", "one by one"])
+def test_pieces_equal_the_whole(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Values and gradients, however few scores may exist at a time."""
+    x, mask = arrays(rng, T + G * C), jnp.asarray(prompt_mask(False))
+
+    def total(*x: jax.Array) -> jax.Array:
+        out = attention.prefix_attention(*x, mask, G, "jnp")
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size)).reshape(out.shape))
+
+    whole = jax.value_and_grad(total, argnums=(0, 1, 2))(*x)
+    monkeypatch.setattr(attention, "MOST_SCORES", most)
+    pieces = jax.value_and_grad(total, argnums=(0, 1, 2))(*x)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def temporary_bytes(q: jax.ShapeDtypeStruct, seen: jax.ShapeDtypeStruct) -> int:
+    """What the compiled attention of these groups needs beside its inputs and outputs."""
+    compiled = jax.jit(lambda q, seen: attention.attend(q, [Keys(q, q, seen)])).lower(q, seen).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_no_score_matrix_over_a_long_clip() -> None:
+    """256 temporal patches of 64 patches, and as many patches in one group: scores of all pairs would be 17 GB."""
+    frames, size, heads = 256, 64, 16
+    shapes = {"in frames": (frames, size), "together": (1, frames * size)}
+    needed = {
+        name: temporary_bytes(
+            jax.ShapeDtypeStruct((1, *shape, heads, 16), jnp.float32), jax.ShapeDtypeStruct((1, *shape), bool)
+        )
+        for name, shape in shapes.items()
+    }
+    assert needed["in frames"] < 4 * 3 * heads * frames * size**2
+    assert needed["together"] < 4 * 3 * heads * attention.MOST_SCORES < 17e9 / 20
+
+
+def test_an_unknown_way_lists_the_known(rng: np.random.Generator) -> None:
+    with pytest.raises(InputError, match="auto, jnp, xla, cudnn, splash"):
+        attention.prefix_attention(*arrays(rng, T), jnp.ones((B, T), bool), 0, "flash")
+
+
+TPU = """
+import numpy as np
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from vau_jax.models import attention
+chip = topologies.get_topology_desc(topology_name="v5e:1x1", platform="tpu", chips_per_host_bounds=(1, 1, 1))
+place = NamedSharding(Mesh(np.array(chip.devices), ("x",)), P())
+def shape(*s, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(s, dtype, sharding=place)
+t, g, c = 1000, 4, 128
+def total(q, k, v, mask):
+    return jnp.sum(attention.prefix_attention(q, k, v, mask, g, "splash").astype(jnp.float32))
+args = shape(1, t + g * c, 16, 128), shape(1, t + g * c, 2, 128), shape(1, t + g * c, 2, 128), shape(1, t, dtype=bool)
+text = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*args).compile().as_text()
+assert text.count("tpu_custom_call") >= 2, "forward and backward are kernels"
+"""
+
+
+def test_the_tpu_kernel_compiles_for_a_tpu() -> None:
+    """Ahead of time with libtpu, forward and backward, a packed length that is no multiple of the block."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run([sys.executable, "-c", TPU], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

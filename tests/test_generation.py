@@ -1,0 +1,202 @@
+"""Generation: the same greedy tokens as transformers, every option, distributions, few compiled programs."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from tests import oracle
+from tests.oracle import ask, image, video
+from tests.small_models import FAMILIES, make_model
+from vau_jax import logprobs, sampling, stop_strings, train
+from vau_jax.files import InputError
+from vau_jax.types import Batch, Completions
+from vau_jax.vlm import VideoLM
+
+PROMPTS = ("What happens?", "What happens in the video? a fire breaks out", "fire")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_greedy_equals_transformers_for_128_tokens(tmp_path: Path, seed: int) -> None:
+    """Ten random models of all families, sizes and kinds of prompt; no end token cuts them short."""
+    family = FAMILIES[seed % 3]
+    folder = make_model(tmp_path / "model", seed % 2 == 0, family, seed, num_hidden_layers=1 + seed % 3)
+    vlm, rng = VideoLM.load(folder), np.random.default_rng(seed)
+    n = vlm.processor.factor
+    items = [
+        [video(rng, 2 + seed, (1 + seed % 3) * n, 2 * n, 0.5 + seed)],
+        [image(rng, 2 * n, n), video(rng, 4, n, 3 * n)],
+        [],
+    ][seed % 3 if seed else 0]
+    batch, given = oracle.conversation_inputs(vlm, [ask(*items, text=PROMPTS[seed % 3])])
+    length = int(np.asarray(batch.mask).sum())
+    given = {
+        k: v[:, :length] if k in ("input_ids", "attention_mask", "mm_token_type_ids") else v for k, v in given.items()
+    }
+    options = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False}
+    pads = [[token] for token in vlm.processor.config.never_sampled]
+    expected = oracle.load(folder).generate(**given, **options, bad_words_ids=pads)[0, length:].tolist()
+    ours = vlm.generate(batch, max_new_tokens=128, min_new_tokens=128, temperature=0.0)
+    assert ours.tokens[0, 0][ours.mask[0, 0]].tolist() == expected
+
+
+@pytest.fixture(scope="module")
+def batch(vlm: VideoLM) -> Batch:
+    rng = np.random.default_rng(1)
+    return vlm.encode([ask(video(rng, 4, 56, 84)), ask(video(rng, 8, 84, 56), text=PROMPTS[1])])
+
+
+def test_the_samplers_log_probs_are_the_trainers(family_folder: Path) -> None:
+    vlm, rng = VideoLM.load(family_folder), np.random.default_rng(1)
+    n = vlm.processor.factor
+    batch = vlm.encode([ask(video(rng, 4, 2 * n, 3 * n)), ask(image(rng, n, n), text=PROMPTS[1])])
+    out = vlm.generate(batch, num_generations=4, max_new_tokens=24, temperature=0.8, seed=3)
+    scored, _ = train.policy_logps(vlm.variables, batch, Completions(out.tokens, out.mask), vlm.model, 0.8)
+    np.testing.assert_allclose(out.logps[out.mask], np.asarray(scored)[out.mask], atol=1e-4)
+
+
+def test_no_end_token_before_the_least_length(vlm: VideoLM, batch: Batch) -> None:
+    ends = vlm.processor.end_tokens
+    shortest = [
+        vlm.generate(batch, 64, 12, temperature=3.0, seed=5, min_new_tokens=least).mask.sum(-1).min()
+        for least in (0, 9)
+    ]
+    assert shortest[0] < 9 <= shortest[1]
+    out = vlm.generate(batch, 64, 12, temperature=3.0, seed=5, min_new_tokens=9)
+    assert not np.isin(out.tokens[..., :9], ends).any()
+
+
+def test_any_of_several_end_tokens_ends_a_completion(vlm: VideoLM, batch: Batch) -> None:
+    free = vlm.generate(batch, 8, 16, temperature=1.0, seed=2)
+    ends = tuple(int(token) for token in np.unique(free.tokens[free.mask])[:40])
+    out = sampling.sample(
+        vlm.variables,
+        batch,
+        jax.random.key(2),
+        model=vlm.model,
+        num_generations=8,
+        max_new_tokens=16,
+        end_tokens=ends,
+    )
+    tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
+    np.testing.assert_array_equal(tokens[mask], free.tokens[mask], "the draws before the end are the same")
+    for row, real in zip(tokens.reshape(-1, 16), mask.reshape(-1, 16), strict=True):
+        first = next((i for i, token in enumerate(row) if token in ends and real[i]), 15)
+        assert real.sum() == first + 1
+
+
+def test_stop_strings_end_the_text(vlm: VideoLM, batch: Batch) -> None:
+    """A string that the free text holds: each completion ends with the token that completes its first occurrence."""
+    free = vlm.generate(batch, 8, 24, temperature=1.0, seed=4)
+    whole = [text for group in free.text for text in group]
+    stop = next(text[i : i + 3] for text in whole for i in range(4, len(text) - 3) if text[i : i + 3].isprintable())
+    cut = vlm.generate(batch, 8, 24, temperature=1.0, seed=4, stop_strings=[stop, "never written"])
+    stopped = 0
+    for text, before in zip([t for group in cut.text for t in group], whole, strict=True):
+        assert before.startswith(text)
+        assert (stop in text) == (stop in before)
+        stopped += stop in text and text != before
+        assert stop not in text[: -len(stop)] or not text.find(stop) + len(stop) < len(text) - 8
+    assert stopped
+
+
+def test_the_stop_machine_finds_what_a_search_finds() -> None:
+    """All strings of tokens over a small alphabet, overlapping stop strings, tokens that hold or cross them."""
+    tokens = [b"a", b"b", b"ab", b"ba", b"aab", "é".encode(), "é".encode()[:1], "é".encode()[1:], b""]
+    stops = ["aba", "bb", "é"]
+    table = stop_strings.table(stops, tokens)
+    for sequence in itertools.product(range(len(tokens)), repeat=4):
+        state, found = 0, False
+        written = b""
+        for token in sequence:
+            state = table[state, token]
+            written += tokens[token]
+            found = any(stop.encode() in written for stop in stops)
+            assert (state == len(table) - 1) == found, (sequence, written)
+
+
+def test_token_bytes_spell_what_the_tokenizer_decodes(vlm: VideoLM) -> None:
+    tokenizer = vlm.processor.tokenizer
+    text = "What happens in the video? \n <think>é 漢字 12.5</think><|im_end|>"
+    ids = tokenizer(text)["input_ids"]
+    spelt = stop_strings.token_bytes(tokenizer, vlm.processor.config.vocab_size)
+    assert b"".join(spelt[i] for i in ids).decode() == text
+
+
+def test_decoding_stops_when_all_have_ended(vlm: VideoLM, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop on the device runs as often as the longest completion is long, not to the limit of 61."""
+    free = vlm.generate(batch, 2, 8, temperature=0.0)
+    ends = tuple(int(token) for token in {*free.tokens[0, 0, 2:3], *free.tokens[1, 0, 4:5]})
+    drawn, original = [], logprobs.sampling_logits
+
+    def counting(*args: Any) -> jax.Array:
+        jax.debug.callback(lambda: drawn.append(1))
+        return original(*args)
+
+    monkeypatch.setattr(logprobs, "sampling_logits", counting)
+    options = {"model": vlm.model, "num_generations": 2, "max_new_tokens": 61, "end_tokens": ends, "greedy": True}
+    out = sampling.sample(vlm.variables, batch, jax.random.key(0), **options)
+    jax.effects_barrier()
+    assert len(drawn) == np.asarray(out.mask).sum(-1).max() <= 5
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (1.0, 5), (0.6, 0), (0.7, 8)])
+def test_frequencies_follow_the_distribution(vlm: VideoLM, top_p: float, top_k: int) -> None:
+    """Chi-square of 8192 first tokens, temperature 0.7, filters included, over the 20 likeliest tokens and the rest."""
+    batch = vlm.encode([ask(text="fire")])
+    out = vlm.generate(batch, num_generations=8192, max_new_tokens=1, temperature=0.7, top_p=top_p, top_k=top_k)
+    scores = np.asarray(vlm.logits(batch), np.float64)[0, np.asarray(batch.mask)[0].sum() - 1] / 0.7
+    scores[list(vlm.processor.config.never_sampled)] = -np.inf
+    order = np.argsort(-scores)
+    p = np.exp(scores - scores.max())
+    if top_k:
+        p[order[top_k:]] = 0
+    p /= p.sum()
+    if top_p < 1:
+        p[order[np.cumsum(p[order]) - p[order] >= top_p]] = 0
+        p /= p.sum()
+    assert p[np.unique(out.tokens)].min() > 0
+    top = order[: min(20, np.count_nonzero(p))]
+    counts = np.asarray([(out.tokens == token).sum() for token in top])
+    rest = 1 - p[top].sum()
+    observed = counts if rest < 1e-9 else np.append(counts, 8192 - counts.sum())
+    expected = p[top] / p[top].sum() * counts.sum() if rest < 1e-9 else 8192 * np.append(p[top], rest)
+    assert stats.chisquare(observed, expected).pvalue > 1e-3
+    np.testing.assert_allclose(np.exp(out.logps[0, :, 0]), p[out.tokens[0, :, 0]], rtol=1e-4)
+
+
+def test_one_program_a_bucket(vlm: VideoLM, rng: np.random.Generator) -> None:
+    """Prompts and clips of many lengths compile once for each padded shape."""
+    shapes, before = set(), sampling.sample._cache_size()
+    for frames, words in itertools.product((5, 6, 7, 8), (1, 2, 3, 4)):
+        batch = vlm.encode([ask(video(rng, frames, 56, 56), text="fire " * words)])
+        shapes.add((batch.tokens.shape, batch.vision.patches.shape, batch.vision.frames.members.shape))
+        vlm.generate(batch, 2, 5, temperature=0.5 + words, seed=frames, min_new_tokens=words)
+    assert len(shapes) <= 4
+    assert sampling.sample._cache_size() - before == len(shapes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"min_new_tokens": 9, "max_new_tokens": 8},
+    ],
+    ids=str,
+)
+def test_impossible_options_are_named(vlm: VideoLM, batch: Batch, options: dict) -> None:
+    name = next(iter(options))
+    with pytest.raises(InputError, match=f"{name}.* found {options[name]}"):
+        vlm.generate(batch, **options)
+
+
+def test_an_empty_stop_string_is_refused(vlm: VideoLM, batch: Batch) -> None:
+    with pytest.raises(InputError, match="empty"):
+        vlm.generate(batch, stop_strings=[""])

@@ -1,0 +1,179 @@
+"""LoRA: adapters equal to peft's on transformers' model, both ways; training changes and saves them alone."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft as peft_library
+import pytest
+import torch
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file
+
+from configs import srvau_r1_rft, srvau_r1_sft
+from tests import oracle
+from tests.oracle import ask, video
+from vau_jax import train
+from vau_jax.files import InputError
+from vau_jax.models import hf, lora, peft
+from vau_jax.models.lora import LoRA
+from vau_jax.types import Completions
+from vau_jax.vlm import VideoLM
+
+EVERYWHERE = (r"decoder/layers/.*_proj", r"visual/blocks/.*", r"visual/(merger|deepstack)/mlp/fc[12]")
+
+
+def with_adapters(vlm: VideoLM, kind: LoRA) -> VideoLM:
+    """Random adapters, none at zero."""
+    shapes = {path: leaf.shape for path, leaf in hf.flatten(vlm.params).items()}
+    fresh = lora.init(jax.random.key(0), shapes, kind)
+    rng = np.random.default_rng(1)
+    flat = {name: rng.normal(0, 0.15, leaf.shape).astype(np.float32) for name, leaf in fresh.items()}
+    return vlm._with_adapters(kind, flat, None)
+
+
+def targets_of(vlm: VideoLM) -> tuple[str, ...]:
+    deep = vlm.processor.config.vision.deepstack_layers
+    return EVERYWHERE if deep else (*EVERYWHERE[:2], r"visual/merger/mlp/fc[12]")
+
+
+@pytest.fixture(scope="module")
+def adapted(family_folder: Path) -> VideoLM:
+    vlm = VideoLM.load(family_folder)
+    return with_adapters(vlm, LoRA(rank=4, alpha=6.0, targets=targets_of(vlm)))
+
+
+def clip(vlm: VideoLM) -> dict:
+    n = vlm.processor.factor
+    return video(np.random.default_rng(0), 4, 2 * n, 3 * n)
+
+
+def test_fresh_adapters_change_nothing(vlm: VideoLM) -> None:
+    kind = LoRA(rank=4, alpha=6.0)
+    shapes = {path: leaf.shape for path, leaf in hf.flatten(vlm.params).items()}
+    fresh = vlm._with_adapters(kind, lora.init(jax.random.key(0), shapes, kind), None)
+    batch = vlm.encode([ask(clip(vlm))])
+    np.testing.assert_array_equal(fresh.logits(batch), vlm.logits(batch))
+
+
+def test_merged_adapters_give_the_same_logits(adapted: VideoLM) -> None:
+    batch = adapted.encode([ask(clip(adapted))])
+    real = np.asarray(batch.mask)
+    gap = np.abs(np.asarray(adapted.logits(batch)) - np.asarray(adapted.merged().logits(batch)))[real]
+    assert gap.max() <= 1e-4
+    plain = np.asarray(VideoLM(adapted.processor, adapted.model, adapted.params).logits(batch))
+    assert np.abs(plain - np.asarray(adapted.logits(batch)))[real].max() > 1e-2, "without them it is the base model"
+
+
+def test_peft_opens_what_we_export(adapted: VideoLM, family_folder: Path, tmp_path: Path) -> None:
+    adapted.save_adapter(tmp_path / "adapter")
+    theirs = peft_library.PeftModel.from_pretrained(oracle.load(family_folder), tmp_path / "adapter").eval()
+    assert oracle.difference(theirs, adapted, [ask(clip(adapted))]) <= 1e-4
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_we_open_what_peft_exports(family_folder: Path, tmp_path: Path, stabilised: bool) -> None:
+    torch.manual_seed(0)
+    config = peft_library.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj", "qkv"], use_rslora=stabilised
+    )
+    theirs = peft_library.get_peft_model(oracle.load(family_folder), config)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = VideoLM.load(family_folder, adapter=tmp_path / "adapter")
+    assert oracle.difference(theirs.eval(), ours, [ask(clip(ours))]) <= 1e-4
+
+
+def test_an_exported_adapter_comes_back_bit_for_bit(adapted: VideoLM, family_folder: Path, tmp_path: Path) -> None:
+    adapted.save_adapter(tmp_path / "adapter")
+    again = VideoLM.load(family_folder, adapter=tmp_path / "adapter")
+    assert again.model.lora.scale == adapted.model.lora.scale
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.adapters, adapted.adapters))
+
+
+def test_saving_a_model_with_adapters_saves_the_merged_one(adapted: VideoLM, tmp_path: Path) -> None:
+    adapted.save(tmp_path / "merged")
+    expected, found = adapted.merged().params, VideoLM.load(tmp_path / "merged").params
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), expected, found))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"use_dora": True}, "use_dora=True"), ({"r": 7}, "expected"), ({"bias": "all"}, "bias='all'")],
+    ids=["dora", "rank", "bias"],
+)
+def test_an_adapter_that_does_not_fit_is_refused(
+    model_folder: Path, vlm: VideoLM, tmp_path: Path, change: dict, words: str
+) -> None:
+    with_adapters(vlm, LoRA(rank=4, alpha=6.0)).save_adapter(tmp_path / "adapter")
+    path = tmp_path / "adapter" / peft.CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=words):
+        VideoLM.load(model_folder, adapter=tmp_path / "adapter")
+
+
+def test_a_target_that_matches_nothing_lists_the_layers(vlm: VideoLM) -> None:
+    with pytest.raises(InputError, match="decoder/layers/q_proj"):
+        with_adapters(vlm, LoRA(rank=4, alpha=6.0, targets=("attention.*",)))
+
+
+def test_dropout_acts_in_training_alone(vlm: VideoLM) -> None:
+    """The same numbers without a key; with one, other numbers with the same mean."""
+    plain = with_adapters(vlm, LoRA(rank=4, alpha=6.0))
+    dropping = with_adapters(vlm, LoRA(rank=4, alpha=6.0, dropout=0.5))
+    batch = vlm.encode([ask(clip(vlm))])
+    np.testing.assert_array_equal(plain.logits(batch), dropping.logits(batch))
+    completions = Completions(np.full((1, 1, 5), 7, np.int32), np.ones((1, 1, 5), bool))
+
+    def logps(key: jax.Array | None) -> jax.Array:
+        return train.policy_logps(dropping.variables, batch, completions, dropping.model, 1.0, key)[0]
+
+    drawn = [np.asarray(logps(jax.random.key(i))) for i in range(2)]
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+    np.testing.assert_array_equal(drawn[0], logps(jax.random.key(0)))
+
+
+def run_config(stage: str, model_folder: Path, dataset: Path) -> ConfigDict:
+    c = (srvau_r1_sft if stage == "sft" else srvau_r1_rft).get_config()
+    c.model, c.dtype, c.batch_size, c.steps, c.optim.lr = str(model_folder), "float32", 2, 2, 1e-2
+    c.data.csv, c.data.videos = str(dataset / "train.csv"), str(dataset / "videos")
+    c.data.reflection, c.data.max_completion_tokens = str(dataset / "train_reflection.jsonl"), 24
+    c.data.max_frames, c.rollout.num_generations = 4, 2
+    c.lora.rank, c.lora.alpha = 4, 8.0
+    return c
+
+
+def test_training_saves_adapters_alone_and_loads_whole(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    train.run(run_config("sft", model_folder, dataset), tmp_path / "sft")
+    trained, base = VideoLM.load(tmp_path / "sft"), VideoLM.load(model_folder)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), trained.params, base.params))
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(trained.adapters)), "b begins at zero"
+    stored = sum(p.stat().st_size for p in (tmp_path / "sft" / "checkpoints").rglob("*") if p.is_file())
+    assert stored < (model_folder / hf.SINGLE).stat().st_size / 2
+
+    c = run_config("rft", model_folder, dataset)
+    c.init_from = str(tmp_path / "sft")
+    train.run(c, tmp_path / "rft")
+    step = json.loads((tmp_path / "rft" / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(step["kl"]) < 1e-6, "the reference is the merged start"
+    after = VideoLM.load(tmp_path / "rft")
+    expected = trained.merged().params
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), after.params, expected))
+    after.save_adapter(tmp_path / "adapter")
+    assert load_file(tmp_path / "adapter" / peft.WEIGHTS)
+
+
+def test_a_killed_lora_run_goes_on(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    c = run_config("sft", model_folder, dataset)
+    c.lora.dropout, c.steps, c.optim.schedule = 0.1, 4, "constant"
+    train.run(c, tmp_path / "whole")
+    c.steps = 2
+    train.run(c, tmp_path / "parts")
+    c.steps = 4
+    train.run(c, tmp_path / "parts")
+    a, b = (VideoLM.load(tmp_path / name).adapters for name in ("whole", "parts"))
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))

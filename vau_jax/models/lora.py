@@ -1,0 +1,75 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): kernel + scale * a @ b, with the kernel left alone.
+
+The factors live in a collection of their own, `lora`, a tree like the parameters' with {"a" [..., in, r], "b" [..., r,
+out]} where those have a "kernel". `model.apply({"params": params})` is the model without them: the reference policy.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vau_jax.files import InputError
+
+DECODER = (r"decoder/layers/.*_proj",)  # every linear layer of the decoder
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Which linear layers get adapters, and of what kind."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0  # of the adapter's input, in training
+    targets: tuple[str, ...] = DECODER  # regexes on whole names: "decoder/layers/q_proj", "visual/blocks/attn/qkv"
+    rank_stabilised: bool = False  # scale alpha / sqrt(rank) (arXiv 2312.03732) instead of alpha / rank
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise InputError(f"LoRA wants rank >= 1 and 0 <= dropout < 1, found {self.rank} and {self.dropout}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+
+def layer_of(path: str) -> str | None:
+    """The linear layer whose kernel a parameter is: "decoder/layers/q_proj" for "decoder/layers/q_proj/kernel".
+
+    None for other parameters, the patch embedding among them, which is a convolution to other tools.
+    """
+    return path.removesuffix("/kernel") if path.endswith("/kernel") and path != "visual/patch_embed/kernel" else None
+
+
+def targets(kernels: dict[str, tuple[int, ...]], lora: LoRA) -> dict[str, tuple[int, ...]]:
+    """Layer name -> kernel shape of the layers that get adapters, from all parameters' paths and shapes.
+
+    Raises InputError for a regex that matches no linear layer.
+    """
+    linear = {name: shape for path, shape in kernels.items() if (name := layer_of(path)) is not None}
+    for pattern in lora.targets:
+        if not any(re.fullmatch(pattern, name) for name in linear):
+            raise InputError(f"LoRA target {pattern!r} matches no linear layer; they are {', '.join(linear)}")
+    return {name: s for name, s in linear.items() if any(re.fullmatch(pattern, name) for pattern in lora.targets)}
+
+
+def init(key: jax.Array, kernels: dict[str, tuple[int, ...]], lora: LoRA, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Fresh adapters, flat: a uniform in ±1 / sqrt(in), b zero, so that training begins at the model itself."""
+    flat = {}
+    for number, (name, shape) in enumerate(sorted(targets(kernels, lora).items())):
+        *stack, inputs, outputs = shape
+        bound = inputs**-0.5
+        a = jax.random.uniform(jax.random.fold_in(key, number), (*stack, inputs, lora.rank), dtype, -bound, bound)
+        flat[f"{name}/a"], flat[f"{name}/b"] = a, jnp.zeros((*stack, lora.rank, outputs), dtype)
+    return flat
+
+
+def merge(params: dict[str, Any], adapters: dict[str, Any], lora: LoRA) -> dict[str, Any]:
+    """The parameters with the adapters added in, in float32 and rounded once to the kernels' dtype; nested trees."""
+    if set(adapters) == {"a", "b"}:
+        kernel, factors = params["kernel"], (adapters[name].astype(jnp.float32) for name in ("a", "b"))
+        change = jnp.einsum("...ir,...ro->...io", *factors) * lora.scale
+        return {**params, "kernel": (kernel.astype(jnp.float32) + change).astype(kernel.dtype)}
+    return {name: merge(tree, adapters[name], lora) if name in adapters else tree for name, tree in params.items()}

@@ -1,0 +1,128 @@
+"""LoRA adapters to and from the files of Hugging Face's peft library."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from vau_jax import files
+from vau_jax.files import InputError, read_json
+from vau_jax.models import hf
+from vau_jax.models.config import QwenVLConfig
+from vau_jax.models.lora import LoRA, layer_of
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# What we do not compute: options of peft's LoRA and the values that leave them off.
+_OFF: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": ([], None),
+    "layers_to_transform": ([], None),
+    "fan_in_fan_out": (False, None),
+}
+
+
+def _linear_layers(config: QwenVLConfig) -> dict[str, tuple[str, int, hf.Rule]]:
+    """Name of a linear layer in Hugging Face's table -> (our name, its number in the stack, the kernel's rule)."""
+    return {
+        name.removesuffix(".weight"): (ours, layer, rule)
+        for rule in hf.rules(config)
+        if (ours := layer_of(rule.ours)) is not None
+        for layer, name in enumerate(rule.tensors)
+    }
+
+
+def load(folder: str | os.PathLike, config: QwenVLConfig) -> tuple[LoRA, dict[str, np.ndarray]]:
+    """Reads a peft folder: the kind of adapters, and their factors, flat and stacked as ours are.
+
+    Raises InputError for options that have no counterpart here, and one that lists every tensor that does not fit.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"adapter folder {folder} has no {name}: give a folder that peft's save_pretrained wrote")
+    raw = read_json(folder / CONFIG)
+    unknown = [f"{key}={raw[key]!r}" for key, off in _OFF.items() if key in raw and raw[key] not in off]
+    if unknown:
+        raise InputError(f"{folder / CONFIG} asks for {', '.join(unknown)}, which is not supported")
+    rank = raw["r"]
+    factors = _read_factors(folder / WEIGHTS, config, rank)
+    lora = LoRA(
+        rank=rank,
+        alpha=float(raw["lora_alpha"]),
+        dropout=float(raw.get("lora_dropout") or 0.0),
+        targets=tuple(sorted({re.escape(path.rpartition("/")[0]) for path in factors})),
+        rank_stabilised=bool(raw.get("use_rslora")),
+    )
+    return lora, factors
+
+
+def _read_factors(path: Path, config: QwenVLConfig, rank: int) -> dict[str, np.ndarray]:
+    layers, shapes = _linear_layers(config), hf.parameter_shapes(config)
+    found: dict[str, dict[int, np.ndarray]] = {}
+    problems = []
+    with safe_open(path, framework="numpy") as handle:
+        for name in handle.keys():  # noqa: SIM118 - not a dict
+            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", name)
+            module = hf.plain_name(match[1]) if match else ""
+            if module not in layers:
+                problems.append(f"{name} belongs to no linear layer")
+                continue
+            ours, layer, rule = layers[module]
+            *_, inputs, outputs = shapes[rule.ours]
+            tensor = handle.get_tensor(name)
+            want = (rank, inputs) if match[2] == "A" else (outputs, rank)
+            if tensor.shape != want:
+                problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(want)}")
+            found.setdefault(f"{ours}/{match[2].lower()}", {})[layer] = tensor.T
+    rule_of = {ours: rule for ours, _, rule in layers.values()}
+    for factor, parts in found.items():
+        missing = sorted(set(range(max(1, rule_of[factor[:-2]].layers))) - set(parts))
+        if missing:
+            problems.append(f"{factor} lacks layers {missing}: every layer of a stack needs an adapter")
+    if problems or not found:
+        shown = "\n  ".join(problems[:20]) or "it holds no adapter"
+        raise InputError(f"{path} does not fit the model ({len(problems)} problems):\n  {shown}")
+    return {
+        factor: np.stack([parts[i] for i in sorted(parts)]) if rule_of[factor[:-2]].layers else parts[0]
+        for factor, parts in found.items()
+    }
+
+
+def save(folder: str | os.PathLike, lora: LoRA, adapters: dict[str, Any], config: QwenVLConfig, base: str) -> None:
+    """Writes adapters (flat) as a peft folder for the model folder `base`, complete or not at all."""
+    tensors, patterns = {}, set()
+    for module, (ours, layer, rule) in _linear_layers(config).items():
+        if f"{ours}/a" not in adapters:
+            continue
+        name = hf.module_name(module)
+        patterns.add(re.escape(hf.module_name(rule.theirs.removesuffix(".weight"))).replace(r"\{\}", r"\d+"))
+        for letter in "ab":
+            factor = np.asarray(adapters[f"{ours}/{letter}"])
+            factor = factor[layer] if rule.layers else factor
+            tensors[f"base_model.model.{name}.lora_{letter.upper()}.weight"] = np.ascontiguousarray(factor.T)
+    raw = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rank_stabilised,
+        "target_modules": "|".join(sorted(patterns)),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with files.new_folder(folder) as part:
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        files.sync(part / WEIGHTS)
+        files.write_text(part / CONFIG, json.dumps(raw, indent=2))
