@@ -17,7 +17,7 @@ DRAW_BLOCK = 128  # tokens
 class _Loop(NamedTuple):
     step: jax.Array  # int32 []: completion tokens drawn
     last: jax.Array  # int32 [B, G]: the newest token, not in the cache yet
-    own: KVCache  # [L, B, G, C, K, H]
+    own: KVCache  # [L, B, G, K, C, H]
     tokens: jax.Array  # int32 [B, G, C]
     logps: jax.Array  # float32 [B, G, C]
     mask: jax.Array  # bool [B, G, C]
@@ -123,7 +123,8 @@ def sample(
     hidden, prompt = model.apply(variables, batch, method="prefill")
     b, g, c = batch.tokens.shape[0], num_generations, max_new_tokens
     first = jnp.broadcast_to(logprobs.last_token(hidden, batch.mask)[:, None], (b, g, hidden.shape[-1]))
-    blank = jnp.zeros((prompt.k.shape[0], b, g, c, *prompt.k.shape[-2:]), prompt.k.dtype)
+    layers, _, kv_heads, _, dim = prompt.k.shape
+    blank = jnp.zeros((layers, b, g, kv_heads, c, dim), prompt.k.dtype)
     start = _Loop(
         step=jnp.int32(0),
         last=jnp.zeros((b, g), jnp.int32),
@@ -147,5 +148,5 @@ def sample(
 
 
 def _write(cache: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
-    """Puts new [L, B, G, K, H] at completion position `step` of cache [L, B, G, C, K, H]."""
-    return jax.lax.dynamic_update_slice(cache, new[:, :, :, None], (0, 0, 0, step, 0, 0))
+    """Puts new [L, B, G, K, H] at completion position `step` of cache [L, B, G, K, C, H]."""
+    return jax.lax.dynamic_update_slice(cache, new[..., None, :], (0, 0, 0, 0, step, 0))

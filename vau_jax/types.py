@@ -68,10 +68,10 @@ class Completions:
 
 @pytree
 class KVCache:
-    """Keys (after RoPE) and values of every layer; S is T for a prompt, [G, C] for completions."""
+    """Keys (after RoPE) and values of every layer: of prompts [L, B, K, T, H], of completions [L, B, G, K, C, H]."""
 
-    k: Array  # [L, B, S..., K, H]
-    v: Array  # [L, B, S..., K, H]
+    k: Array
+    v: Array
 
 
 @pytree

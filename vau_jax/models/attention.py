@@ -29,10 +29,18 @@ SPLASH_BLOCK = 512  # queries and keys of one step of the TPU kernel, at most
 class Keys(NamedTuple):
     """One set of keys and values; rank 4 is shared by all G, rank 5 belongs to each."""
 
-    k: jax.Array  # [B, S, K, H] or [B, G, S, K, H]
+    k: jax.Array  # [B, K, S, H] or [B, G, K, S, H]
     v: jax.Array
     seen: jax.Array  # bool [B or 1, G or 1, S]: which keys exist
     causal: bool = False  # query i sees keys up to i alone
+
+
+class _Part(NamedTuple):
+    """What one set of keys gives a query: softmax sums relative to the set's own largest score."""
+
+    out: jax.Array  # float32 [B, G, K, R, Q, H]: sum of exp(score - top) * v
+    top: jax.Array  # float32 [B, G, K, R, Q]: the largest score
+    total: jax.Array  # float32 [B, G, K, R, Q]: sum of exp(score - top)
 
 
 def attend(q: jax.Array, parts: list[Keys]) -> jax.Array:
@@ -42,7 +50,7 @@ def attend(q: jax.Array, parts: list[Keys]) -> jax.Array:
     backward pass.
     """
     g, length = q.shape[1:3]
-    keys = sum(part.k.shape[-3] for part in parts)
+    keys = sum(part.k.shape[-2] for part in parts)
     if g * length * keys <= MOST_SCORES:
         return _attend(q, parts)
     at_once = max(1, MOST_SCORES // (length * keys))  # groups
@@ -84,26 +92,35 @@ def _over_queries(q: jax.Array, parts: list[Keys], at_once: int) -> jax.Array:
 
 
 def _attend(q: jax.Array, parts: list[Keys], first_row: jax.Array | int = 0) -> jax.Array:
-    kv_heads = parts[0].k.shape[-2]
+    """`attend` at once; the queries are rows from `first_row` on."""
+    kv_heads = parts[0].k.shape[-3]
     b, g, length, heads, dim = q.shape
     grouped = q.reshape(b, g, length, kv_heads, heads // kv_heads, dim) * dim**-0.5
-    scores = []
-    for part in parts:
-        spec = "bgqkrh,bskh->bkrgqs" if part.k.ndim == 4 else "bgqkrh,bgskh->bkrgqs"
-        score = jnp.einsum(spec, grouped, part.k, preferred_element_type=jnp.float32)
-        mask = part.seen[:, :, None, :]  # [B, G, Q, S]
-        if part.causal:
-            mask &= (first_row + jnp.arange(length))[:, None] >= jnp.arange(part.k.shape[-3])
-        scores.append(jnp.where(mask[:, None, None], score, HIDDEN))
-    top = jnp.max(jnp.stack([score.max(-1) for score in scores]), axis=0)[..., None]
-    weights = [jnp.exp(score - jax.lax.stop_gradient(top)) for score in scores]
-    total = sum(weight.sum(-1) for weight in weights)  # [B, K, R, G, Q]
-    out = 0.0
-    for part, weight in zip(parts, weights, strict=True):
-        spec = "bkrgqs,bskh->bgqkrh" if part.k.ndim == 4 else "bkrgqs,bgskh->bgqkrh"
-        out += jnp.einsum(spec, weight.astype(part.v.dtype), part.v, preferred_element_type=jnp.float32)
-    out = out / jnp.transpose(total, (0, 3, 4, 1, 2))[..., None]
-    return out.reshape(q.shape).astype(q.dtype)
+    grouped = jnp.transpose(grouped, (0, 1, 3, 4, 2, 5))  # [B, G, K, R, Q, H]
+    found = [_attend_part(grouped, part, first_row) for part in parts]
+    top = jax.lax.stop_gradient(jnp.max(jnp.stack([part.top for part in found]), axis=0))
+    shares = [jnp.exp(part.top - top) for part in found]
+    total = sum(share * part.total for share, part in zip(shares, found, strict=True))
+    out = sum(share[..., None] * part.out for share, part in zip(shares, found, strict=True)) / total[..., None]
+    return jnp.transpose(out, (0, 1, 4, 2, 3, 5)).reshape(q.shape).astype(q.dtype)
+
+
+def _attend_part(q: jax.Array, keys: Keys, first_row: jax.Array | int) -> _Part:
+    """q [B, G, K, R, Q, H], scaled, over one set of keys."""
+    shared = keys.k.ndim == 4
+    q = jnp.swapaxes(q, 1, 2) if shared else q  # all queries of a head meet the shared keys in one product
+    spec = "bkgrqh,bksh->bkgrqs" if shared else "bgkrqh,bgksh->bgkrqs"
+    scores = jnp.einsum(spec, q, keys.k, preferred_element_type=jnp.float32)
+    mask = jnp.expand_dims(keys.seen, (1, 3, 4) if shared else (2, 3, 4))
+    if keys.causal:
+        mask &= (first_row + jnp.arange(q.shape[4]))[:, None] >= jnp.arange(keys.k.shape[-2])
+    scores = jnp.where(mask, scores, HIDDEN)
+    top = jax.lax.stop_gradient(scores.max(-1))
+    weights = jnp.exp(scores - top[..., None])
+    spec = "bkgrqs,bksh->bkgrqh" if shared else "bgkrqs,bgksh->bgkrqh"
+    out = jnp.einsum(spec, weights.astype(keys.v.dtype), keys.v, preferred_element_type=jnp.float32)
+    part = _Part(out, top, weights.sum(-1))
+    return _Part(*(jnp.swapaxes(x, 1, 2) for x in part)) if shared else part
 
 
 # --- Prompts and completions as one packed sequence ---------------------------------------------------------------
@@ -138,7 +155,8 @@ def best(dtype: Any) -> str:
 def _reference(q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int) -> jax.Array:
     """Plain jnp."""
     t = prompt_mask.shape[1]
-    prompt = attend(q[:, None, :t], [Keys(k[:, :t], v[:, :t], prompt_mask[:, None], causal=True)])[:, 0]
+    keys = Keys(*(jnp.swapaxes(x[:, :t], 1, 2) for x in (k, v)), prompt_mask[:, None], causal=True)
+    prompt = attend(q[:, None, :t], [keys])[:, 0]
     return _with_completions(prompt, q, k, v, prompt_mask, generations)
 
 
@@ -162,8 +180,10 @@ def _with_completions(
         return prompt
     t = prompt_mask.shape[1]
     split = [x[:, t:].reshape(x.shape[0], generations, -1, *x.shape[2:]) for x in (q, k, v)]
-    own = Keys(split[1], split[2], jnp.ones((1, 1, split[0].shape[2]), bool), causal=True)
-    completions = attend(split[0], [Keys(k[:, :t], v[:, :t], prompt_mask[:, None]), own])
+    own = [jnp.swapaxes(x, 2, 3) for x in split[1:]]
+    read = [jnp.swapaxes(x[:, :t], 1, 2) for x in (k, v)]
+    parts = [Keys(*read, prompt_mask[:, None]), Keys(*own, jnp.ones((1, 1, own[0].shape[3]), bool), causal=True)]
+    completions = attend(split[0], parts)
     return jnp.concatenate([prompt, completions.reshape(q[:, t:].shape)], axis=1)
 
 
@@ -239,7 +259,7 @@ def decode_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt: Keys, own
 
     `prompt` holds the prompt's keys (shared), `own` the completion's earlier ones; k, v [B, G, K, H] are the token's.
     """
-    itself = Keys(k[:, :, None], v[:, :, None], jnp.ones((1, 1, 1), bool))
+    itself = Keys(k[:, :, :, None], v[:, :, :, None], jnp.ones((1, 1, 1), bool))
     return attend(q[:, :, None], [prompt, own, itself])[:, :, 0]
 
 
@@ -249,9 +269,9 @@ def decode_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt: Keys, own
 def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, members: jax.Array, slots: jax.Array) -> jax.Array:
     """Attention inside groups of patches: q, k, v [B, P, N, H] -> [B, P, N, H]; see `types.Groups`."""
     b, p, heads, dim = q.shape
-    grouped = [_to_groups(x.reshape(b, p, -1), members, slots).reshape(*members.shape, heads, dim) for x in (q, k, v)]
-    out = attend(grouped[0], [Keys(grouped[1], grouped[2], members < p)])
-    return _to_patches(out.reshape(b, -1, heads * dim), members, slots).reshape(q.shape)
+    q, k, v = (_to_groups(x.reshape(b, p, -1), members, slots).reshape(*members.shape, heads, dim) for x in (q, k, v))
+    out = attend(q, [Keys(jnp.swapaxes(k, 2, 3), jnp.swapaxes(v, 2, 3), members < p)])
+    return _to_patches(out.reshape(b, -1, heads * dim), members, slots).reshape(b, p, heads, dim)
 
 
 # Members and slots undo each other, so that the gradient of one gather is the other gather, where automatic

@@ -76,9 +76,9 @@ class DecoderLayer(nn.Module):
         v = project("v", c.num_kv_heads)
         if caches is None:
             out = attention.prefix_attention(q, k, v, where.prompt_mask, self.generations, self.attention)
-            return out, KVCache(k, v) if self.keep_kv else None
+            return out, KVCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)) if self.keep_kv else None
         prompt, own = caches
-        written = jnp.arange(own.k.shape[2]) < where.step  # [C]
+        written = jnp.arange(own.k.shape[3]) < where.step  # [C]
         out = attention.decode_attention(
             q,
             k,
@@ -178,7 +178,7 @@ class QwenVL(nn.Module):
         return self.decoder(x, Packed(self._angles(positions), batch.mask, deep), generations=generations)[0]
 
     def prefill(self, batch: Batch) -> tuple[jax.Array, KVCache]:
-        """Hidden states [B, T, D] of the prompts and their cache [L, B, T, K, H]."""
+        """Hidden states [B, T, D] of the prompts and their cache [L, B, K, T, H]."""
         x, deep = self.embed(batch)
         return self.decoder(x, Packed(self._angles(batch.positions), batch.mask, deep), keep_kv=True)
 
