@@ -127,7 +127,9 @@ class Trainer:
         self.model = QwenVL(
             self.processor.config, DTYPES[config.dtype], config.remat, config.unroll, config.attention, self.lora
         )
-        self.rollout = Rollout(config, self.model, self.processor) if config.stage == "rft" else None
+        # Unrolled layers pay in the update; in the sampler's loop their weights would be copied at every token.
+        sampler = self.model.clone(unroll=1)
+        self.rollout = Rollout(config, sampler, self.processor) if config.stage == "rft" else None
         trained, self.base = start.params, None
         if self.lora:
             trained, self.base = self._fresh_adapters(start.params), start.params
