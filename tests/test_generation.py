@@ -108,7 +108,7 @@ def test_the_stop_machine_finds_what_a_search_finds() -> None:
     """All strings of tokens over a small alphabet, overlapping stop strings, tokens that hold or cross them."""
     tokens = [b"a", b"b", b"ab", b"ba", b"aab", "é".encode(), "é".encode()[:1], "é".encode()[1:], b""]
     stops = ["aba", "bb", "é"]
-    table = stop_strings.table(stops, tokens)
+    table = stop_strings.stop_table(stops, tokens)
     for sequence in itertools.product(range(len(tokens)), repeat=4):
         state, found = 0, False
         written = b""
@@ -123,7 +123,7 @@ def test_token_bytes_spell_what_the_tokenizer_decodes(vlm: VideoLM) -> None:
     tokenizer = vlm.processor.tokenizer
     text = "What happens in the video? \n <think>é 漢字 12.5</think><|im_end|>"
     ids = tokenizer(text)["input_ids"]
-    spelt = stop_strings.token_bytes(tokenizer, vlm.processor.config.vocab_size)
+    spelt = vlm.processor.token_bytes
     assert b"".join(spelt[i] for i in ids).decode() == text
 
 
@@ -142,6 +142,18 @@ def test_decoding_stops_when_all_have_ended(vlm: VideoLM, batch: Batch, monkeypa
     out = sampling.sample(vlm.variables, batch, jax.random.key(0), **options)
     jax.effects_barrier()
     assert len(drawn) == np.asarray(out.mask).sum(-1).max() <= 5
+
+
+def test_padding_on_either_side_gives_the_same_tokens(family_folder: Path) -> None:
+    """A text prompt, a short and a long clip in one batch, each as when it is alone."""
+    vlm, rng = VideoLM.load(family_folder), np.random.default_rng(3)
+    n = vlm.processor.factor
+    conversations = [ask(text="fire"), ask(video(rng, 2, n, 2 * n)), ask(video(rng, 8, 3 * n, 2 * n, 1.0))]
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "temperature": 0.0}
+    right, left = (vlm.generate(vlm.encode(conversations, left=side), **options).tokens for side in (False, True))
+    np.testing.assert_array_equal(left, right)
+    for conversation, tokens in zip(conversations, right, strict=True):
+        np.testing.assert_array_equal(vlm.generate(vlm.encode([conversation]), **options).tokens[0], tokens)
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (1.0, 5), (0.6, 0), (0.7, 8)])

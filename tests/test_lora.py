@@ -1,6 +1,7 @@
 """LoRA: adapters equal to peft's on transformers' model, both ways; training changes and saves them alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -177,3 +178,14 @@ def test_a_killed_lora_run_goes_on(model_folder: Path, dataset: Path, tmp_path: 
     train.run(c, tmp_path / "parts")
     a, b = (VideoLM.load(tmp_path / name).adapters for name in ("whole", "parts"))
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+def test_a_lora_run_whose_start_is_gone_says_so(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    c = run_config("sft", base, dataset)
+    c.steps = 1
+    train.run(c, tmp_path / "run")
+    shutil.rmtree(base)
+    with pytest.raises(InputError, match="which does not exist: put it back"):
+        VideoLM.load(tmp_path / "run")

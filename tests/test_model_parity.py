@@ -81,6 +81,12 @@ def test_two_different_clips_in_a_batch(
     assert difference(theirs, model, conversations, left) <= TOLERANCE
 
 
+def test_a_text_prompt_beside_a_video_prompt(model: VideoLM, theirs: PreTrainedModel, rng: np.random.Generator) -> None:
+    n = unit(model)
+    conversations = [ask(text="fire"), ask(video(rng, 4, 2 * n, 3 * n))]
+    assert difference(theirs, model, conversations) <= TOLERANCE
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_untied_head(tmp_path: Path, rng: np.random.Generator, family: str) -> None:
     folder = make_model(tmp_path / "untied", tied=False, family=family)

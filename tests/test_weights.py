@@ -1,5 +1,6 @@
 """Weights to and from Hugging Face folders: bit for bit, in parts, whole or not at all."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
+from data_prep import random_model
 from tests import oracle
 from tests.oracle import ask, video
 from vau_jax.files import InputError
@@ -180,6 +182,19 @@ def test_a_named_size_has_transformers_parameters(size: str) -> None:
     expected = sum(p.numel() for p in model.parameters())
     assert sum(int(np.prod(s)) for s in hf.parameter_shapes(model_config.named(size)).values()) == expected
     assert PUBLISHED.get(size, expected) == expected
+
+
+@pytest.mark.parametrize("size", model_config.SIZES)
+def test_a_random_model_of_a_named_size_has_its_config(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything but the weights, which are gigabytes."""
+    monkeypatch.setattr(random_model, "initial_weights", lambda *args: {})
+    monkeypatch.setattr(hf, "save_weights", lambda *args: None)
+    found = model_config.load(random_model.write_published(tmp_path / "model", size))
+    ids = [f.name for f in dataclasses.fields(found) if f.name.endswith("_token_id")]
+    expected = dataclasses.replace(model_config.named(size), **{name: getattr(found, name) for name in ids})
+    assert found == expected
 
 
 def test_an_unknown_size_lists_the_known() -> None:

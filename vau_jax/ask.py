@@ -29,9 +29,12 @@ def answer(
     question: str = "",
     options: tuple[str, ...] = (),
     dtype: str = "bfloat16",
-    max_new_tokens: int = 1024,
+    max_new_tokens: int = 0,
 ) -> tuple[str, str]:
-    """(what to print, the whole completion) for a question about one video file. Raises InputError."""
+    """(what to print, the whole completion) for a question about one video file. Raises InputError.
+
+    `max_new_tokens` 0 is the run's own, or 1024.
+    """
     if task == "qa" and (not question or len(options) != 4):
         raise InputError(f'--task=qa wants a question and four --option, found "{question}" and {len(options)}')
     if not Path(video).is_file():
@@ -41,7 +44,8 @@ def answer(
     item = {"type": "video", "video": video, **{name: data.get(name) or None for name in FRAME_OPTIONS}}
     vlm = VideoLM.load(model, dtype)
     batch = vlm.encode([[{"role": "user", "content": [item, {"type": "text", "text": text}]}]])
-    completion = vlm.generate(batch, max_new_tokens=max_new_tokens, temperature=0.0).text[0][0]
+    length = max_new_tokens or data.get("max_completion_tokens", 1024)
+    completion = vlm.generate(batch, max_new_tokens=length, temperature=0.0).text[0][0]
     reflection = data.get("style") == "reflection"
     return read(completion, task, options, reflection), completion
 
@@ -87,7 +91,7 @@ def main() -> None:
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--option", action="append", default=[], help="an answer to choose from; qa wants four")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
-    parser.add_argument("--max_new_tokens", type=int, default=1024)
+    parser.add_argument("--max_new_tokens", type=int, default=0, help="0: the run's own, or 1024")
     parser.add_argument("--verbose", action="store_true", help="print the reasoning too")
     parser.add_argument("question", nargs="?", default="")
     a = parser.parse_args()

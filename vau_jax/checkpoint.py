@@ -82,8 +82,9 @@ class Found(NamedTuple):
 
 
 def write_adapter(workdir: str | os.PathLike, adapter: Adapter) -> None:
-    """Notes in a run's workdir that its checkpoints hold adapters."""
-    write_text(Path(workdir) / ADAPTER, json.dumps({"base": adapter.base, "lora": vars(adapter.lora)}, indent=1))
+    """Notes in a run's workdir that its checkpoints hold adapters, and for what."""
+    note = {"base": str(Path(adapter.base).resolve()), "lora": vars(adapter.lora)}
+    write_text(Path(workdir) / ADAPTER, json.dumps(note, indent=1))
 
 
 def _adapter(workdir: Path) -> Adapter | None:

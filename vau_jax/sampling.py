@@ -84,8 +84,8 @@ def sample(
     """Draws G = num_generations completions of at most C = max_new_tokens tokens for each prompt.
 
     A completion ends with the first of `end_tokens`, none of which is drawn among the first `min_new_tokens`, or with
-    the token that completes a stop string of `stop_table` (see `stop_strings.table`); that token belongs to it. The
-    loop stops when all have ended. Token t is drawn with fold_in(key, t). The log-probabilities are those of the
+    the token that completes a stop string of `stop_table` (see stop_strings.py); that token belongs to it. The loop
+    stops when all have ended. Token t is drawn with fold_in(key, t). The log-probabilities are those of the
     distribution drawn from, filters included; greedy ones are those at temperature 1.
     """
     head = qwen_vl.unembedding(variables, model.config)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from vau_jax.files import InputError
 
 
-def table(stop_strings: Sequence[str], tokens: Sequence[bytes]) -> np.ndarray:
+def stop_table(stop_strings: Sequence[str], tokens: Sequence[bytes]) -> np.ndarray:
     """int32 [S, V]: the state after token v in state s. It begins in 0; the last state is "found" and never left."""
     moves = _byte_moves([text.encode("utf-8") for text in stop_strings])  # [S, 256]
     states = np.repeat(np.arange(len(moves), dtype=np.int32)[:, None], len(tokens), axis=1)

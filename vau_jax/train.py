@@ -119,9 +119,11 @@ class Trainer:
         sharding.check_divisible(config.batch_size, self.mesh)
         self.examples, audit = pipeline.load_examples(config.data)
         print(audit.table(), flush=True)
-        start = VideoLM.load(config.init_from or config.model, config.param_dtype, self.mesh).merged()
-        self.processor = start.processor
         self.lora = LoRA(**config.lora) if config.lora.rank else None
+        # What is not trained needs no more bits than it is used in.
+        held = config.dtype if self.lora else config.param_dtype
+        start = VideoLM.load(config.init_from or config.model, held, self.mesh).merged()
+        self.processor = start.processor
         if config.dtype not in DTYPES:
             raise InputError(f"dtype={config.dtype!r} is unknown: expected one of {', '.join(DTYPES)}")
         self.model = QwenVL(

@@ -16,18 +16,19 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vau_jax import checkpoint, files, logprobs, sampling, sharding
-from vau_jax import stop_strings as stop_strings_
 from vau_jax.data.processor import Message, Processor, collate
 from vau_jax.files import InputError
 from vau_jax.models import hf, lora, peft, qwen_vl
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
+from vau_jax.stop_strings import stop_table
 from vau_jax.types import Batch, Params, Variables
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -80,6 +81,11 @@ class VideoLM:
         found = checkpoint.find_model(path)
         layout = sharding.layout(mesh)
         if found.adapter is not None:  # the checkpoint holds adapters alone: the rest is where the run began
+            if not Path(found.adapter.base).is_dir():
+                raise InputError(
+                    f"{path} holds adapters for {found.adapter.base}, which does not exist: put it back, or name its "
+                    f"new place in {found.folder.parent / checkpoint.ADAPTER}"
+                )
             base = cls._open(found.adapter.base, dtype, mesh).merged()
             flat = hf.flatten(checkpoint.restore_params(found.step_folder))
             return base._with_adapters(found.adapter.lora, flat, mesh)
@@ -147,8 +153,7 @@ class VideoLM:
         self._check_options(num_generations, max_new_tokens, temperature, top_p, top_k, min_new_tokens)
         stops = None
         if stop_strings:
-            written = stop_strings_.token_bytes(self.processor.tokenizer, self.processor.config.vocab_size)
-            stops = stop_strings_.table(stop_strings, written)
+            stops = stop_table(stop_strings, self.processor.token_bytes)
         out = sampling.sample(
             self.variables,
             batch,

@@ -6,6 +6,7 @@ The model never computes an integer itself: every index it needs comes from here
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from vau_jax.data.video import Clip, FrameCache, VideoError, VideoOptions
 from vau_jax.files import InputError, read_json
 from vau_jax.models import config as model_config
 from vau_jax.models.config import VisionConfig
+from vau_jax.stop_strings import token_bytes
 from vau_jax.types import Batch, Groups, Vision
 
 Message = dict[str, Any]
@@ -211,6 +213,11 @@ class Processor:
         if ids == [None]:
             raise InputError(f"{self.folder} names no end token (generation_config.json or tokenizer_config.json)")
         return tuple(ids)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """What each token id writes; ids without a token write nothing."""
+        return token_bytes(self.tokenizer, self.config.vocab_size)
 
     @property
     def factor(self) -> int:
