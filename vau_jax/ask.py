@@ -12,6 +12,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from vau_jax import parsing
 from vau_jax.data import prompts
 from vau_jax.data.annotations import LABELS, Row
@@ -95,6 +97,8 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="print the reasoning too")
     parser.add_argument("question", nargs="?", default="")
     a = parser.parse_args()
+
+    logging.set_verbosity(logging.ERROR)  # orbax warns of a file that parameters alone do not need
 
     def run() -> None:
         found, whole = answer(a.model, a.video, a.task, a.question, tuple(a.option), a.dtype, a.max_new_tokens)
