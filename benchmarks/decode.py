@@ -72,17 +72,17 @@ def transformers_generate(
 ) -> Callable[[int], None]:
     """The same call of transformers' torch model."""
     import torch
+    import torchvision_operators  # noqa: F401 - beside this file, and before anything of transformers
     from transformers import AutoModelForImageTextToText
 
-    import tests.torchvision_operators  # noqa: F401
     from vau_jax.models.vision import normalise
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     model.generation_config.pad_token_id = 0
     config, length = vlm.processor.config, int(np.asarray(batch.mask).sum())
     ids = torch.tensor(np.asarray(batch.tokens))[:, :length].long()
-    frames = int((np.asarray(batch.vision.frames.members) < batch.vision.patches.shape[1]).any(-1).sum())
-    count = int((np.asarray(batch.vision.frames.members) < batch.vision.patches.shape[1]).sum())
+    real = np.asarray(batch.vision.frames.members) < batch.vision.patches.shape[1]
+    frames, count = int(real.any(-1).sum()), int(real.sum())
     side = round((count / frames) ** 0.5)
     patches = np.asarray(normalise(batch.vision.patches[0, :count], config.vision))
     given = {

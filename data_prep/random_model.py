@@ -191,10 +191,10 @@ def write(
         "size": {"shortest_edge": pixels[0], "longest_edge": pixels[1]},
     }
     kind = "Qwen3VL" if family == "qwen3_vl" else "Qwen2VL"
-    texts = raw.get("text_config", raw)
+    language = raw.get("text_config", raw)
     written = {
         "config.json": raw,
-        "generation_config.json": {"eos_token_id": texts["eos_token_id"], "bos_token_id": texts["bos_token_id"]},
+        "generation_config.json": {"eos_token_id": language["eos_token_id"], "bos_token_id": language["bos_token_id"]},
         "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", **shared},
         "video_preprocessor_config.json": {"video_processor_type": f"{kind}VideoProcessor", **shared},
     }

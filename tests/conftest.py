@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tests.torchvision_operators  # noqa: F401 - before anything of transformers
+import benchmarks.torchvision_operators  # noqa: F401 - before anything of transformers
 from tests.small_models import FAMILIES, make_model
 from vau_jax.data import synthetic
 from vau_jax.vlm import VideoLM

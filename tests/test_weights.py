@@ -165,15 +165,6 @@ def test_a_mesh_reads_each_part_once(family_folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# Parameters of the published checkpoints, from their model cards' safetensors metadata.
-PUBLISHED = {
-    "qwen2-vl-2b": 2_208_985_600,
-    "qwen2.5-vl-3b": 3_754_622_976,
-    "qwen2.5-vl-7b": 8_292_166_656,
-    "qwen3-vl-4b": 4_437_815_808,
-}
-
-
 @pytest.mark.parametrize("size", model_config.SIZES)
 def test_a_named_size_has_transformers_parameters(size: str) -> None:
     raw = json.loads(json.dumps(model_config.SIZES[size]))
@@ -181,7 +172,6 @@ def test_a_named_size_has_transformers_parameters(size: str) -> None:
         model = AutoModelForImageTextToText.from_config(CONFIGS[raw["model_type"]].from_dict(raw))
     expected = sum(p.numel() for p in model.parameters())
     assert sum(int(np.prod(s)) for s in hf.parameter_shapes(model_config.named(size)).values()) == expected
-    assert PUBLISHED.get(size, expected) == expected
 
 
 @pytest.mark.parametrize("size", model_config.SIZES)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,6 @@ class VideoLM:
     @classmethod
     def _open(cls, path: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | None) -> "VideoLM":
         found = checkpoint.find_model(path)
-        layout = sharding.layout(mesh)
         if found.adapter is not None:  # the checkpoint holds adapters alone: the rest is where the run began
             if not Path(found.adapter.base).is_dir():
                 raise InputError(
@@ -92,16 +92,12 @@ class VideoLM:
         processor = Processor(found.folder)
         model = QwenVL(processor.config, DTYPES[dtype])
         if found.step_folder is None:
-            return cls(processor, model, hf.load(found.folder, processor.config, DTYPES[dtype], layout))
-        flat = hf.flatten(checkpoint.restore_params(found.step_folder))
-        placed = {k: jax.device_put(np.asarray(v).astype(dtype), layout(k, v.shape)) for k, v in flat.items()}
-        return cls(processor, model, hf.unflatten(placed))
+            return cls(processor, model, hf.load(found.folder, processor.config, DTYPES[dtype], sharding.layout(mesh)))
+        return cls(processor, model, _place(hf.flatten(checkpoint.restore_params(found.step_folder)), dtype, mesh))
 
     def _with_adapters(self, kind: LoRA, flat: dict[str, np.ndarray], mesh: jax.sharding.Mesh | None) -> "VideoLM":
-        layout = sharding.layout(mesh)
-        dtype = jax.tree.leaves(self.params)[0].dtype
-        placed = {k: jax.device_put(np.asarray(v).astype(dtype), layout(k, v.shape)) for k, v in flat.items()}
-        return VideoLM(self.processor, self.model.clone(lora=kind), self.params, hf.unflatten(placed))
+        adapters = _place(flat, jax.tree.leaves(self.params)[0].dtype, mesh)
+        return VideoLM(self.processor, self.model.clone(lora=kind), self.params, adapters)
 
     @property
     def variables(self) -> Variables:
@@ -200,6 +196,12 @@ class VideoLM:
         if self.adapters is None:
             raise InputError("this model has no adapters to save: train with config.lora.rank, or load with adapter=")
         peft.save(path, self.model.lora, hf.flatten(self.adapters), self.processor.config, str(self.processor.folder))
+
+
+def _place(flat: dict[str, np.ndarray], dtype: Any, mesh: jax.sharding.Mesh | None) -> Params:
+    """Host arrays by path to a tree of parameters on the mesh."""
+    layout = sharding.layout(mesh)
+    return hf.unflatten({k: jax.device_put(np.asarray(v).astype(dtype), layout(k, v.shape)) for k, v in flat.items()})
 
 
 @partial(jax.jit, static_argnames="model")

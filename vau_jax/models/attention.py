@@ -53,9 +53,8 @@ def attend(q: jax.Array, parts: list[Keys]) -> jax.Array:
     keys = sum(part.k.shape[-2] for part in parts)
     if g * length * keys <= MOST_SCORES:
         return _attend(q, parts)
-    at_once = max(1, MOST_SCORES // (length * keys))  # groups
-    if at_once > 1 or length * keys <= MOST_SCORES:
-        return _over_groups(q, parts, at_once)
+    if length * keys <= MOST_SCORES:
+        return _over_groups(q, parts, MOST_SCORES // (length * keys))
     return _over_queries(q, parts, max(1, MOST_SCORES // (g * keys)))
 
 

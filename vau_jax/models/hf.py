@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -241,23 +240,23 @@ def _check(reader: _Reader, config: QwenVLConfig, shapes: dict[str, tuple[int, .
 def load(
     folder: str | os.PathLike,
     config: QwenVLConfig,
-    dtype: Any = jnp.float32,
-    layout: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    dtype: Any,
+    layout: Callable[[str, tuple[int, ...]], Sharding],
 ) -> Params:
     """Reads a folder's safetensors into our parameters, one after the other, the largest first.
 
-    `layout(path, shape)` says how a parameter lies on devices; the default is the first device. A process reads only
-    what its own devices hold. Beside the parameters themselves, memory holds one parameter's part for one device.
+    `layout(path, shape)` says how a parameter lies on devices (`sharding.layout`). A process reads only what its own
+    devices hold. Beside the parameters themselves, memory holds one parameter's part for one device.
     Raises InputError for a folder without safetensors, and one that lists all tensors that do not fit.
     """
     reader, shapes = _Reader(Path(folder)), parameter_shapes(config)
     _check(reader, config, shapes)
-    alone = SingleDeviceSharding(jax.local_devices()[0])
     flat = {}
     for rule in sorted(rules(config), key=lambda rule: -np.prod(shapes[rule.ours])):
         shape = shapes[rule.ours]
-        target = layout(rule.ours, shape) if layout else alone
-        flat[rule.ours] = _place(shape, target, lambda index, rule=rule: reader.read(rule, index, dtype))
+        flat[rule.ours] = _place(
+            shape, layout(rule.ours, shape), lambda index, rule=rule: reader.read(rule, index, dtype)
+        )
     return unflatten(flat)
 
 
