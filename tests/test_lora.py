@@ -117,6 +117,16 @@ def test_an_adapter_that_does_not_fit_is_refused(
         VideoLM.load(model_folder, adapter=tmp_path / "adapter")
 
 
+def test_a_damaged_adapter_is_one_clear_error(model_folder: Path, vlm: VideoLM, tmp_path: Path) -> None:
+    with_adapters(vlm, LoRA(rank=4, alpha=6.0)).save_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter" / peft.WEIGHTS).write_bytes(b"x" * 100)
+    with pytest.raises(InputError, match=r"cannot read .*export the adapter again"):
+        VideoLM.load(model_folder, adapter=tmp_path / "adapter")
+    (tmp_path / "adapter" / peft.CONFIG).write_text('{"peft_type": "LORA", "lora_alpha": 8}')
+    with pytest.raises(InputError, match="lacks r: give"):
+        VideoLM.load(model_folder, adapter=tmp_path / "adapter")
+
+
 def test_a_target_that_matches_nothing_lists_the_layers(vlm: VideoLM) -> None:
     with pytest.raises(InputError, match="decoder/layers/q_proj"):
         with_adapters(vlm, LoRA(rank=4, alpha=6.0, targets=("attention.*",)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vau_jax import files
@@ -54,8 +54,16 @@ def load(folder: str | os.PathLike, config: QwenVLConfig) -> tuple[LoRA, dict[st
     unknown = [f"{key}={raw[key]!r}" for key, off in _OFF.items() if key in raw and raw[key] not in off]
     if unknown:
         raise InputError(f"{folder / CONFIG} asks for {', '.join(unknown)}, which is not supported")
+    absent = [key for key in ("r", "lora_alpha") if key not in raw]
+    if absent:
+        raise InputError(
+            f"{folder / CONFIG} lacks {', '.join(absent)}: give a folder that peft's save_pretrained wrote"
+        )
     rank = raw["r"]
-    factors = _read_factors(folder / WEIGHTS, config, rank)
+    try:
+        factors = _read_factors(folder / WEIGHTS, config, rank)
+    except SafetensorError as error:
+        raise InputError(f"cannot read {folder / WEIGHTS}: {error}; export the adapter again") from error
     lora = LoRA(
         rank=rank,
         alpha=float(raw["lora_alpha"]),
