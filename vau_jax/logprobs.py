@@ -1,54 +1,166 @@
-"""Log-probabilities of given tokens from hidden states, in chunks: [tokens, V] never exists for all tokens at once."""
+"""Log-probabilities of given tokens from hidden states, in pieces: [tokens, V] in float32 never exists.
+
+The head is a matrix [V, D], a row for each token of the vocabulary.
+"""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+TOKENS = 256  # of a piece, of each row of the batch
+VOCABULARY = 16384  # of a piece, at most, where the vocabulary divides well
 
-def logits(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
-    """float32 [..., V] for hidden [..., D] and unembedding [D, V]."""
-    return jnp.einsum("...d,dv->...v", hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """float32 [..., V] for hidden [..., D] and head [V, D]."""
+    return jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def sampling_logits(
-    hidden: jax.Array, unembedding: jax.Array, temperature: float | jax.Array, never: tuple[int, ...]
+    hidden: jax.Array, head: jax.Array, temperature: float | jax.Array, never: tuple[int, ...]
 ) -> jax.Array:
     """The logits that completions are drawn from and scored with: divided by temperature, `never` tokens impossible."""
-    scores = logits(hidden, unembedding) / temperature
-    return scores.at[..., jnp.asarray(never, jnp.int32)].set(-jnp.inf) if never else scores
+    return logits(hidden, head) / temperature + _forbidden(never, head.shape[0])
 
 
-@partial(jax.jit, static_argnames=("never", "chunk"))
+def _forbidden(never: tuple[int, ...], vocabulary: int) -> jax.Array:
+    """What is added to logits [V]: -inf for tokens that are never sampled."""
+    return jnp.zeros(vocabulary).at[jnp.asarray(never, jnp.int32)].set(-jnp.inf)
+
+
 def token_logps(
     hidden: jax.Array,
-    unembedding: jax.Array,
+    head: jax.Array,
     targets: jax.Array,
     temperature: float | jax.Array = 1.0,
     never: tuple[int, ...] = (),
-    chunk: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and entropy of its distribution, both float32 of the targets' shape.
 
-    hidden [..., D] predicts targets int32 [...]. At most `chunk` tokens' logits exist at a time, in the backward pass
-    too (they are computed again there).
+    hidden [B, ..., D] predicts targets int32 [B, ...]; head is [V, D]. Logits exist for TOKENS tokens of each row and
+    VOCABULARY entries at a time. The backward pass computes them again, and adds up the head's gradient in float32.
     """
-    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    count = flat_targets.shape[0]
-    chunk = min(chunk, count)
-    pad = -count % chunk
-    flat_hidden = jnp.pad(flat_hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
-    flat_targets = jnp.pad(flat_targets, (0, pad)).reshape(-1, chunk)
+    b, dim = targets.shape[0], hidden.shape[-1]
+    wanted = targets.reshape(b, -1)
+    count = wanted.shape[1]
+    size = min(TOKENS, count)
+    pad = -count % size
 
-    @jax.checkpoint
-    def score(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logp = jax.nn.log_softmax(sampling_logits(args[0], unembedding, temperature, never))  # [chunk, V]
-        safe = jnp.where(jnp.isfinite(logp), logp, 0.0)
-        entropy = -jnp.sum(jnp.exp(logp) * safe, axis=-1)
-        return jnp.take_along_axis(logp, args[1][:, None], axis=1)[:, 0], entropy
+    def cut(x: jax.Array) -> jax.Array:
+        """[B, S, ...] to pieces [m, B * size, ...]; the batch stays where it is on the devices."""
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.swapaxes(x.reshape(b, -1, size, *x.shape[2:]), 0, 1).reshape(-1, b * size, *x.shape[2:])
 
-    logps, entropy = jax.lax.map(score, (flat_hidden, flat_targets))
-    return logps.reshape(-1)[:count].reshape(targets.shape), entropy.reshape(-1)[:count].reshape(targets.shape)
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(-1, b, size), 0, 1).reshape(b, -1)[:, :count].reshape(targets.shape)
+
+    pieces = cut(hidden.reshape(b, count, dim)), head, cut(wanted), jnp.float32(temperature)
+    logps, entropy = _score(*pieces, never)
+    return join(logps), join(entropy)
+
+
+def vocabulary_pieces(size: int) -> int:
+    """Into how many equal parts a vocabulary of `size` tokens is cut: the least number that divides it and leaves no
+    part above VOCABULARY, or 1 when that would leave parts too small to be worth it."""
+    count = next(n for n in range(-(-size // VOCABULARY), size + 1) if size % n == 0)
+    return count if size // count >= VOCABULARY // 8 else 1
+
+
+def _cut(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """head [V, D] as [n, V / n, D]. Piece j holds tokens j, n + j, 2 n + j, ...: each device that holds consecutive
+    rows then has its share of every piece, and nothing moves between devices."""
+    n = vocabulary_pieces(head.shape[0])
+    return jnp.swapaxes(head.reshape(-1, n, head.shape[1]), 0, 1).astype(dtype)
+
+
+def _scores(h: jax.Array, rows: jax.Array, forbidden: jax.Array, temperature: jax.Array) -> jax.Array:
+    """float32 [t, v] of hidden [t, D] and one piece of the head [v, D]."""
+    return logits(h, rows) / temperature + forbidden
+
+
+def _totals(
+    h: jax.Array, rows: jax.Array, forbidden: jax.Array, targets: jax.Array, temperature: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logit of the target, log of the sum of exponentials, and entropy, [t] each, over pieces rows [n, v, D]."""
+    n = len(rows)
+
+    def add(carry: tuple[jax.Array, ...], piece: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
+        top, total, weighted, chosen = carry
+        number, rows, forbidden = piece
+        scores = _scores(h, rows, forbidden, temperature)
+        higher = jnp.maximum(top, scores.max(-1))
+        mass = jnp.exp(scores - higher[:, None])
+        shrink = jnp.exp(top - higher)
+        total = total * shrink + mass.sum(-1)
+        weighted = weighted * shrink + jnp.sum(mass * jnp.where(mass > 0, scores, 0.0), axis=-1)
+        inside = targets % n == number
+        found = jnp.take_along_axis(scores, (targets // n)[:, None], axis=1)[:, 0]
+        return (higher, total, weighted, jnp.where(inside, found, chosen)), None
+
+    low = jnp.full(h.shape[0], jnp.finfo(jnp.float32).min)
+    none = jnp.zeros(h.shape[0])
+    (top, total, weighted, chosen), _ = jax.lax.scan(add, (low, none, none, none), (jnp.arange(n), rows, forbidden))
+    log_total = top + jnp.log(total)
+    return chosen, log_total, log_total - weighted / total
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _score(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, never: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities and entropies [m, t] of hidden [m, t, D], targets [m, t]."""
+    return _score_forward(hidden, head, targets, temperature, never)[0]
+
+
+def _score_forward(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, never: tuple[int, ...]
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    rows = _cut(head, hidden.dtype)
+    forbidden = _forbidden(never, head.shape[0]).reshape(-1, len(rows)).T
+    chosen, log_total, entropy = jax.lax.map(
+        lambda piece: _totals(piece[0], rows, forbidden, piece[1], temperature), (hidden, targets)
+    )
+    return (chosen - log_total, entropy), (hidden, head, targets, temperature, log_total, entropy)
+
+
+def _score_backward(
+    never: tuple[int, ...], kept: tuple[jax.Array, ...], grads: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None, None]:
+    """With p the probabilities, d logp_i / d logit_j = [i = j] - p_j and d entropy / d logit_j = -p_j (log p_j + H)."""
+    hidden, head, targets, temperature, log_total, entropy = kept
+    rows = _cut(head, hidden.dtype)
+    n = len(rows)
+    forbidden = _forbidden(never, head.shape[0]).reshape(-1, n).T
+
+    def over_vocabulary(d_hidden: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        number, rows, forbidden = piece
+
+        def over_tokens(d_rows: jax.Array, tokens: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            h, d_h, targets, log_total, entropy, by_logp, by_entropy = tokens
+            logp = _scores(h, rows, forbidden, temperature) - log_total[:, None]
+            p = jnp.exp(logp)
+            finite = jnp.where(p > 0, logp, 0.0)
+            here = (targets % n == number)[:, None] & ((targets // n)[:, None] == jnp.arange(rows.shape[0]))
+            g = jnp.where(here, by_logp[:, None], 0.0) - p * (
+                by_logp[:, None] + by_entropy[:, None] * (finite + entropy[:, None])
+            )
+            g = (g / temperature).astype(h.dtype)
+            d_rows = d_rows + jnp.einsum("tv,td->vd", g, h, preferred_element_type=jnp.float32)
+            return d_rows, d_h + jnp.einsum("tv,vd->td", g, rows, preferred_element_type=jnp.float32)
+
+        blank = jnp.zeros(rows.shape, jnp.float32)
+        d_rows, d_hidden = jax.lax.scan(over_tokens, blank, (hidden, d_hidden, targets, log_total, entropy, *grads))
+        return d_hidden, d_rows
+
+    d_hidden, d_rows = jax.lax.scan(
+        over_vocabulary, jnp.zeros(hidden.shape, jnp.float32), (jnp.arange(n), rows, forbidden)
+    )
+    d_head = jnp.swapaxes(d_rows, 0, 1).reshape(head.shape)
+    return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype), None, None
+
+
+_score.defvjp(_score_forward, _score_backward)
 
 
 def completion_hidden(hidden: jax.Array, prompt_mask: jax.Array, generations: int) -> jax.Array:

@@ -22,7 +22,7 @@ EXAMPLES = ("data", "fsdp")  # the mesh axes that the leading axis of a batch is
 # that is never split.
 PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
-    (r"lm_head", P("fsdp", "tensor")),
+    (r"lm_head", P("tensor", "fsdp")),
     (r"decoder/layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")),
     (r"decoder/layers/.*(o_proj|down_proj)/kernel", P(None, "tensor", "fsdp")),
     (r"visual/(blocks|deepstack)/.*(qkv|gate_proj|up_proj|fc1)/kernel", P(None, "fsdp", "tensor")),

@@ -102,7 +102,7 @@ def rules(config: QwenVLConfig) -> list[Rule]:
         table += _linear(f"{ours}/mlp/{name}", f"{theirs}.mlp.{name}", False, depth)
     table.append(Rule("decoder/norm/weight", "model.norm.weight"))
     if not config.tie_word_embeddings:
-        table.append(Rule("lm_head", "lm_head.weight", True))
+        table.append(Rule("lm_head", "lm_head.weight"))
     return table
 
 

@@ -147,7 +147,7 @@ class QwenVL(nn.Module):
         self.visual = VisionTower(c.vision, self.dtype, self.lora, self.remat, self.unroll)
         self.decoder = Decoder(c, self.dtype, self.attention, self.lora, self.remat, self.unroll)
         if not c.tie_word_embeddings:
-            self.lm_head = self.param("lm_head", UNIT_NORMAL, (c.hidden_size, c.vocab_size))
+            self.lm_head = self.param("lm_head", UNIT_NORMAL, (c.vocab_size, c.hidden_size))
 
     def _angles(self, positions: jax.Array) -> jax.Array:
         c = self.config
@@ -227,6 +227,6 @@ def with_adapters(params: Params, adapters: Params | None) -> Variables:
 
 
 def unembedding(variables: Variables, config: QwenVLConfig) -> jax.Array:
-    """The matrix [D, V] that turns hidden states to logits: its own, or the embedding's transpose where tied."""
+    """The matrix [V, D] that turns hidden states to logits: its own, or the embedding where tied."""
     params = variables["params"]
-    return params["embed_tokens"]["embedding"].T if config.tie_word_embeddings else params["lm_head"]
+    return params["embed_tokens"]["embedding"] if config.tie_word_embeddings else params["lm_head"]
