@@ -146,6 +146,61 @@ def test_decoding_stops_when_all_have_ended(vlm: VideoLM, batch: Batch, monkeypa
     assert len(drawn) == np.asarray(out.mask).sum(-1).max() <= 5
 
 
+STRAGGLING = {"end_tokens": tuple(range(100, 130)), "temperature": 1.5}  # most completions end soon, some very late
+
+
+def straggling(vlm: VideoLM, new: int) -> tuple[dict[str, Any], Batch]:
+    rng = np.random.default_rng(5)
+    n = vlm.processor.factor
+    batch = vlm.encode([ask(video(rng, 2 + i, n, 2 * n), text=PROMPTS[i % 3]) for i in range(4)])
+    options = {"model": vlm.model, "num_generations": 8, "max_new_tokens": new, **STRAGGLING}
+    return options, batch
+
+
+def test_gathering_stragglers_changes_nothing(vlm: VideoLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens, masks and log-probabilities whether or not the batch shrinks and its cache grows."""
+    options, batch = straggling(vlm, 40)
+    monkeypatch.setattr(sampling, "SHRINK", 1 << 30)
+    plain = sampling.sample(vlm.variables, batch, jax.random.key(1), **options)
+    shapes, original = [], sampling._resize
+
+    def watched(*args: Any, shape: tuple[int, int, int], **kwargs: Any) -> Any:
+        shapes.append(shape)
+        return original(*args, shape=shape, **kwargs)
+
+    monkeypatch.setattr(sampling, "SHRINK", 4)
+    monkeypatch.setattr(sampling, "_resize", watched)
+    monkeypatch.setattr(sampling, "FIRST_CACHE", 4)
+    gathered = sampling.sample(vlm.variables, batch, jax.random.key(1), **options)
+    assert min(b * g for b, g, _ in shapes) <= 2 < 32 == max(b * g for b, g, _ in shapes)
+    assert sorted({room for *_, room in shapes}) == [8, 16, 32, 40]
+    np.testing.assert_array_equal(gathered.mask, plain.mask)
+    np.testing.assert_array_equal(gathered.tokens, plain.tokens)
+    np.testing.assert_allclose(gathered.logps, plain.logps, atol=2e-5)
+
+
+def test_a_straggler_is_decoded_in_a_small_batch(vlm: VideoLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that are decoded, step by step, are never more than SHRINK times what powers of two would hold."""
+    options, batch = straggling(vlm, 60)
+    rows, original = [], logprobs.sampling_logits
+
+    def counting(hidden: jax.Array, *args: Any) -> jax.Array:
+        shape = hidden.shape[:2]
+        jax.debug.callback(lambda: rows.append(shape))
+        return original(hidden, *args)
+
+    monkeypatch.setattr(logprobs, "sampling_logits", counting)
+    out = sampling.sample(vlm.variables, batch, jax.random.key(1), **options)
+    jax.effects_barrier()
+    alive = np.asarray(out.mask).sum(-1)  # [B, G] lengths
+    for step, (b, g) in enumerate(rows):
+        left = alive > step
+        fit = sampling._power_of_two(int(left.any(1).sum())) * sampling._power_of_two(int(left.sum(1).max()))
+        assert b * g < sampling.SHRINK * fit or b * g == fit, (step, b, g, fit)
+    assert len(rows) == alive.max()
+    assert rows[-1][0] * rows[-1][1] < 32
+
+
 def test_padding_on_either_side_gives_the_same_tokens(family_folder: Path) -> None:
     """A text prompt, a short and a long clip in one batch, each as when it is alone."""
     vlm, rng = VideoLM.load(family_folder), np.random.default_rng(3)
@@ -184,14 +239,15 @@ def test_frequencies_follow_the_distribution(vlm: VideoLM, top_p: float, top_k: 
 
 
 def test_one_program_a_bucket(vlm: VideoLM, rng: np.random.Generator) -> None:
-    """Prompts and clips of many lengths compile once for each padded shape."""
-    shapes, before = set(), sampling.sample._cache_size()
+    """Prompts and clips of many lengths compile once for each padded shape; the decoding loop, which reads no patches,
+    once for each length of prompts."""
+    shapes, before = set(), sampling.compiled_programs()
     for frames, words in itertools.product((5, 6, 7, 8), (1, 2, 3, 4)):
         batch = vlm.encode([ask(video(rng, frames, 56, 56), text="fire " * words)])
         shapes.add((batch.tokens.shape, batch.vision.patches.shape, batch.vision.frames.members.shape))
         vlm.generate(batch, 2, 5, temperature=0.5 + words, seed=frames, min_new_tokens=words)
     assert len(shapes) <= 4
-    assert sampling.sample._cache_size() - before == len(shapes)
+    assert sampling.compiled_programs() - before == len(shapes) + len({tokens for tokens, *_ in shapes})
 
 
 @pytest.mark.parametrize(

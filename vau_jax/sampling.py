@@ -1,23 +1,65 @@
-"""Sampling on the device: one prefill a prompt, then G completions that all read the one prompt cache."""
+"""Sampling on the device: one prefill a prompt, then G completions that all read the one prompt cache.
 
+The host runs the decoding loop in stretches. A stretch ends when all completions have ended, when the cache of their
+keys is full (it then doubles, so that short completions never read a long empty cache), or when so many have ended that
+the others fit in a quarter of the rows: those are gathered into a smaller batch, and one long straggler does not hold
+up a full one. What is drawn does not depend on any of it.
+"""
+
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from vau_jax import logprobs
+from vau_jax import logprobs, sharding
 from vau_jax.models import qwen_vl
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.types import Array, Batch, KVCache, Sampled, Variables
 
 DRAW_BLOCK = 128  # tokens
+FIRST_CACHE = 128  # completion tokens that the cache has room for at first
+SHRINK = 4  # the batch is made smaller when its rows are this many times those that it needs
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """What a program is compiled for, besides shapes."""
+
+    model: QwenVL
+    end_tokens: tuple[int, ...]
+    greedy: bool
+    top_p: float
+    top_k: int
+    mesh: Mesh | None
+
+
+class _Knobs(NamedTuple):
+    """What may change without another program."""
+
+    key: jax.Array
+    temperature: jax.Array
+    min_new_tokens: jax.Array
+    stop_table: Array | None
+
+
+class _Prompts(NamedTuple):
+    """What decoding needs of the prompts."""
+
+    cache: KVCache  # [L, B, K, T, H]
+    batch: Batch  # without the visual input
 
 
 class _Loop(NamedTuple):
+    """The completions that are being drawn; B and G shrink as they end."""
+
     step: jax.Array  # int32 []: completion tokens drawn
+    number: jax.Array  # int32 [B, G]: of each completion in the whole batch
     last: jax.Array  # int32 [B, G]: the newest token, not in the cache yet
-    own: KVCache  # [L, B, G, K, C, H]
+    own: KVCache  # [L, B, G, K, room, H]
     tokens: jax.Array  # int32 [B, G, C]
     logps: jax.Array  # float32 [B, G, C]
     mask: jax.Array  # bool [B, G, C]
@@ -38,8 +80,8 @@ def restrict(scores: jax.Array, top_p: float, top_k: int) -> jax.Array:
     return scores
 
 
-def draw(key: jax.Array, scores: jax.Array) -> jax.Array:
-    """One index int32 [...] for logits float32 [..., V], with probability softmax(scores).
+def draw(keys: jax.Array, scores: jax.Array) -> jax.Array:
+    """One index int32 [...] for logits float32 [..., V] and keys [...], with probability softmax(scores).
 
     Inverts the distribution function in two steps, first to a block of the vocabulary and then inside it: two random
     numbers a row instead of V (making those costs more than the rest of a small model's step), and sums short enough
@@ -49,22 +91,18 @@ def draw(key: jax.Array, scores: jax.Array) -> jax.Array:
     pad = -scores.shape[-1] % DRAW_BLOCK
     weights = jnp.pad(weights, [(0, 0)] * (scores.ndim - 1) + [(0, pad)])
     weights = weights.reshape(*scores.shape[:-1], -1, DRAW_BLOCK)
-    chance = jax.random.uniform(key, (2, *scores.shape[:-1], 1))
+    chance = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys.reshape(-1)).reshape(*keys.shape, 2)
 
     def invert(mass: jax.Array, share: jax.Array) -> jax.Array:
         """The first index whose cumulative mass exceeds `share` of the whole, which is below 1."""
         total = jnp.cumsum(mass, axis=-1)
         return jnp.argmax(total > share * total[..., -1:], axis=-1)
 
-    block = invert(weights.sum(-1), chance[0])
+    block = invert(weights.sum(-1), chance[..., :1])
     inside = jnp.take_along_axis(weights, block[..., None, None], axis=-2)[..., 0, :]
-    return block * DRAW_BLOCK + invert(inside, chance[1])
+    return block * DRAW_BLOCK + invert(inside, chance[..., 1:])
 
 
-@partial(
-    jax.jit,
-    static_argnames=("model", "num_generations", "max_new_tokens", "end_tokens", "greedy", "top_p", "top_k"),
-)
 def sample(
     variables: Variables,
     batch: Batch,
@@ -84,69 +122,184 @@ def sample(
     """Draws G = num_generations completions of at most C = max_new_tokens tokens for each prompt.
 
     A completion ends with the first of `end_tokens`, none of which is drawn among the first `min_new_tokens`, or with
-    the token that completes a stop string of `stop_table` (see stop_strings.py); that token belongs to it. The loop
-    stops when all have ended. Token t is drawn with fold_in(key, t). The log-probabilities are those of the
+    the token that completes a stop string of `stop_table` (see stop_strings.py); that token belongs to it. Token t of
+    completion n (of all B * G) is drawn with fold_in(fold_in(key, n), t). The log-probabilities are those of the
     distribution drawn from, filters included; greedy ones are those at temperature 1.
     """
-    head = qwen_vl.unembedding(variables, model.config)
-    never = model.config.never_sampled
-    ends = jnp.asarray(end_tokens, jnp.int32)
+    fixed = _Fixed(model, end_tokens, greedy, top_p, top_k, sharding.mesh_of(batch.tokens))
+    knobs = _Knobs(key, jnp.float32(temperature), jnp.int32(min_new_tokens), stop_table)
+    size = num_generations, max_new_tokens, min(FIRST_CACHE, max_new_tokens)
+    loop, prompts = _start(variables, batch, knobs, fixed=fixed, size=size)
+    whole = None  # completions that ended before the batch was made smaller
+    while True:
+        loop, prompts_left, most_left = _advance(variables, prompts, loop, knobs, fixed=fixed)
+        rows = _rows_needed(int(prompts_left), int(most_left), loop.done.shape, fixed.mesh)
+        ended = rows == (0, 0) or int(loop.step) == max_new_tokens
+        if ended or rows != loop.done.shape:
+            mine = Sampled(loop.tokens, loop.logps, loop.mask)
+            whole = mine if whole is None else _settle(whole, mine, loop.number)
+        if ended:
+            return whole
+        room = loop.own.k.shape[4]
+        room = min(2 * room, max_new_tokens) if int(loop.step) > room else room
+        loop, prompts = _resize(prompts, loop, shape=(*rows, room), mesh=fixed.mesh)
 
-    def pick(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scores = logprobs.sampling_logits(hidden, head, 1.0 if greedy else temperature, never)  # [B, G, V]
-        scores = scores.at[..., ends].add(jnp.where(step < min_new_tokens, -jnp.inf, 0.0))
-        if greedy:
-            token = jnp.argmax(scores, axis=-1)
-        else:
-            scores = restrict(scores, top_p, top_k)
-            token = draw(jax.random.fold_in(key, step), scores)
-        logp = jnp.take_along_axis(scores, token[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(scores, axis=-1)
-        return token.astype(jnp.int32), logp
 
-    def add(loop: _Loop, hidden: jax.Array, own: KVCache) -> _Loop:
-        """The loop after one more token, predicted by hidden [B, G, D]."""
-        token, logp = pick(hidden, loop.step)
-        at, alive = (0, 0, loop.step), ~loop.done
-        state = loop.stop_state if stop_table is None else stop_table[loop.stop_state, token]
-        done = loop.done | jnp.isin(token, ends)
-        return _Loop(
-            step=loop.step + 1,
-            last=token,
-            own=own,
-            tokens=jax.lax.dynamic_update_slice(loop.tokens, jnp.where(alive, token, 0)[..., None], at),
-            logps=jax.lax.dynamic_update_slice(loop.logps, jnp.where(alive, logp, 0.0)[..., None], at),
-            mask=jax.lax.dynamic_update_slice(loop.mask, alive[..., None], at),
-            done=done if stop_table is None else done | (state == len(stop_table) - 1),
-            stop_state=state,
-        )
+def compiled_programs() -> int:
+    """How many programs sampling has compiled so far."""
+    return sum(program._cache_size() for program in (_start, _advance, _settle, _resize))
 
-    hidden, prompt = model.apply(variables, batch, method="prefill")
-    b, g, c = batch.tokens.shape[0], num_generations, max_new_tokens
-    first = jnp.broadcast_to(logprobs.last_token(hidden, batch.mask)[:, None], (b, g, hidden.shape[-1]))
+
+def _rows_needed(prompts: int, most: int, shape: tuple[int, int], mesh: Mesh | None) -> tuple[int, int]:
+    """The prompts and completions of each that a batch [B, G] needs for those not ended: `shape` itself unless powers
+    of two that are SHRINK times fewer rows will do. A prompt takes as many rows as the one with `most`."""
+    if prompts == 0:
+        return 0, 0
+    least = 1 if mesh is None else sharding.example_parts(mesh)
+    needed = min(shape[0], max(least, _power_of_two(prompts))), min(shape[1], _power_of_two(most))
+    return needed if SHRINK * needed[0] * needed[1] <= shape[0] * shape[1] else shape
+
+
+def _power_of_two(count: int) -> int:
+    """The least power of two that is not below count."""
+    return 1 << (count - 1).bit_length()
+
+
+@partial(jax.jit, static_argnames=("fixed", "size"))
+def _start(
+    variables: Variables, batch: Batch, knobs: _Knobs, *, fixed: _Fixed, size: tuple[int, int, int]
+) -> tuple[_Loop, _Prompts]:
+    """Reads the prompts and draws the first token of each completion; `size` is (G, C, room)."""
+    hidden, prompt = fixed.model.apply(variables, batch, method="prefill")
+    prompt = _pin(prompt, fixed.mesh)
+    b, (g, c, room) = batch.tokens.shape[0], size
     layers, _, kv_heads, _, dim = prompt.k.shape
-    blank = jnp.zeros((layers, b, g, kv_heads, c, dim), prompt.k.dtype)
-    start = _Loop(
+    blank = jnp.zeros((layers, b, g, kv_heads, room, dim), prompt.k.dtype)
+    loop = _Loop(
         step=jnp.int32(0),
+        number=jnp.arange(b * g, dtype=jnp.int32).reshape(b, g),
         last=jnp.zeros((b, g), jnp.int32),
-        own=KVCache(blank, blank),
+        own=_pin(KVCache(blank, blank), fixed.mesh),
         tokens=jnp.zeros((b, g, c), jnp.int32),
         logps=jnp.zeros((b, g, c)),
         mask=jnp.zeros((b, g, c), bool),
         done=jnp.zeros((b, g), bool),
         stop_state=jnp.zeros((b, g), jnp.int32),
     )
+    first = jnp.broadcast_to(logprobs.last_token(hidden, batch.mask)[:, None], (b, g, hidden.shape[-1]))
+    return _add(loop, first, variables, knobs, fixed), _Prompts(prompt, replace(batch, vision=None))
+
+
+@partial(jax.jit, static_argnames=("fixed",), donate_argnames=("loop",))
+def _advance(
+    variables: Variables, prompts: _Prompts, loop: _Loop, knobs: _Knobs, *, fixed: _Fixed
+) -> tuple[_Loop, jax.Array, jax.Array]:
+    """Draws tokens until a stretch ends; how many prompts have completions left then, and how many the most."""
+    c, room = loop.tokens.shape[2], loop.own.k.shape[4]
+    shape = loop.done.shape
+    enough = np.asarray(  # [B + 1, G + 1]: whether a smaller batch would do
+        [[_rows_needed(p, m, shape, fixed.mesh) != shape for m in range(shape[1] + 1)] for p in range(shape[0] + 1)]
+    )
+
+    def left(loop: _Loop) -> tuple[jax.Array, jax.Array]:
+        each = jnp.sum(~loop.done, axis=1)
+        return jnp.sum(each > 0), jnp.max(each)
+
+    def goes_on(loop: _Loop) -> jax.Array:
+        return (loop.step < c) & (loop.step <= room) & ~jnp.asarray(enough)[left(loop)]
 
     def body(loop: _Loop) -> _Loop:
         at = loop.step - 1  # of the newest token
-        hidden, new = model.apply(variables, loop.last, batch, at, (prompt, loop.own), method="decode")
+        caches = prompts.cache, loop.own
+        hidden, new = fixed.model.apply(variables, loop.last, prompts.batch, at, caches, method="decode")
         own = KVCache(*(_write(old, x, at) for old, x in ((loop.own.k, new.k), (loop.own.v, new.v))))
-        return add(loop, hidden, own)
+        return _add(loop._replace(own=own), hidden, variables, knobs, fixed)
 
-    loop = add(start, first, start.own)
-    loop = jax.lax.while_loop(lambda s: (s.step < c) & ~jnp.all(s.done), body, loop)
-    return Sampled(loop.tokens, loop.logps, loop.mask)
+    loop = jax.lax.while_loop(goes_on, body, loop)
+    return loop, *left(loop)
+
+
+def _add(loop: _Loop, hidden: jax.Array, variables: Variables, knobs: _Knobs, fixed: _Fixed) -> _Loop:
+    """The loop after one more token, predicted by hidden [B, G, D]."""
+    token, logp = _pick(loop, hidden, variables, knobs, fixed)
+    at, alive = (0, 0, loop.step), ~loop.done
+    table = knobs.stop_table
+    state = loop.stop_state if table is None else jnp.asarray(table)[loop.stop_state, token]
+    done = loop.done | jnp.isin(token, jnp.asarray(fixed.end_tokens, jnp.int32))
+    return loop._replace(
+        step=loop.step + 1,
+        last=token,
+        tokens=jax.lax.dynamic_update_slice(loop.tokens, jnp.where(alive, token, 0)[..., None], at),
+        logps=jax.lax.dynamic_update_slice(loop.logps, jnp.where(alive, logp, 0.0)[..., None], at),
+        mask=jax.lax.dynamic_update_slice(loop.mask, alive[..., None], at),
+        done=done if table is None else done | (state == len(table) - 1),
+        stop_state=state,
+    )
+
+
+def _pick(
+    loop: _Loop, hidden: jax.Array, variables: Variables, knobs: _Knobs, fixed: _Fixed
+) -> tuple[jax.Array, jax.Array]:
+    """One token [B, G] and its log-probability."""
+    config = fixed.model.config
+    head = qwen_vl.unembedding(variables, config)
+    temperature = 1.0 if fixed.greedy else knobs.temperature
+    scores = logprobs.sampling_logits(hidden, head, temperature, config.never_sampled)  # [B, G, V]
+    ends = jnp.asarray(fixed.end_tokens, jnp.int32)
+    scores = scores.at[..., ends].add(jnp.where(loop.step < knobs.min_new_tokens, -jnp.inf, 0.0))
+    if fixed.greedy:
+        token = jnp.argmax(scores, axis=-1)
+    else:
+        scores = restrict(scores, fixed.top_p, fixed.top_k)
+        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(knobs.key, n), loop.step))
+        token = draw(keys(loop.number.reshape(-1)).reshape(loop.number.shape), scores)
+    logp = jnp.take_along_axis(scores, token[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(scores, axis=-1)
+    return token.astype(jnp.int32), logp
 
 
 def _write(cache: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
-    """Puts new [L, B, G, K, H] at completion position `step` of cache [L, B, G, K, C, H]."""
+    """Puts new [L, B, G, K, H] at completion position `step` of cache [L, B, G, K, room, H]."""
     return jax.lax.dynamic_update_slice(cache, new[..., None, :], (0, 0, 0, 0, step, 0))
+
+
+@jax.jit
+def _settle(whole: Sampled, part: Sampled, number: jax.Array) -> Sampled:
+    """Writes completions to their places in the whole batch."""
+
+    def write(all_rows: jax.Array, rows: jax.Array) -> jax.Array:
+        flat = all_rows.reshape(-1, all_rows.shape[-1])
+        return flat.at[number.reshape(-1)].set(rows.reshape(-1, rows.shape[-1])).reshape(all_rows.shape)
+
+    return jax.tree.map(write, whole, part)
+
+
+@partial(jax.jit, static_argnames=("shape", "mesh"))
+def _resize(
+    prompts: _Prompts, loop: _Loop, *, shape: tuple[int, int, int], mesh: Mesh | None
+) -> tuple[_Loop, _Prompts]:
+    """Gathers the completions that have not ended into [B, G] = shape[:2], with room for shape[2] tokens each."""
+    b, g, room = shape
+    if (b, g) != loop.done.shape:
+        chosen = jnp.argsort(jnp.all(loop.done, axis=1), stable=True)[:b]  # prompts with completions left come first
+        order = jnp.argsort(loop.done[chosen], axis=1, stable=True)[:, :g]
+
+        def rows(x: jax.Array, axis: int) -> jax.Array:
+            """x [..., B, G, ...] with the chosen rows; `axis` is that of B."""
+            x = jnp.take(x, chosen, axis=axis)
+            index = jnp.expand_dims(order, [i for i in range(x.ndim) if i not in (axis, axis + 1)])
+            return jnp.take_along_axis(x, index, axis=axis + 1)
+
+        own = KVCache(rows(loop.own.k, 1), rows(loop.own.v, 1))
+        rest = {name: rows(value, 0) for name, value in loop._asdict().items() if name not in ("step", "own")}
+        loop = _Loop(step=loop.step, own=own, **rest)
+        cache = jax.tree.map(lambda x: jnp.take(x, chosen, axis=1), prompts.cache)
+        prompts = _Prompts(_pin(cache, mesh), jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), prompts.batch))
+    more = ((0, 0),) * 4 + ((0, room - loop.own.k.shape[4]), (0, 0))
+    return loop._replace(own=_pin(jax.tree.map(lambda x: jnp.pad(x, more), loop.own), mesh)), prompts
+
+
+def _pin(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    """The cache laid out on the mesh by rule."""
+    if mesh is None:
+        return cache
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding.cache(mesh, x.shape)), cache)

@@ -61,7 +61,7 @@ def make_mesh(shape: Mapping[str, int]) -> Mesh:
 
 def check_divisible(batch_size: int, mesh: Mesh) -> None:
     """Raises InputError when a batch cannot be split evenly over the mesh."""
-    parts = math.prod(mesh.shape[axis] for axis in EXAMPLES)
+    parts = example_parts(mesh)
     if batch_size % parts:
         raise InputError(
             f"batch_size {batch_size} is not divisible by data x fsdp = {parts} of the mesh {dict(mesh.shape)}: "
@@ -110,6 +110,25 @@ def layout(mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], Sharding]:
 def examples(mesh: Mesh) -> NamedSharding:
     """Leading axis split over the axes that carry examples."""
     return NamedSharding(mesh, P(EXAMPLES))
+
+
+def example_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in EXAMPLES)
+
+
+def cache(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Of keys or values: prompts [L, B, K, T, H] or completions [L, B, G, K, C, H], by example and by kv head."""
+    heads = len(shape) - 3
+    examples = EXAMPLES if shape[1] % example_parts(mesh) == 0 else None
+    tensor = "tensor" if shape[heads] % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, P(None, examples, *(None,) * (heads - 2), tensor))
+
+
+def mesh_of(array: Any) -> Mesh | None:
+    """The mesh that an array lies on, None for one on a single device or on the host."""
+    where = getattr(array, "sharding", None)
+    return where.mesh if isinstance(where, NamedSharding) else None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
