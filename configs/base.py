@@ -12,6 +12,8 @@ def get_config() -> ConfigDict:
     c.seed = 0  # of data order, augmentation and sampling
     c.steps = 1000  # updates
     c.batch_size = 8  # prompts an update, over all devices
+    c.micro_batches = 1  # parts of a batch that are computed one after the other: less memory, the same result
+    c.skip_nonfinite = False  # leave out an update whose loss or gradient is not a number; else the run stops there
     c.log_every = 1  # steps between lines of metrics.jsonl
     c.dtype = "bfloat16"  # of activations: float32 or bfloat16
     c.param_dtype = "float32"  # of parameters and optimiser: bfloat16 would lose updates of lr 1e-6
@@ -56,6 +58,14 @@ def get_config() -> ConfigDict:
     c.data.bucket = (256, 1024, 16, 64, 16, 64)  # least padded sizes: tokens, patches, windows, size, frames, size
     c.data.threads = 2  # that load examples
 
+    c.data.difficulty = ConfigDict()  # rft: harder or easier prompts by the running accuracy of a task and class
+    c.data.difficulty.enabled = False  # every prompt as it is
+    c.data.difficulty.easy = 0.8  # above this mean score frames get noise, or some are dropped
+    c.data.difficulty.hard = 0.2  # below it the prompt gets a line of the annotation
+    c.data.difficulty.memory = 10  # groups that the running accuracy remembers
+    c.data.difficulty.noise = 16.0  # standard deviation, of 255 grey levels
+    c.data.difficulty.drop = 0.25  # share of frames that are replaced by the one before
+
     c.optim = ConfigDict()  # AdamW
     c.optim.lr = 2e-5  # highest learning rate
     c.optim.schedule = "linear"  # after the warm-up: constant, linear or cosine
@@ -73,16 +83,32 @@ def get_config() -> ConfigDict:
     c.rollout.temperature = 1.0  # of sampling and scoring alike
     c.rollout.top_p = 1.0  # mass of the likeliest tokens kept; below 1 what is sampled is no longer what is scored
     c.rollout.top_k = 0  # number of the likeliest tokens kept, likewise; 0: all
+    c.rollout.min_new_tokens = 0  # no completion ends before
+    c.rollout.max_draws = 1  # above 1, groups with equal rewards are replaced, in so many draws of a batch at most
+    c.rollout.reward_threads = 4  # that call user_rewards
 
     c.rewards = ConfigDict({"format": 1.0, "accuracy": 1.0, "tiou": 0.0, "reflection": 0.0})  # weights; 0: off
+    c.user_rewards = ()  # your own: (("package.module:function", weight), ...), see vau_jax/user_rewards.py
 
     c.grpo = ConfigDict()
-    c.grpo.loss_type = "grpo"  # grpo, bnpo, dr_grpo, dapo, gspo, cispo
+    c.grpo.loss_type = "grpo"  # grpo, bnpo, dr_grpo, dapo, gspo, cispo, reg_grpo (DeepVideo-R1's regression)
+    c.grpo.iterations = 1  # updates from one rollout
     c.grpo.scale = "group"  # advantages divided by the std of: group, batch, none
+    c.grpo.per_reward = False  # normalise each reward by itself before they are added (GDPO)
     c.grpo.beta = 0.04  # weight of the KL term; 0: no reference policy is kept
     c.grpo.kl = "k3"  # k1, k2, k3
+    c.grpo.kl_in = "loss"  # or reward: beta times the completion's KL is taken off it
+    c.grpo.reference_every = 0  # steps after which the reference follows the policy; 0: it stays where RFT began
+    c.grpo.reference_mix = 1.0  # share of the policy in the new reference
     c.grpo.epsilon_low = 0.2  # the ratio is clipped below 1 - this
     c.grpo.epsilon_high = 0.2  # and above 1 + this; for cispo the cap itself
+    c.grpo.delta = 0.0  # most ratio in the unclipped branch (dual clip); 0: none
+    c.grpo.entropy_bonus = 0.0  # times the mean entropy of tokens, taken off the loss
+    c.grpo.importance = "auto"  # weigh tokens by policy / sampler: always, never, auto (where top_p or top_k filter)
+    c.grpo.importance_cap = 2.0  # most of that weight
+    c.grpo.mask_truncated = False  # leave completions without an end token out of the loss (they stay in the baseline)
+    c.grpo.overlong_buffer = 0  # tokens before the limit in which a penalty grows from 0 to 1 (DAPO); 0: none
+    c.grpo.regression_eps = 1.0  # reg_grpo: least spread of the log-ratios
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps between checkpoints; the last step is always one

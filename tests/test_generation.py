@@ -12,7 +12,7 @@ from scipy import stats
 from tests import oracle
 from tests.oracle import ask, image, video
 from tests.small_models import FAMILIES, make_model
-from vau_jax import logprobs, sampling, stop_strings, train
+from vau_jax import logprobs, sampling, stop_strings, update
 from vau_jax.files import InputError
 from vau_jax.types import Batch, Completions
 from vau_jax.vlm import VideoLM
@@ -55,7 +55,7 @@ def test_the_samplers_log_probs_are_the_trainers(family_folder: Path) -> None:
     n = vlm.processor.factor
     batch = vlm.encode([ask(video(rng, 4, 2 * n, 3 * n)), ask(image(rng, n, n), text=PROMPTS[1])])
     out = vlm.generate(batch, num_generations=4, max_new_tokens=24, temperature=0.8, seed=3)
-    scored, _ = train.policy_logps(vlm.variables, batch, Completions(out.tokens, out.mask), vlm.model, 0.8)
+    scored, _ = update.policy_logps(vlm.variables, batch, Completions(out.tokens, out.mask), vlm.model, 0.8)
     np.testing.assert_allclose(out.logps[out.mask], np.asarray(scored)[out.mask], atol=1e-4)
 
 

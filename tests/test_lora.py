@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from configs import srvau_r1_rft, srvau_r1_sft
 from tests import oracle
 from tests.oracle import ask, video
-from vau_jax import train
+from vau_jax import train, update
 from vau_jax.files import InputError
 from vau_jax.models import hf, lora, peft
 from vau_jax.models.lora import LoRA
@@ -141,7 +141,7 @@ def test_dropout_acts_in_training_alone(vlm: VideoLM) -> None:
     completions = Completions(np.full((1, 1, 5), 7, np.int32), np.ones((1, 1, 5), bool))
 
     def logps(key: jax.Array | None) -> jax.Array:
-        return train.policy_logps(dropping.variables, batch, completions, dropping.model, 1.0, key)[0]
+        return update.policy_logps(dropping.variables, batch, completions, dropping.model, 1.0, key)[0]
 
     drawn = [np.asarray(logps(jax.random.key(i))) for i in range(2)]
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-3

@@ -61,7 +61,8 @@ for i in range(2):
         out = t.rollout.sample(t.variables, batch, jax.random.key(i))
         tokens.append(np.asarray(out.tokens).tolist())
         inputs = {"mask": out.mask, "advantages": np.cos(np.arange(32.0)).reshape(8, 4), "sampler_logps": out.logps}
-        full = t._with_reference(TrainBatch(batch, Completions(out.tokens, out.mask), inputs))
+        completions = Completions(out.tokens, out.mask)
+        full = TrainBatch(batch, completions, {**inputs, **t._scored(batch, completions)})
         t.state, metrics = t.update(t.state, t.base, jax.device_put(full, sharding.examples(t.mesh)))
     losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
 after = jax.tree.map(lambda x: x.sharding, t.state)

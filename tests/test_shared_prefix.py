@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vau_jax import sampling, train
+from vau_jax import sampling, update
 from vau_jax.types import Batch, Completions
 from vau_jax.vlm import VideoLM
 
@@ -51,7 +51,7 @@ def total(vlm: VideoLM, batch: Batch, completions: Completions) -> jax.Array:
     """A scalar that weighs every real token differently."""
 
     def value(params: dict) -> jax.Array:
-        logps, _ = train.policy_logps({"params": params}, batch, completions, vlm.model, 0.9)
+        logps, _ = update.policy_logps({"params": params}, batch, completions, vlm.model, 0.9)
         flat = (logps * completions.mask).reshape(-1)
         return jnp.sum(flat * jnp.cos(jnp.arange(flat.size)))
 
@@ -59,8 +59,8 @@ def total(vlm: VideoLM, batch: Batch, completions: Completions) -> jax.Array:
 
 
 def test_log_probs_equal_the_repeated_form(vlm: VideoLM, batch: Batch, completions: Completions) -> None:
-    shared, _ = train.policy_logps(vlm.variables, batch, completions, vlm.model, 1.0)
-    naive, _ = train.policy_logps(vlm.variables, *repeated(batch, completions), vlm.model, 1.0)
+    shared, _ = update.policy_logps(vlm.variables, batch, completions, vlm.model, 1.0)
+    naive, _ = update.policy_logps(vlm.variables, *repeated(batch, completions), vlm.model, 1.0)
     mask = np.asarray(completions.mask)
     np.testing.assert_allclose(np.asarray(shared)[mask], np.asarray(naive).reshape(2, G, C)[mask], rtol=1e-5, atol=1e-5)
 
@@ -80,7 +80,7 @@ def test_log_probs_equal_the_whole_sequence(vlm: VideoLM) -> None:
     row = vlm.processor.encode(prompt)
     extra = np.asarray([5, 9, 14, 20], np.int32)
     batch = vlm.encode([prompt])
-    packed, _ = train.policy_logps(
+    packed, _ = update.policy_logps(
         vlm.variables, batch, Completions(extra[None, None], np.ones((1, 1, 4), bool)), vlm.model, 1.0
     )
     tokens = np.concatenate([row.tokens, extra])[None]
@@ -96,8 +96,8 @@ def test_log_probs_equal_the_whole_sequence(vlm: VideoLM) -> None:
 def test_a_completion_does_not_see_its_neighbours(vlm: VideoLM, batch: Batch, completions: Completions) -> None:
     tokens = completions.tokens.copy()
     tokens[:, 1] = (tokens[:, 1] + 17) % 256
-    before, _ = train.policy_logps(vlm.variables, batch, completions, vlm.model, 1.0)
-    after, _ = train.policy_logps(vlm.variables, batch, Completions(tokens, completions.mask), vlm.model, 1.0)
+    before, _ = update.policy_logps(vlm.variables, batch, completions, vlm.model, 1.0)
+    after, _ = update.policy_logps(vlm.variables, batch, Completions(tokens, completions.mask), vlm.model, 1.0)
     np.testing.assert_array_equal(np.asarray(before)[:, [0, 2]], np.asarray(after)[:, [0, 2]])
 
 

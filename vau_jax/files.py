@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Writes `data` to `path`, complete or not at all (temporary file, fsync, rename)."""
-    part = Path(f"{path}.{os.getpid()}.part")
+    part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")  # threads may write the same file at once
     with part.open("wb") as file:
         file.write(data)
         file.flush()

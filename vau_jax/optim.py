@@ -52,6 +52,19 @@ def make(config: ConfigDict, steps: int, params: Params, frozen: Params | None =
     return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, labels)
 
 
+def stop_frozen(config: ConfigDict, params: Params) -> Params:
+    """The same parameters, through which no gradient goes to those that `config.freeze` names: none is computed."""
+    if not config.freeze:
+        return params
+    frozen = _labels(params, lambda name: _any(config.freeze, name))
+    return jax.tree.map(lambda stop, x: jax.lax.stop_gradient(x) if stop else x, frozen, params)
+
+
+def all_frozen(config: ConfigDict, names: list[str]) -> bool:
+    """Whether `config.freeze` names all these parameters."""
+    return all(_any(config.freeze, name) for name in names)
+
+
 def _any(patterns: tuple[str, ...], name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 

@@ -38,7 +38,7 @@ ROWS = (
 CURVES = {
     "rewards": ("reward", "rewards/format", "rewards/accuracy", "rewards/tiou", "rewards/reflection"),
     "loss": ("loss",),
-    "policy": ("kl", "entropy", "sampler_logp_gap"),
+    "policy": ("kl", "entropy", "sampler_logp_gap/max"),
     "lengths": ("length/mean", "length/min", "length/max"),
 }
 

@@ -1,6 +1,7 @@
 """The host rim of RFT: sample on the device, read the texts, score them, and make the batch of one update."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -9,34 +10,75 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax import grpo, parsing, sampling
-from vau_jax.data.pipeline import HostBatch
+from vau_jax.data.pipeline import Collator, HostBatch
 from vau_jax.data.processor import Processor
 from vau_jax.files import InputError
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.rewards import REWARDS, task_score
-from vau_jax.types import Batch, Completions, Sampled, Target, TrainBatch, Variables
+from vau_jax.types import Batch, Completions, Sampled, Target, Variables
+from vau_jax.user_rewards import UserRewards
 from vau_jax.vlm import decode_text
+
+LENGTHS = 4  # different lengths that completions are padded to: quarters of the limit
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The completions of B prompts with their rewards, on the host; N = B * G, a prompt's one after the other."""
+
+    host: HostBatch
+    sampled: Sampled  # numpy; C is the limit
+    texts: list[str]  # N
+    rewards: np.ndarray  # float32 [N, R]; NaN where a reward is absent, or the completion does not count
+    total: np.ndarray  # float32 [N]: weighted sum, NaN where the completion does not count
+    ended: np.ndarray  # bool [N]: with an end token, not at the limit
+    draft_score: np.ndarray  # float32 [N]
+    final_score: np.ndarray  # float32 [N]
+    errors: list[str | None]  # N: what failed in a user's reward
+
+    @property
+    def counts(self) -> np.ndarray:
+        """bool [N]: completions that are compared and trained on: the video could be read, and no reward failed."""
+        return ~np.isnan(self.total)
+
+    @property
+    def varied(self) -> np.ndarray:
+        """bool [B]: groups whose rewards differ, which alone say anything about the policy."""
+        groups = self.total.reshape(len(self.host.examples), -1)
+        return np.nan_to_num(np.nanmax(groups, 1, initial=-np.inf) - np.nanmin(groups, 1, initial=np.inf)) > 0
 
 
 @dataclass
 class Rollout:
-    """Turns prompts into a scored batch of G completions each."""
+    """Draws completions and scores them."""
 
     config: ConfigDict
     model: QwenVL
     processor: Processor
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.config.rewards if name not in REWARDS]
+        c = self.config
+        unknown = [name for name in c.rewards if name not in REWARDS]
         if unknown:
-            raise InputError(f"rewards {', '.join(unknown)} are unknown: expected some of {', '.join(REWARDS)}")
-        if self.config.rollout.num_generations < 2:
             raise InputError(
-                f"rollout.num_generations={self.config.rollout.num_generations}: GRPO compares the completions of a "
-                "prompt, so a group needs at least 2"
+                f"rewards {', '.join(unknown)} are unknown: expected some of {', '.join(REWARDS)}; a function of your "
+                "own goes into config.user_rewards"
             )
-        self.names = tuple(name for name, weight in self.config.rewards.items() if weight)
+        if c.rollout.num_generations < 2:
+            raise InputError(
+                f"rollout.num_generations={c.rollout.num_generations}: GRPO compares the completions of a prompt, so a "
+                "group needs at least 2"
+            )
+        if c.grpo.kl_in not in ("loss", "reward"):
+            raise InputError(f"grpo.kl_in={c.grpo.kl_in!r} is unknown: expected loss or reward")
+        self.user = UserRewards(c.user_rewards, c.rollout.reward_threads)
+        self.built_in = tuple(name for name, weight in c.rewards.items() if weight)
+        weights = {name: c.rewards[name] for name in self.built_in}
+        weights |= {"overlong": 1.0} if c.grpo.overlong_buffer else {}
+        weights |= dict(zip(self.user.names, self.user.weights, strict=True))
+        self.weights = weights  # name -> weight, in the order of the columns of Draw.rewards
         self.score = jax.jit(self._score)
+        self.shown_errors = 0
 
     def sample(self, variables: Variables, batch: Batch, key: jax.Array) -> Sampled:
         """G completions of each prompt, on the device."""
@@ -45,7 +87,8 @@ class Rollout:
             variables,
             batch,
             key,
-            jnp.float32(c.temperature),
+            c.temperature,
+            c.min_new_tokens,
             model=self.model,
             num_generations=c.num_generations,
             max_new_tokens=self.config.data.max_completion_tokens,
@@ -54,86 +97,163 @@ class Rollout:
             top_k=c.top_k,
         )
 
-    def _score(self, parsed: parsing.Parsed, target: Target, usable: jax.Array) -> dict[str, jax.Array]:
-        """Rewards [N, R], advantages [N] and the mean scores of drafts and final answers."""
-        rewards = jnp.stack([REWARDS[name](parsed, target) for name in self.names], axis=1)
-        weights = [self.config.rewards[name] for name in self.names]
-        advantages = grpo.group_advantages(
-            rewards, self.config.rollout.num_generations, self.config.grpo.scale, weights=weights
+    def judge(self, host: HostBatch, sampled: Sampled) -> Draw:
+        """Reads and scores what was sampled (numpy)."""
+        c, g = self.config, self.config.rollout.num_generations
+        texts = [text for group in decode_text(self.processor, sampled.tokens, sampled.mask) for text in group]
+        examples = [item.example for item in host.examples for _ in range(g)]
+        parsed = parsing.parse(texts, [e.task for e in examples], "strict", c.data.style == "reflection")
+        target = jax.tree.map(lambda x: np.repeat(x, g, axis=0), host.target)
+        columns, draft_score, final_score = jax.device_get(self.score(parsed, target))
+        if c.grpo.overlong_buffer:
+            lengths = sampled.mask.sum(-1).reshape(-1)
+            penalty = grpo.overlong_penalty(lengths, c.data.max_completion_tokens, c.grpo.overlong_buffer)
+            columns = np.column_stack([columns, np.asarray(penalty)])
+        own, errors = self.user(texts, examples)
+        rewards = np.column_stack([columns, own]).astype(np.float32)
+        readable = np.repeat([item.failure is None for item in host.examples], g)
+        rewards[~readable | np.asarray([error is not None for error in errors])] = np.nan
+        total = np.nan_to_num(rewards) @ np.asarray(list(self.weights.values()), np.float32)
+        self._show(errors, examples)
+        return Draw(
+            host=host,
+            sampled=sampled,
+            texts=texts,
+            rewards=rewards,
+            total=np.where(np.isnan(rewards).all(1), np.nan, total),
+            ended=(np.isin(sampled.tokens, self.processor.end_tokens) & sampled.mask).any(-1).reshape(-1),
+            draft_score=draft_score,
+            final_score=final_score,
+            errors=errors,
         )
+
+    def _score(self, parsed: parsing.Parsed, target: Target) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The built-in rewards [N, R], and the scores [N] of drafts and final answers."""
+        rewards = [REWARDS[name](parsed, target) for name in self.built_in]
+        columns = jnp.stack(rewards, axis=1) if rewards else jnp.zeros((len(parsed.task), 0))
+        return columns, task_score(parsed.draft, target), task_score(parsed.final, target)
+
+    def _show(self, errors: Sequence[str | None], examples: Sequence[Any]) -> None:
+        """Prints the first failures of users' rewards; all are counted in the metrics."""
+        for error, example in zip(errors, examples, strict=True):
+            if error is not None and self.shown_errors < 5:
+                print(f"warning: user reward failed for {example.name}: {error}", flush=True)
+                self.shown_errors += 1
+
+    def completions(self, draw: Draw) -> Completions:
+        """What is trained on, padded to the least of LENGTHS lengths that holds it: few programs, little padding."""
+        limit = draw.sampled.tokens.shape[2]
+        step = -(-limit // LENGTHS)
+        longest = max(1, int(draw.sampled.mask.sum(-1).max()))
+        length = min(limit, -(-longest // step) * step)
+        return Completions(draw.sampled.tokens[..., :length], draw.sampled.mask[..., :length])
+
+    def loss_inputs(self, draw: Draw, ref_logps: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """What grpo.loss reads, but for old and reference log-probabilities, for `completions(draw)`.
+
+        `ref_logps` [B, G, C] of the reference policy are given when the KL is part of the reward.
+        """
+        c = self.config
+        mask = self.completions(draw).mask
+        length = mask.shape[2]
+        rewards, weights = draw.rewards, list(self.weights.values())
+        if ref_logps is not None:
+            kl = grpo.kl_divergence(draw.sampled.logps[..., :length], ref_logps, c.grpo.kl)
+            kl = np.sum(np.where(mask, kl, 0.0), axis=-1).reshape(-1, 1)
+            rewards = np.column_stack([rewards, np.where(draw.counts[:, None], kl, np.nan)])
+            weights = [*weights, -c.grpo.beta]
+        advantages = grpo.group_advantages(
+            rewards, c.rollout.num_generations, c.grpo.scale, weights=weights, per_reward=c.grpo.per_reward
+        )
+        trained = draw.counts & draw.ended if c.grpo.mask_truncated else draw.counts
         return {
-            "rewards": rewards,
-            "total": rewards @ jnp.asarray(weights, jnp.float32),
-            "advantages": advantages * usable,
-            "draft_score": task_score(parsed.draft, target),
-            "final_score": task_score(parsed.final, target),
+            "mask": mask & trained.reshape(mask.shape[:2])[..., None],
+            "advantages": np.asarray(advantages, np.float32).reshape(mask.shape[:2]),
+            "sampler_logps": draw.sampled.logps[..., :length],
         }
 
-    def __call__(self, variables: Variables, host: HostBatch, batch: Batch, key: jax.Array) -> "Scored":
-        """Samples, parses and scores; `batch` is host.batch on the device."""
-        out = jax.device_get(self.sample(variables, batch, key))
-        texts = decode_text(self.processor, out.tokens, out.mask)
-        g = self.config.rollout.num_generations
-        tasks = [item.example.task for item in host.examples for _ in range(g)]
-        parsed = parsing.parse(
-            [text for group in texts for text in group], tasks, "strict", self.config.data.style == "reflection"
-        )
-        target = jax.tree.map(lambda x: np.repeat(x, g, axis=0), host.target)
-        usable = np.repeat([item.failure is None for item in host.examples], g).astype(np.float32)
-        scores = jax.device_get(self.score(parsed, target, usable))
-        shape = out.tokens.shape[:2]
-        # The advantage is 0 for a video that failed; its tokens leave the loss (and its normaliser) too.
-        mask = out.mask & (usable.reshape(shape) > 0)[..., None]
-        train = TrainBatch(
-            batch=batch,
-            completions=Completions(out.tokens, out.mask),
-            loss_inputs={
-                "mask": mask,
-                "advantages": scores["advantages"].reshape(shape),
-                "sampler_logps": out.logps,
-            },
-        )
-        return Scored(train, self._metrics(out, scores, tasks), self._samples(host, texts, scores))
-
-    def _metrics(self, out: Sampled, scores: dict[str, np.ndarray], tasks: list[str]) -> dict[str, float]:
-        g = self.config.rollout.num_generations
-        lengths = out.mask.sum(-1)
-        ended = np.isin(out.tokens, self.processor.end_tokens) & out.mask
-        groups = scores["total"].reshape(-1, g)
+    def metrics(self, draws: Sequence[Draw]) -> dict[str, float]:
+        """What the completions of a step were like, those of replaced groups among them."""
+        joined = {name: np.concatenate([getattr(draw, name) for draw in draws]) for name in _PER_COMPLETION}
+        lengths = np.concatenate([draw.sampled.mask.sum(-1).reshape(-1) for draw in draws])
+        tasks = np.concatenate([np.repeat(_tasks(draw.host), self.config.rollout.num_generations) for draw in draws])
+        ended = joined["ended"]
         metrics = {
-            "reward": scores["total"].mean(),
-            "reward_std": scores["total"].std(),
-            "groups_without_variance": (groups.std(axis=1) == 0).mean(),
+            "reward": _mean(joined["total"]),
+            "reward_std": _std(joined["total"]),
+            "groups_without_variance": 1 - np.concatenate([draw.varied for draw in draws]).mean(),
             "length/mean": lengths.mean(),
             "length/min": lengths.min(),
             "length/max": lengths.max(),
-            "length/truncated": 1 - ended.any(-1).mean(),
-            "draft_score": scores["draft_score"].mean(),
-            "final_score": scores["final_score"].mean(),
+            "length/truncated": 1 - ended.mean(),
+            "length/ended_mean": _mean(lengths[ended]),
+            "draft_score": joined["draft_score"].mean(),
+            "final_score": joined["final_score"].mean(),
+            "rewards/failed": sum(error is not None for draw in draws for error in draw.errors),
         }
-        for name, column in zip(self.names, scores["rewards"].T, strict=True):
-            metrics[f"rewards/{name}"] = column.mean()
-            metrics[f"rewards/{name}_std"] = column.std()
+        for name, column in zip(self.weights, joined["rewards"].T, strict=True):
+            metrics |= {f"rewards/{name}": _mean(column), f"rewards/{name}_std": _std(column)}
         for task in sorted(set(tasks)):
-            metrics[f"final_score/{task}"] = scores["final_score"][np.asarray(tasks) == task].mean()
+            metrics[f"final_score/{task}"] = joined["final_score"][tasks == task].mean()
         return metrics
 
-    def _samples(self, host: HostBatch, texts: list[list[str]], scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    def samples(self, draw: Draw, advantages: np.ndarray) -> list[dict[str, Any]]:
         """One record for each completion of the first prompt, for people to read."""
-        g = self.config.rollout.num_generations
+        first = draw.host.examples[0]
         return [
             {
-                "example": host.examples[0].example.name,
-                "completion": texts[0][i],
-                "rewards": dict(zip(self.names, scores["rewards"][i].tolist(), strict=True)),
-                "advantage": float(scores["advantages"][i]),
+                "example": first.example.name,
+                "task": first.example.task,
+                "prompt": first.prompt,
+                "completion": draw.texts[i],
+                "rewards": {
+                    name: None if np.isnan(value) else float(value)
+                    for name, value in zip(self.weights, draw.rewards[i], strict=True)
+                },
+                "advantage": float(advantages.reshape(-1)[i]),
+                "error": draw.errors[i],
             }
-            for i in range(g)
+            for i in range(self.config.rollout.num_generations)
         ]
 
 
-@dataclass
-class Scored:
-    train: TrainBatch
-    metrics: dict[str, float]
-    samples: list[dict[str, Any]]
+_PER_COMPLETION = ("rewards", "total", "ended", "draft_score", "final_score")
+
+
+def _tasks(host: HostBatch) -> list[str]:
+    return [item.example.task for item in host.examples]
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of the entries that are there; 0 when none is."""
+    there = values[~np.isnan(values)]
+    return float(there.mean()) if there.size else 0.0
+
+
+def _std(values: np.ndarray) -> float:
+    there = values[~np.isnan(values)]
+    return float(there.std()) if there.size else 0.0
+
+
+def gather(draws: Sequence[Draw], chosen: Sequence[tuple[int, int]], collate: Collator) -> Draw:
+    """The groups `chosen`, (draw, prompt) pairs, as one draw."""
+    b = len(draws[0].host.examples)
+
+    def rows(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Of arrays [B, ...] or [N, ...]."""
+        grouped = [x.reshape(b, -1, *x.shape[1:]) for x in arrays]
+        return np.concatenate([grouped[d][p] for d, p in chosen])
+
+    def entries(lists: Sequence[list[Any]]) -> list[Any]:
+        g = len(lists[0]) // b
+        return [entry for d, p in chosen for entry in lists[d][p * g : (p + 1) * g]]
+
+    sampled = [draw.sampled for draw in draws]
+    return replace(
+        draws[0],
+        host=collate([draws[d].host.examples[p] for d, p in chosen]),
+        sampled=jax.tree.map(lambda *x: rows(x), *sampled),
+        texts=entries([draw.texts for draw in draws]),
+        errors=entries([draw.errors for draw in draws]),
+        **{name: rows([getattr(draw, name) for draw in draws]) for name in _PER_COMPLETION},
+    )

@@ -8,7 +8,9 @@ its last checkpoint and ends with the same bits.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,107 +18,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vau_jax import checkpoint, cli, grpo, logprobs, optim, sft, sharding
+from vau_jax import checkpoint, cli, optim, rollout, sharding, update
 from vau_jax.data import pipeline
 from vau_jax.data.pipeline import HostBatch
+from vau_jax.difficulty import Difficulty
 from vau_jax.files import InputError, read_json, write_text
 from vau_jax.metric_writer import MetricWriter, Progress
 from vau_jax.models import hf, lora, qwen_vl
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
-from vau_jax.rollout import Rollout
+from vau_jax.rollout import Draw, Rollout
 from vau_jax.types import Batch, Completions, Params, State, TrainBatch, Variables
 from vau_jax.vlm import DTYPES, VideoLM
 
-LOSSES = {"sft": sft.loss, "rft": grpo.loss}
-DROPOUT_STREAM, ADAPTER_STREAM = 2**31 - 1, 2**31 - 2  # no step numbers: these keys and the sampler's never meet
-
-
-def policy_logps(
-    variables: Variables,
-    batch: Batch,
-    completions: Completions,
-    model: QwenVL,
-    temperature: float,
-    dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of the completions' tokens and entropies, float32 [B, G, C], prompts read once a group.
-
-    With a `dropout_key`, LoRA's dropout is on.
-    """
-    rngs = None if dropout_key is None else {"dropout": dropout_key}
-    hidden = model.apply(variables, batch, completions, method="hidden", rngs=rngs)
-    predicting = logprobs.completion_hidden(hidden, batch.mask, completions.tokens.shape[1])
-    head = qwen_vl.unembedding(variables, model.config)
-    return logprobs.token_logps(predicting, head, completions.tokens, temperature, model.config.never_sampled)
-
-
-def policy(trained: Params, base: Params | None) -> Variables:
-    """The model that is trained: all parameters, or adapters `trained` on the parameters `base`."""
-    return qwen_vl.with_adapters(trained, None) if base is None else qwen_vl.with_adapters(base, trained)
-
-
-def make_update(
-    config: ConfigDict, model: QwenVL, optimiser: optax.GradientTransformation, shardings: State, mesh: Mesh
-) -> Callable[[State, Params | None, TrainBatch], tuple[State, dict[str, jax.Array]]]:
-    """The compiled update: State, frozen parameters (LoRA's base, or None) and TrainBatch to State and metrics.
-
-    The old state's memory is given up.
-    """
-    loss_fn = LOSSES[config.stage]
-    settings = loss_settings(config)
-    temperature = config.rollout.temperature if config.stage == "rft" else 1.0
-
-    def objective(
-        trained: Params, base: Params | None, train: TrainBatch, step: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        key = None
-        if model.lora is not None and model.lora.dropout:
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT_STREAM), step)
-        variables = policy(trained, base)
-        logps, entropy = policy_logps(variables, train.batch, train.completions, model, temperature, key)
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), train.loss_inputs)  # [B, G, ...] -> [N, ...]
-        logps = logps.reshape(-1, logps.shape[-1])
-        loss, metrics = loss_fn(logps, flat, settings)
-        if "sampler_logps" in flat:
-            gap = jnp.abs(flat["sampler_logps"] - logps)
-            metrics["sampler_logp_gap"] = jnp.max(jnp.where(flat["mask"], gap, 0.0))
-            metrics["entropy"] = grpo.masked_mean(entropy.reshape(logps.shape), flat["mask"].astype(jnp.float32))
-        return loss, metrics
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-    def update(state: State, base: Params | None, train: TrainBatch) -> tuple[State, dict[str, jax.Array]]:
-        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params, base, train, state.step)
-        changes, opt_state = optimiser.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, changes)
-        metrics = {**metrics, "loss": loss, "grad_norm": optax.global_norm(grads)}
-        return State(state.step + 1, params, opt_state), metrics
-
-    return update
-
-
-def loss_settings(config: ConfigDict) -> Any:
-    """What the loss reads: config.grpo and the completion length."""
-    return ConfigDict({**config.grpo, "max_completion_length": config.data.max_completion_tokens})
+ADAPTER_STREAM = 2**31 - 2  # no step number: the key of fresh adapters and the sampler's never meet
 
 
 class Trainer:
     """Everything of a run that is set up once: model, state, data, compiled functions."""
 
     def __init__(self, config: ConfigDict, workdir: str | Path) -> None:
-        if config.stage not in LOSSES:
-            raise InputError(f"stage={config.stage!r} is unknown: expected one of {', '.join(LOSSES)}")
-        if config.stage == "sft" and config.data.style == "reflection" and not config.data.reflection:
-            raise InputError(
-                "SFT with data.style=reflection needs the records to learn from: set config.data.reflection"
-            )
+        check(config)
         self.config, self.workdir = config, Path(workdir)
         self.mesh = sharding.make_mesh(config.mesh)
-        sharding.check_divisible(config.batch_size, self.mesh)
+        sharding.check_divisible(config.batch_size // config.micro_batches, self.mesh)
         self.examples, audit = pipeline.load_examples(config.data)
         print(audit.table(), flush=True)
         self.lora = LoRA(**config.lora) if config.lora.rank else None
@@ -124,8 +51,6 @@ class Trainer:
         held = config.dtype if self.lora else config.param_dtype
         start = VideoLM.load(config.init_from or config.model, held, self.mesh).merged()
         self.processor = start.processor
-        if config.dtype not in DTYPES:
-            raise InputError(f"dtype={config.dtype!r} is unknown: expected one of {', '.join(DTYPES)}")
         self.model = QwenVL(
             self.processor.config, DTYPES[config.dtype], config.remat, config.unroll, config.attention, self.lora
         )
@@ -135,20 +60,44 @@ class Trainer:
         trained, self.base = start.params, None
         if self.lora:
             trained, self.base = self._fresh_adapters(start.params), start.params
-        self.optimiser = optim.make(config.optim, config.steps, trained, self.base)
-        self.reference = self.base
-        if config.stage == "rft" and config.grpo.beta and not self.lora:
-            self.reference = jax.tree.map(jnp.copy, start.params)
-        opt_state = jax.jit(self.optimiser.init)(trained)
-        state = State(jnp.int32(0), trained, opt_state)
-        self.shardings = sharding.state_shardings(state, self.mesh)
-        self.state = jax.device_put(state, self.shardings)
-        self.update = make_update(config, self.model, self.optimiser, self.shardings, self.mesh)
-        self.reference_logps = jax.jit(partial(policy_logps, model=self.model, temperature=config.rollout.temperature))
+        self._make_state(trained)
+        self._compile()
+        self.collate = pipeline.Collator(self.processor, config.data)
         self.data = pipeline.train_iterator(
             self.examples, self.processor, config.data, config.batch_size, seed=config.seed
         )
+        self.difficulty = Difficulty(config.data.difficulty)
+        self.tokens_seen = 0
         self.key = jax.random.key(config.seed)
+
+    def _make_state(self, trained: Params) -> None:
+        c = self.config
+        updates = c.steps * (c.grpo.iterations if c.stage == "rft" else 1)
+        self.optimiser = optim.make(c.optim, updates, trained, self.base)
+        self.reference, following = self.base, None  # the policy that the KL is measured from: fixed, or in the state
+        if c.stage == "rft" and c.grpo.beta:
+            if c.grpo.reference_every:
+                following = jax.tree.map(jnp.copy, trained)
+            elif not self.lora:
+                self.reference = jax.tree.map(jnp.copy, trained)
+        state = State(jnp.int32(0), trained, jax.jit(self.optimiser.init)(trained), following)
+        self.shardings = sharding.state_shardings(state, self.mesh)
+        self.state = jax.device_put(state, self.shardings)
+
+    def _compile(self) -> None:
+        c = self.config
+        self.update = update.make(c, self.model, self.optimiser, self.shardings, self.mesh)
+        self.score = jax.jit(partial(update.policy_logps, model=self.model, temperature=c.rollout.temperature))
+        self.see = jax.jit(partial(self.model.apply, method="see"))
+        names = list(hf.flatten(self.base or self.state.params))
+        towers = [name for name in names if name.startswith("visual/")]
+        adapted = self.lora and any(name.startswith("visual/") for name in hf.flatten(self.state.params))
+        self.tower_is_frozen = not adapted if self.lora else optim.all_frozen(c.optim, towers)
+        mix = c.grpo.reference_mix
+        self.follow = jax.jit(
+            lambda old, new: jax.tree.map(lambda a, b: (1 - mix) * a + mix * b, old, new),
+            out_shardings=self.shardings.reference,
+        )
 
     def _fresh_adapters(self, params: Params) -> Params:
         shapes = {path: leaf.shape for path, leaf in hf.flatten(params).items()}
@@ -158,7 +107,14 @@ class Trainer:
     @property
     def variables(self) -> Variables:
         """The policy as it is now."""
-        return policy(self.state.params, self.base)
+        return update.policy(self.state.params, self.base)
+
+    # --- Where a run stands, besides its state ---
+
+    def place(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the state, as JSON."""
+        iterator = checkpoint.iterator_state(self.data.get_state())
+        return {"iterator": iterator, "difficulty": self.difficulty.accuracy, "tokens_seen": self.tokens_seen}
 
     def resume(self, checkpoints: checkpoint.Checkpoints) -> int:
         """Puts the run where its last checkpoint left it; returns the steps done."""
@@ -166,42 +122,153 @@ class Trainer:
         if step is None:
             return 0
         self.state, place = checkpoints.restore(step, self.state)
-        self.data.set_state(place)
+        self.data.set_state(place["iterator"])
+        self.difficulty.accuracy, self.tokens_seen = place["difficulty"], place["tokens_seen"]
         return step
 
+    # --- One step ---
+
     def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """One update: its metrics, and samples to read when there was a rollout."""
-        began = time.monotonic()
-        host = next(self.data)
-        loaded = time.monotonic()
-        batch = jax.device_put(host.batch, sharding.examples(self.mesh))
+        """One update (or, with grpo.iterations, several): its metrics, and samples to read when there was a rollout."""
+        clock = _Clock()
+        with clock("data"):
+            host = next(self.data)
         metrics: dict[str, Any] = pipeline.counts(host, self.config.data)
-        samples: list[dict[str, Any]] = []
         if self.rollout:
-            scored = self.rollout(self.variables, host, batch, jax.random.fold_in(self.key, number))
-            train, samples = self._with_reference(scored.train), scored.samples
-            metrics.update(scored.metrics)
-            metrics["seconds/rollout"] = time.monotonic() - loaded
+            train, found, samples = self._rollout(host, number, clock)
+            metrics |= found
         else:
-            train = self._sft_batch(host, batch)
+            train, samples = TrainBatch(self._place(host), host.completions, {"weights": host.weights}), []
         train = jax.device_put(train, sharding.examples(self.mesh))
-        with jax.transfer_guard("disallow"):  # everything is where the program wants it
-            self.state, scalars = self.update(self.state, self.base, train)
-        metrics.update(jax.device_get(scalars))
-        metrics["seconds/data"] = loaded - began
-        metrics["seconds/step"] = time.monotonic() - began
+        with clock("update"):
+            metrics |= self._update(train)
+        self._follow_reference(number)
+        metrics |= clock.seconds()
+        metrics |= self._count_tokens(train, metrics["seconds/step"])
         return metrics, samples
 
-    def _sft_batch(self, host: HostBatch, batch: Batch) -> TrainBatch:
-        return TrainBatch(batch, host.completions, {"weights": host.weights})
+    def _place(self, host: HostBatch) -> Batch:
+        """The prompts on the devices; where the vision tower is frozen it sees them here, once for all uses."""
+        batch = jax.device_put(host.batch, sharding.examples(self.mesh))
+        return replace(batch, vision=self.see(self.variables, batch)) if self.tower_is_frozen else batch
 
-    def _with_reference(self, train: TrainBatch) -> TrainBatch:
-        """Adds the log-probabilities of the policy that RFT began from, where the loss has a KL term."""
-        if not self.config.grpo.beta:
-            return train
-        reference = qwen_vl.with_adapters(self.reference, None)
-        ref_logps, _ = self.reference_logps(reference, train.batch, train.completions)
-        return TrainBatch(train.batch, train.completions, {**train.loss_inputs, "ref_logps": ref_logps})
+    def _update(self, train: TrainBatch) -> dict[str, float]:
+        """The updates of one batch; their metrics, mean or (/max) largest."""
+        rounds = self.config.grpo.iterations if self.rollout else 1
+        found = []
+        for _ in range(rounds):
+            with jax.transfer_guard("disallow"):  # everything is where the program wants it
+                self.state, scalars = self.update(self.state, self.base, train)
+            found.append(jax.device_get(scalars))
+        return {
+            name: (np.max if name.endswith("/max") else np.mean)([scalars[name] for scalars in found])
+            for name in found[0]
+        }
+
+    def _rollout(
+        self, host: HostBatch, number: int, clock: "_Clock"
+    ) -> tuple[TrainBatch, dict[str, Any], list[dict[str, Any]]]:
+        """Completions with what the loss needs of them."""
+        metrics: dict[str, Any] = {}
+        if self.config.data.difficulty.enabled:
+            host, metrics = self.difficulty.choose(host, self.collate)
+        draw, batch, draws = self._draw(host, jax.random.fold_in(self.key, number), clock)
+        metrics |= self.rollout.metrics(draws)
+        if self.config.rollout.max_draws > 1:
+            kept = draw.varied
+            metrics |= {"dynamic/draws": len(draws), "dynamic/left_without_variance": int((~kept).sum())}
+            metrics["dynamic/replaced"] = int((~draws[0].varied).sum() - (~kept).sum())
+        with clock("score"):
+            completions = self.rollout.completions(draw)
+            scored = self._scored(batch, jax.device_put(completions, sharding.examples(self.mesh)))
+            in_reward = self.config.grpo.kl_in == "reward" and "ref_logps" in scored
+            inputs = self.rollout.loss_inputs(draw, np.asarray(scored["ref_logps"]) if in_reward else None)
+        samples = self.rollout.samples(draw, inputs["advantages"])
+        return TrainBatch(batch, completions, {**inputs, **scored}), metrics, samples
+
+    def _draw(self, host: HostBatch, key: jax.Array, clock: "_Clock") -> tuple[Draw, Batch, list[Draw]]:
+        """The groups to train on, their prompts on the devices, and all that was drawn.
+
+        With rollout.max_draws, groups whose rewards are all alike are replaced by groups of further prompts, as long as
+        draws are left (DAPO's dynamic sampling, arXiv 2503.14476); those that remain have advantage 0.
+        """
+        draws = []
+        while True:
+            with clock("rollout"):
+                batch = self._place(host)
+                sampled = self.rollout.sample(self.variables, batch, jax.random.fold_in(key, len(draws)))
+                sampled = jax.device_get(sampled)
+            with clock("reward"):
+                draws.append(self.rollout.judge(host, sampled))
+                self.difficulty.learn(draws[-1])
+            varied = [(d, p) for d, draw in enumerate(draws) for p in np.flatnonzero(draw.varied)]
+            if len(varied) >= self.config.batch_size or len(draws) >= self.config.rollout.max_draws:
+                break
+            with clock("data"):
+                host = next(self.data)
+        if len(draws) == 1:
+            return draws[0], batch, draws
+        alike = [(d, p) for d, draw in enumerate(draws) for p in np.flatnonzero(~draw.varied)]
+        draw = rollout.gather(draws, (varied + alike)[: self.config.batch_size], self.collate)
+        return draw, self._place(draw.host), draws
+
+    def _scored(self, batch: Batch, completions: Completions) -> dict[str, jax.Array]:
+        """Log-probabilities of the reference policy, where there is a KL term, and of the policy that sampled, where
+        one rollout serves several updates."""
+        c, scored = self.config.grpo, {}
+        if c.beta:
+            reference = qwen_vl.with_adapters(self.reference, None)
+            if self.state.reference is not None:
+                reference = update.policy(self.state.reference, self.base)
+            scored["ref_logps"] = self.score(reference, batch, completions)[0]
+        if c.iterations > 1:
+            scored["old_logps"] = self.score(self.variables, batch, completions)[0]
+        return scored
+
+    def _follow_reference(self, number: int) -> None:
+        """Moves the reference to (a mix with) the policy, every grpo.reference_every steps."""
+        if self.state.reference is not None and (number + 1) % self.config.grpo.reference_every == 0:
+            self.state = replace(self.state, reference=self.follow(self.state.reference, self.state.params))
+
+    def _count_tokens(self, train: TrainBatch, seconds: float) -> dict[str, float]:
+        drawn = int(np.sum(jax.device_get(train.completions.mask)))
+        tokens = int(np.sum(jax.device_get(train.batch.mask))) + drawn
+        self.tokens_seen += tokens
+        rates = {"tokens_per_s": tokens / seconds, "completion_tokens_per_s": drawn / seconds}
+        return {"tokens_seen": self.tokens_seen, **rates}
+
+
+class _Clock:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self) -> None:
+        self.began, self.spent = time.monotonic(), {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.spent[phase] = self.spent.get(phase, 0.0) + time.monotonic() - began
+
+    def seconds(self) -> dict[str, float]:
+        whole = {"seconds/step": time.monotonic() - self.began}
+        return whole | {f"seconds/{phase}": value for phase, value in self.spent.items()}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for settings that no run can have."""
+    c = config
+    if c.stage not in update.STAGES:
+        raise InputError(f"stage={c.stage!r} is unknown: expected one of {', '.join(update.STAGES)}")
+    if c.dtype not in DTYPES:
+        raise InputError(f"dtype={c.dtype!r} is unknown: expected one of {', '.join(DTYPES)}")
+    if c.stage == "sft" and c.data.style == "reflection" and not c.data.reflection:
+        raise InputError("SFT with data.style=reflection needs the records to learn from: set config.data.reflection")
+    if c.micro_batches < 1 or c.batch_size % c.micro_batches:
+        raise InputError(f"micro_batches={c.micro_batches} does not divide batch_size={c.batch_size}")
+    for name, value in (("grpo.iterations", c.grpo.iterations), ("rollout.max_draws", c.rollout.max_draws)):
+        if value < 1:
+            raise InputError(f"{name}={value}: expected at least 1")
 
 
 def run(config: ConfigDict, workdir: str | Path) -> Path:
@@ -223,13 +290,13 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     for number in range(done, config.steps):
         metrics, samples = trainer.step(number)
         done = number + 1
-        check_finite(metrics, done, checkpoints.latest())
+        if not config.skip_nonfinite:
+            check_finite(metrics, done, checkpoints.latest())
         if done % config.log_every == 0 or done == config.steps:
             writer.write(done, metrics, samples)
         progress.show(done, headline(metrics))
         if done % config.checkpoint.every == 0 or done == config.steps:
-            place = checkpoint.iterator_state(trainer.data.get_state())
-            checkpoints.save(done, trainer.state, place)
+            checkpoints.save(done, trainer.state, trainer.place())
     writer.close()
     checkpoints.close()
     return workdir
@@ -270,7 +337,7 @@ def check_finite(metrics: dict[str, Any], step: int, saved: int | None) -> None:
         if not np.isfinite(metrics[name]):
             raise InputError(
                 f"{name} is {metrics[name]} at step {step}; the last good checkpoint is of step {saved}: "
-                "lower optim.lr or optim.clip_norm and start again"
+                "lower optim.lr or optim.clip_norm and start again, or leave such updates out: --config.skip_nonfinite"
             )
 
 

@@ -47,6 +47,14 @@ class Vision:
 
 
 @pytree
+class Features:
+    """What the vision tower makes of `Vision`; `deep` goes to the first n decoder layers, one entry each."""
+
+    tokens: Array  # [B, M, D]
+    deep: Array | None  # [B, n, M, D]
+
+
+@pytree
 class Batch:
     """B prompts, padded to T tokens."""
 
@@ -55,7 +63,7 @@ class Batch:
     positions: Array  # int32 [B, 3, T]: time, height, width (M-RoPE)
     visual_index: Array  # int32 [B, T]: number of the merged visual token of the row that stands here, -1 on text
     next_position: Array  # int32 [B]: M-RoPE position of the first completion token
-    vision: Vision | None
+    vision: Vision | Features | None  # features instead of patches where a frozen tower has seen them already
 
 
 @pytree
@@ -113,3 +121,4 @@ class State:
     step: Array  # int32 []
     params: Params  # what is trained: the parameters, or with LoRA the adapters
     opt_state: Any
+    reference: Params | None = None  # the same of the reference policy, where it follows the trained one

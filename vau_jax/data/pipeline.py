@@ -5,8 +5,9 @@ The order and the randomness of example n depend on the seed and on n alone, nev
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import grain
 import jax
@@ -23,6 +24,7 @@ from vau_jax.files import InputError
 from vau_jax.types import Batch, Completions, Target
 
 GREY = 128
+EASY, HARD = "easy", "hard"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ class Example:
         return f"{self.row.video}/{self.task}"
 
 
+class Prompt(NamedTuple):
+    """An example as the model is to see it."""
+
+    prompt: str
+    encoded: Encoded
+
+
 @dataclass(frozen=True)
 class Loaded:
     """An example with its frames chosen and its prompt made."""
@@ -49,6 +58,7 @@ class Loaded:
     target_tokens: np.ndarray  # int32 [C]
     target_weights: np.ndarray  # float32 [C]
     failure: str | None  # why the video could not be used; grey frames stand in and the loss leaves it out
+    variants: dict[str, Prompt] = field(default_factory=dict)  # other prompts, by the level of difficulty they are for
 
 
 @dataclass(frozen=True)
@@ -125,19 +135,31 @@ class Loader:
             clip = augment(clip, rng)
         if self.blind:
             clip = replace(clip, frames=np.full_like(clip.frames, GREY))
-        text = prompts.question(example.row, example.task, self.config.style, self.config.wording)
-        content = [{"type": "video"}, {"type": "text", "text": text}]
-        messages = [{"role": "user", "content": content}]
-        prompt = self.processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt, encoded = self._prompt(example, clip)
         tokens, weights = self._target(example, order)
         return Loaded(
             example=example,
             prompt=prompt,
-            encoded=self.processor.encode_text(prompt, [self.processor.encode_clip(clip)]),
+            encoded=encoded,
             target_tokens=tokens,
             target_weights=weights * (failure is None),
             failure=failure,
+            variants=self._variants(example, clip, rng) if self.config.difficulty.enabled else {},
         )
+
+    def _prompt(self, example: Example, clip: Clip, hint: str = "") -> Prompt:
+        text = prompts.question(example.row, example.task, self.config.style, self.config.wording) + hint
+        content = [{"type": "video"}, {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}]
+        prompt = self.processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return Prompt(prompt, self.processor.encode_text(prompt, [self.processor.encode_clip(clip)]))
+
+    def _variants(self, example: Example, clip: Clip, rng: np.random.Generator) -> dict[str, Prompt]:
+        """For those the policy is good at, and for those it fails at; see difficulty.py."""
+        c = self.config.difficulty
+        worse = replace(clip, frames=harder(clip.frames, rng, c.noise, c.drop))
+        hint = prompts.hint(example.row, example.task)
+        return {EASY: self._prompt(example, worse), HARD: self._prompt(example, clip, f"\nHint: {hint}")}
 
     def _clip(self, example: Example) -> tuple[Clip, str | None]:
         options = video_options(self.config, self.processor.video_options)
@@ -174,6 +196,17 @@ def augment(clip: Clip, rng: np.random.Generator) -> Clip:
     gain = rng.uniform(0.85, 1.15) * rng.uniform(0.93, 1.07, 3)
     table = np.clip(np.arange(256)[:, None] * gain + rng.uniform(-12, 12), 0, 255).astype(np.uint8)  # [256, 3]
     return replace(clip, frames=np.stack([table[frames[..., c], c] for c in range(3)], axis=-1))
+
+
+def harder(frames: np.ndarray, rng: np.random.Generator, noise: float, drop: float) -> np.ndarray:
+    """Frames uint8 [F, H, W, 3] with noise of standard deviation `noise` (grey levels), or, as often, with a share
+    `drop` of them replaced by the one before."""
+    if rng.random() < 0.5:
+        noisy = frames + rng.normal(0.0, noise, frames.shape)
+        return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+    kept = rng.random(len(frames)) >= drop
+    kept[0] = True
+    return frames[np.maximum.accumulate(np.where(kept, np.arange(len(frames)), 0))]
 
 
 def _translate(frames: np.ndarray, dy: int, dx: int) -> np.ndarray:

@@ -86,6 +86,15 @@ def question(row: Row, task: str, style: str, wording: str) -> str:
     return text if wording == "short" else f"{text}\n{_ASKS[task]} {_FORMS[style]}"
 
 
+def hint(row: Row, task: str) -> str:
+    """A line of the annotation that helps without being the answer's form: the evidence, or what happens; for
+    grounding the rough time too."""
+    seen = row.reasoning.get("Key Evidence") or row.description or row.key_object or "watch the whole video"
+    if task == "grounding" and isinstance(row.interval, tuple):
+        return f"{seen} It begins near {row.interval[0]:.0f} s."
+    return seen
+
+
 def shuffle_options(row: Row, order: Sequence[int]) -> Row:
     """The row with option i taken from place order[i], the answer's letter following its text."""
     if not row.options:

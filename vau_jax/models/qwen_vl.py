@@ -18,7 +18,7 @@ from vau_jax.models.config import QwenVLConfig
 from vau_jax.models.layers import UNIT_NORMAL, Dense, RMSNorm, SwiGLU
 from vau_jax.models.lora import LoRA
 from vau_jax.models.vision import VisionTower
-from vau_jax.types import Batch, Completions, Groups, KVCache, Params, Variables, Vision
+from vau_jax.types import Batch, Completions, Features, Groups, KVCache, Params, Variables, Vision
 
 
 class Packed(NamedTuple):
@@ -153,18 +153,23 @@ class QwenVL(nn.Module):
         c = self.config
         return rope.mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section, c.mrope_interleaved)
 
+    def see(self, batch: Batch) -> Features:
+        """The visual features of a batch that has visual input."""
+        return batch.vision if isinstance(batch.vision, Features) else self.visual(batch.vision)
+
     def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Token embeddings [B, T, D] with visual features in the places of visual tokens, and `Packed.deep`."""
         x = self.embed_tokens(batch.tokens)
         if batch.vision is None:
             return x, None
-        features = self.visual(batch.vision)
+        features = self.see(batch)
         visual = batch.visual_index[..., None] >= 0  # [B, T, 1]
         index = jnp.maximum(batch.visual_index, 0)[..., None]
         x = jnp.where(visual, jnp.take_along_axis(features.tokens, index, axis=1), x)
         if features.deep is None:
             return x, None
-        return x, jnp.where(visual, jnp.take_along_axis(features.deep, index[None], axis=2), 0)
+        deep = jnp.take_along_axis(features.deep, index[:, None], axis=2)  # [B, n, T, D]
+        return x, jnp.swapaxes(jnp.where(visual[:, None], deep, 0), 0, 1)
 
     def hidden(self, batch: Batch, completions: Completions | None = None) -> jax.Array:
         """Last hidden states of the packed sequence, [B, T + G * C, D]."""

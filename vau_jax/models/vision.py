@@ -7,7 +7,7 @@
 Attention stays inside a temporal patch (a frame), and in most layers of Qwen2.5-VL inside windows of it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,16 +18,9 @@ from vau_jax.models import attention, rope
 from vau_jax.models.config import VisionConfig
 from vau_jax.models.layers import MLP, UNIT_NORMAL, Dense, LayerNorm, RMSNorm, SwiGLU
 from vau_jax.models.lora import LoRA
-from vau_jax.types import Groups, Vision
+from vau_jax.types import Features, Groups, Vision
 
 EPS = 1e-6  # of every norm, in every published tower
-
-
-class Features(NamedTuple):
-    """What the tower gives: `deep` goes to the first decoder layers, one entry each."""
-
-    tokens: jax.Array  # [B, M, D]
-    deep: jax.Array | None  # [n, B, M, D]
 
 
 def normalise(patches: jax.Array, config: VisionConfig) -> jax.Array:
@@ -132,7 +125,7 @@ class VisionTower(nn.Module):
         if not taps:
             return Features(tokens, None)
         deepstack = nn.vmap(
-            Merger, variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True, "dropout": True}
+            Merger, variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True, "dropout": True}, out_axes=1
         )
         return Features(tokens, deepstack(c, self.dtype, self.lora, norm_merged=True, name="deepstack")(kept[:taps]))
 
