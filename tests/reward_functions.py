@@ -1,0 +1,25 @@
+"""Rewards as a user would write them; tests name them by import path."""
+
+from vau_jax.data.pipeline import Example
+
+DRAWS: list[str] = []  # examples that `only_some_examples` has seen, in order
+
+
+def vowels(completion: str, example: Example) -> float:
+    return sum(letter in "aeiou" for letter in completion) / max(1, len(completion))
+
+
+def fussy(completion: str, example: Example) -> float | None:
+    """Fails in three ways, abstains, or scores, by the completion's length."""
+    case = len(completion) % 5
+    if case == 0:
+        raise RuntimeError("no such judge")
+    return {1: float("nan"), 2: float("inf"), 3: None, 4: 1.0}[case]
+
+
+def only_classification(completion: str, example: Example) -> float:
+    """Groups of other tasks have equal rewards."""
+    return vowels(completion, example) if example.task == "classification" else 0.5
+
+
+NOT_A_FUNCTION = 3

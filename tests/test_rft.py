@@ -1,0 +1,410 @@
+"""The RFT engine on a real model and real videos: what a step computes, option by option."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from tests import reward_functions
+from tests.test_train import small
+from vau_jax import checkpoint, grpo, rollout, sharding, train, user_rewards
+from vau_jax.data import pipeline
+from vau_jax.difficulty import Difficulty, kind
+from vau_jax.files import InputError
+from vau_jax.metric_writer import read_metrics
+from vau_jax.models import vision
+from vau_jax.types import Features, Sampled, TrainBatch
+
+REWARD = "tests.reward_functions:{}"
+
+
+def config(model: Path, data: Path, reward: str = "vowels", **changed: Any) -> ConfigDict:
+    """Small RFT whose rewards differ between the completions of a random model."""
+    c = small("vau_r1_multi_rft", model, data)
+    c.user_rewards = ((REWARD.format(reward), 1.0),)
+    c.optim.lr, c.optim.schedule, c.remat = 1e-3, "constant", False
+    with c.unlocked():
+        c.update_from_flattened_dict(changed)
+    return c
+
+
+def moved(trainer: train.Trainer, number: int = 0) -> tuple[dict[str, Any], Any]:
+    """Metrics of one step, and the parameters after it."""
+    metrics, _ = trainer.step(number)
+    return metrics, jax.device_get(trainer.state.params)
+
+
+def assert_close(a: Any, b: Any, atol: float) -> None:
+    for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol, err_msg=str(path))
+
+
+# --- The vision tower ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("frozen", "passes"), [(True, 1), (False, 3)])
+def test_how_often_the_tower_sees_a_video(
+    frozen: bool, passes: int, model_folder: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen: once, for sampling, reference and two updates. Trained: once for the reference and in each forward pass
+    of sampling and update."""
+    seen, original = [], vision.normalise
+
+    def counting(patches: jax.Array, *args: Any) -> jax.Array:
+        jax.debug.callback(lambda: seen.append(1))
+        return original(patches, *args)
+
+    monkeypatch.setattr(vision, "normalise", counting)
+    c = config(model_folder, dataset)
+    if frozen:
+        c.optim.freeze, c.grpo.iterations = ("visual/.*",), 2
+    t = train.Trainer(c, "unused")
+    assert t.tower_is_frozen == frozen
+    t.step(0)
+    jax.effects_barrier()
+    assert len(seen) == passes
+
+
+def test_a_frozen_tower_changes_nothing_but_the_work(model_folder: Path, dataset: Path) -> None:
+    """The same update of the decoder from stored features as from patches."""
+    c = config(model_folder, dataset, **{"optim.freeze": ("visual/.*",)})
+    stored = train.Trainer(c, "unused")
+    again = train.Trainer(c, "unused")
+    again.tower_is_frozen = False
+    (a, params), (b, expected) = moved(stored), moved(again)
+    np.testing.assert_allclose(a["loss"], b["loss"], atol=1e-5)
+    np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
+    assert_close(params, expected, 2e-5)
+
+
+def test_features_stand_in_the_batch(model_folder: Path, dataset: Path) -> None:
+    t = train.Trainer(config(model_folder, dataset, **{"lora.rank": 2}), "unused")
+    batch = t._place(next(t.data))
+    assert isinstance(batch.vision, Features)
+    assert batch.vision.tokens.shape[0] == t.config.batch_size
+
+
+# --- Updates ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rolled(model_folder: Path, dataset: Path) -> tuple[train.Trainer, TrainBatch]:
+    """A trainer with two updates a rollout, and the batch of its first step."""
+    t = train.Trainer(config(model_folder, dataset, **{"grpo.iterations": 2, "optim.lr": 3e-3}), "unused")
+    batch, _, _ = t._rollout(next(t.data), 0, train._Clock())
+    return t, jax.device_put(batch, sharding.examples(t.mesh))
+
+
+def test_old_log_probs_are_those_of_the_policy_that_sampled(rolled: tuple[train.Trainer, TrainBatch]) -> None:
+    """They stay while the policy moves: the second update's ratios are no longer one."""
+    t, batch = rolled
+    mask = np.asarray(batch.completions.mask)
+    old, sampler = (np.asarray(batch.loss_inputs[name])[mask] for name in ("old_logps", "sampler_logps"))
+    np.testing.assert_allclose(old, sampler, atol=1e-4)
+    before = jax.tree.map(jnp.copy, t.state)
+    t.state, first = t.update(t.state, t.base, batch)
+    now, _ = t.score(t.variables, batch.batch, batch.completions)
+    t.state, second = t.update(t.state, t.base, batch)
+    t.state = before
+    assert np.abs(np.asarray(now)[mask] - old).max() > 0.01
+    assert first["clip/low"] == first["clip/high"] == 0
+    assert second["clip/low"] + second["clip/high"] > 0
+
+
+def test_an_update_that_is_not_finite_can_be_left_out(rolled: tuple[train.Trainer, TrainBatch]) -> None:
+    t, batch = rolled
+    with t.config.unlocked():
+        t.config.skip_nonfinite = True
+    careful = train.update.make(t.config, t.model, t.optimiser, t.shardings, t.mesh)
+    bad = {**batch.loss_inputs, "advantages": batch.loss_inputs["advantages"] * jnp.nan}
+    before = jax.device_get(t.state)
+    state, metrics = careful(jax.tree.map(jnp.copy, t.state), t.base, replace(batch, loss_inputs=bad))
+    assert metrics["skipped"] == 1 and np.isnan(metrics["loss"])
+    assert_close(before, jax.device_get(state), 0)
+    state, metrics = careful(jax.tree.map(jnp.copy, t.state), t.base, batch)
+    assert metrics["skipped"] == 0
+    assert not np.array_equal(before.params["decoder"]["norm"]["weight"], state.params["decoder"]["norm"]["weight"])
+
+
+@pytest.mark.parametrize(("loss_type", "parts"), [("grpo", 4), ("dapo", 2)])
+def test_parts_of_a_batch_give_the_same_update(
+    loss_type: str, parts: int, rolled: tuple[train.Trainer, TrainBatch]
+) -> None:
+    """4 x 1 and 2 x 2 as 1 x 4: every metric, and every gradient (one step of SGD with rate 1) to 1e-5."""
+    t, batch = rolled
+    results = []
+    for number in (1, parts):
+        c = t.config.copy_and_resolve_references()
+        c.micro_batches, c.grpo.loss_type, c.grpo.entropy_bonus = number, loss_type, 0.01
+        sgd = train.optim.optax.sgd(1.0)
+        state = replace(t.state, opt_state=sgd.init(t.state.params))
+        shardings = sharding.state_shardings(state, t.mesh)
+        step = train.update.make(c, t.model, sgd, shardings, t.mesh)
+        results.append(jax.device_get(step(jax.tree.map(jnp.copy, state), t.base, batch)))
+    (whole, expected), (state, metrics) = results
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert_close(state.params, whole.params, 1e-5)
+    assert any(
+        np.abs(a - b).max() > 1e-3 for a, b in zip(*map(jax.tree.leaves, (whole.params, t.state.params)), strict=True)
+    )
+
+
+# --- The reference policy -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+def test_a_reference_that_follows_is_the_policy_again(
+    rank: int, model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """After two steps the KL is 0 at the start of the third; a resumed run has the same reference."""
+    c = config(model_folder, dataset, **{"grpo.reference_every": 2, "lora.rank": rank, "steps": 2, "optim.lr": 3e-3})
+    train.run(c, tmp_path)
+    c.steps = 4
+    train.run(c, tmp_path)
+    kl = [step["kl"] for step in read_metrics(tmp_path)]
+    assert kl[1] > 10 * max(abs(kl[0]), 1e-7)
+    assert abs(kl[2]) < 1e-6 < kl[3]
+
+
+def test_half_a_step_towards_the_policy(model_folder: Path, dataset: Path) -> None:
+    t = train.Trainer(config(model_folder, dataset, **{"grpo.reference_every": 1, "grpo.reference_mix": 0.5}), "unused")
+    before = jax.device_get(t.state.params)
+    _, after = moved(t)
+    assert_close(jax.device_get(t.state.reference), jax.tree.map(lambda a, b: (a + b) / 2, before, after), 1e-6)
+
+
+# --- Rewards ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scorer(model_folder: Path, dataset: Path) -> tuple[rollout.Rollout, pipeline.HostBatch, ConfigDict]:
+    """A rollout whose model is never run, and a batch of prompts."""
+    c = config(model_folder, dataset)
+    t = train.Trainer(c, "unused")
+    return t.rollout, next(t.data), c
+
+
+def written(r: rollout.Rollout, texts: list[str], limit: int = 16) -> Sampled:
+    """Completions of the given texts, each with an end token where there is room."""
+    g = r.config.rollout.num_generations
+    tokens, mask = np.zeros((len(texts), limit), np.int32), np.zeros((len(texts), limit), bool)
+    for i, text in enumerate(texts):
+        ids = [*r.processor.tokenizer(text)["input_ids"], r.processor.end_tokens[0]][:limit]
+        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
+    shape = (-1, g, limit)
+    return Sampled(tokens.reshape(shape), np.full((len(texts) // g, g, limit), -1.0, np.float32), mask.reshape(shape))
+
+
+def judged(scorer: tuple, texts: list[str], **changed: Any) -> tuple[rollout.Rollout, rollout.Draw]:
+    r, host, c = scorer
+    c = c.copy_and_resolve_references()
+    with c.unlocked():
+        c.update_from_flattened_dict(changed)
+    r = rollout.Rollout(c, r.model, r.processor)
+    return r, r.judge(host, written(r, texts))
+
+
+def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, capsys: pytest.CaptureFixture) -> None:
+    texts = [("abcdefgh" * 3)[: 4 + i] for i in range(16)]  # lengths 4 to 19: every case of `fussy`
+    r, draw = judged(scorer, texts, user_rewards=((REWARD.format("fussy"), 1.0),))
+    failing = np.asarray([len(text) % 5 in (0, 1, 2) for text in texts])
+    np.testing.assert_array_equal(draw.counts, ~failing)
+    metrics = r.metrics([draw])
+    assert metrics["rewards/failed"] == failing.sum()
+    inputs = r.loss_inputs(draw)
+    assert not inputs["mask"].reshape(16, -1)[failing].any()
+    assert inputs["mask"].reshape(16, -1)[~failing].any(1).all()
+    assert np.isfinite(inputs["advantages"]).all() and not inputs["advantages"].reshape(-1)[failing].any()
+    by_group = np.where(failing, np.nan, np.asarray([len(text) % 5 == 4 for text in texts], float)).reshape(-1, 4)
+    expected = grpo.group_advantages(by_group.reshape(-1), 4)
+    np.testing.assert_allclose(inputs["advantages"].reshape(-1), expected, atol=1e-6)
+    shown = capsys.readouterr().out
+    assert "no such judge" in shown and "the reward is inf" in shown
+    assert any("no such judge" in (sample["error"] or "") for sample in r.samples(draw, inputs["advantages"]))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("tests.reward_functions:missing", "has no attribute 'missing'"),
+        ("tests.no_such_module:f", "No module named"),
+        ("tests.reward_functions:NOT_A_FUNCTION", "is int, expected a function"),
+        ("just_a_name", "cannot be imported"),
+    ],
+)
+def test_a_users_reward_that_is_not_there_is_named(path: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        user_rewards.load(path)
+
+
+def test_users_rewards_run_in_threads() -> None:
+    import threading
+
+    names = set()
+
+    def slow(completion: str, example: Any) -> float:
+        names.add(threading.current_thread().name)
+        barrier.wait(10)  # four at once, or it breaks
+        return 0.0
+
+    barrier = threading.Barrier(4)
+    rewards = user_rewards.UserRewards((), 4)
+    rewards.functions, rewards.names = [slow], ("slow",)
+    rewards.pool = user_rewards.ThreadPoolExecutor(4, thread_name_prefix="reward")
+    values, errors = rewards(["a"] * 8, [None] * 8)
+    assert errors == [None] * 8 and values.shape == (8, 1)
+    assert len(names) == 4
+
+
+def test_truncated_completions_leave_the_loss_but_not_the_baseline(scorer: tuple) -> None:
+    texts = ["a fire " * (9 if i % 4 == 0 else 1) for i in range(16)]
+    _, plain = judged(scorer, texts)
+    r, draw = judged(scorer, texts, **{"grpo.mask_truncated": True})
+    np.testing.assert_array_equal(draw.ended, np.arange(16) % 4 != 0)
+    inputs, before = r.loss_inputs(draw), r.loss_inputs(plain)
+    np.testing.assert_array_equal(inputs["mask"].any(-1).reshape(-1), draw.ended)
+    np.testing.assert_array_equal(inputs["advantages"], before["advantages"])
+    assert np.abs(inputs["advantages"]).max() > 0
+
+
+def test_long_completions_are_penalised_in_tokens(scorer: tuple) -> None:
+    texts = ["fire" * n for n in range(1, 17)]
+    r, draw = judged(scorer, texts, user_rewards=(), **{"grpo.overlong_buffer": 8, "rewards.format": 0.0})
+    lengths = draw.sampled.mask.sum(-1).reshape(-1)
+    column = draw.rewards[:, list(r.weights).index("overlong")]
+    np.testing.assert_allclose(column, -np.clip((lengths - 8) / 8, 0, 1), atol=1e-6)
+    assert column.min() == -1 and column.max() == 0
+    assert "rewards/overlong" in r.metrics([draw])
+
+
+def test_kl_in_the_reward(scorer: tuple) -> None:
+    """Beta times the sum of a completion's k1 is taken off its reward."""
+    texts = [("abcdefgh" * 3)[: 4 + i] for i in range(16)]
+    r, draw = judged(scorer, texts, **{"grpo.kl_in": "reward", "grpo.kl": "k1", "grpo.beta": 0.5})
+    mask = r.completions(draw).mask
+    ref = np.random.default_rng(0).normal(-1.0, 0.3, mask.shape).astype(np.float32)
+    kl = np.where(mask, -1.0 - ref, 0).sum(-1).reshape(-1)
+    expected = grpo.group_advantages(draw.total - 0.5 * kl, 4)
+    np.testing.assert_allclose(r.loss_inputs(draw, ref)["advantages"].reshape(-1), expected, atol=1e-5)
+
+
+def test_completions_are_cut_to_few_lengths(scorer: tuple) -> None:
+    seen = set()
+    for n in range(1, 17):
+        r, draw = judged(scorer, ["fire" * n] * 16)
+        completions = r.completions(draw)
+        assert completions.mask.sum() == draw.sampled.mask.sum()
+        seen.add(completions.tokens.shape[2])
+    assert seen <= {4, 8, 12, 16} and len(seen) > 1
+
+
+@pytest.mark.parametrize(
+    ("importance", "top_p", "cap"), [("auto", 1.0, 0.0), ("auto", 0.9, 2.0), ("always", 1.0, 2.0), ("never", 0.9, 0.0)]
+)
+def test_filtered_sampling_is_corrected(importance: str, top_p: float, cap: float, scorer: tuple) -> None:
+    c = scorer[2].copy_and_resolve_references()
+    c.grpo.importance, c.rollout.top_p = importance, top_p
+    assert train.update.loss_settings(c).importance_cap == cap
+
+
+# --- Dynamic sampling ---------------------------------------------------------------------------------------------
+
+
+def test_groups_without_variance_are_replaced(model_folder: Path, dataset: Path) -> None:
+    """Only classification prompts have rewards that differ: the batch is filled with them from further draws."""
+    c = config(model_folder, dataset, "only_classification", **{"rollout.max_draws": 6})
+    t = train.Trainer(c, "unused")
+    draw, batch, draws = t._draw(next(t.data), jax.random.key(0), train._Clock())
+    assert 1 < len(draws) <= 6
+    assert {item.example.task for item in draw.host.examples} == {"classification"}
+    assert draw.varied.all()
+    assert batch.tokens.shape[0] == c.batch_size
+    for b, item in enumerate(draw.host.examples):  # each prompt still has its own completions and rewards
+        ids = np.asarray(batch.tokens)[b][np.asarray(batch.mask)[b]]
+        np.testing.assert_array_equal(ids, item.encoded.tokens)
+        texts = draw.texts[4 * b : 4 * b + 4]
+        np.testing.assert_allclose(
+            draw.rewards[4 * b : 4 * b + 4, -1], [reward_functions.vowels(t, None) for t in texts]
+        )
+        assert rollout.decode_text(t.processor, draw.sampled.tokens, draw.sampled.mask)[b] == texts
+
+
+def test_the_number_of_draws_is_bounded_and_counted(model_folder: Path, dataset: Path) -> None:
+    """Where no reward ever differs, the step ends after max_draws with nothing to learn from."""
+    c = config(model_folder, dataset, **{"user_rewards": (), "rollout.max_draws": 3, "grpo.beta": 0.0})
+    t = train.Trainer(c, "unused")
+    metrics, _ = t.step(0)
+    assert metrics["dynamic/draws"] == 3
+    assert metrics["dynamic/replaced"] == 0 and metrics["dynamic/left_without_variance"] == c.batch_size
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
+
+
+# --- Difficulty ---------------------------------------------------------------------------------------------------
+
+
+def test_levels_follow_the_running_accuracy(model_folder: Path, dataset: Path) -> None:
+    c = config(model_folder, dataset, **{"data.difficulty.enabled": True})
+    t = train.Trainer(c, "unused")
+    host = next(t.data)
+    plain, metrics = t.difficulty.choose(host, t.collate)
+    assert plain is host and metrics == {"difficulty/easy": 0, "difficulty/hard": 0}
+    examples = [item.example for item in host.examples]
+    d = Difficulty(c.data.difficulty)
+    d.accuracy = dict(zip((kind(e) for e in examples), (0.9, 0.5, 0.1, 0.1), strict=True))
+    levels = [d.level(e) for e in examples]
+    chosen, metrics = d.choose(host, t.collate)
+    assert metrics == {"difficulty/easy": levels.count("easy"), "difficulty/hard": levels.count("hard")}
+    assert {"easy", "hard"} <= set(levels)
+    for before, after, level in zip(host.examples, chosen.examples, levels, strict=True):
+        assert ("Hint:" in after.prompt) == (level == "hard")
+        same = all(
+            np.array_equal(a.patches, b.patches)
+            for a, b in zip(before.encoded.visuals, after.encoded.visuals, strict=True)
+        )
+        assert same == (level != "easy")
+
+
+def test_the_running_accuracy_is_a_moving_mean(scorer: tuple) -> None:
+    _, draw = judged(scorer, ["fire"] * 16)
+    d = Difficulty(scorer[2].data.difficulty)
+    d.learn(replace(draw, final_score=np.ones(16, np.float32)))
+    assert set(d.accuracy.values()) == {1.0}
+    d.learn(replace(draw, final_score=np.zeros(16, np.float32)))
+    times = {name: [kind(i.example) for i in draw.host.examples].count(name) for name in d.accuracy}
+    for name, value in d.accuracy.items():
+        assert math.isclose(value, 0.9 ** times[name], rel_tol=1e-6)
+
+
+def test_harder_frames_keep_their_number_and_most_of_the_picture(rng: np.random.Generator) -> None:
+    frames = rng.integers(60, 200, (12, 28, 28, 3), dtype=np.uint8)
+    kinds = set()
+    for _ in range(20):
+        worse = pipeline.harder(frames, rng, noise=16.0, drop=0.25)
+        assert worse.shape == frames.shape and worse.dtype == np.uint8
+        repeated = [any(np.array_equal(frame, old) for old in frames) for frame in worse]
+        if all(repeated):
+            np.testing.assert_array_equal(worse[0], frames[0])
+            kinds.add("dropped")
+        else:
+            assert abs(np.std(worse.astype(float) - frames) - 16) < 1
+            kinds.add("noise")
+    assert kinds == {"dropped", "noise"}
+
+
+def test_a_resumed_run_remembers_difficulty_and_tokens(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    c = config(model_folder, dataset, **{"data.difficulty.enabled": True})
+    train.run(c, tmp_path)
+    first = read_metrics(tmp_path)[0]
+    c.steps = 2
+    t = train.Trainer(c, tmp_path)
+    assert t.resume(checkpoint.Checkpoints(tmp_path)) == 1
+    assert t.tokens_seen == first["tokens_seen"] > 0
+    assert t.difficulty.accuracy and set(t.difficulty.accuracy.values()) == {0.0}
