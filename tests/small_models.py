@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from data_prep import random_model
 from vau_jax.data import synthetic
-from vau_jax.models import hf
+from vau_jax.models import hf, lora
 from vau_jax.models.config import QwenVLConfig
+from vau_jax.models.lora import LoRA
 from vau_jax.types import Params
+from vau_jax.vlm import VideoLM
 
 TEXT = {
     "hidden_size": 64,
@@ -63,3 +66,20 @@ def make_model(
     eyes = {**VISION[family], **(vision or {})}
     bounds = 28 * 28, 64 * 28 * 28
     return random_model.write(folder, texts, 512, text, eyes, bounds, seed, family, draw=revealing_weights)
+
+
+EVERYWHERE = (r"decoder/layers/.*_proj", r"visual/blocks/.*", r"visual/(merger|deepstack)/mlp/fc[12]")
+
+
+def with_adapters(vlm: VideoLM, kind: LoRA) -> VideoLM:
+    """Random adapters, none at zero."""
+    shapes = {path: leaf.shape for path, leaf in hf.flatten(vlm.params).items()}
+    fresh = lora.init(jax.random.key(0), shapes, kind)
+    rng = np.random.default_rng(1)
+    flat = {name: rng.normal(0, 0.15, leaf.shape).astype(np.float32) for name, leaf in fresh.items()}
+    return vlm._with_adapters(kind, flat, None)
+
+
+def targets_of(vlm: VideoLM) -> tuple[str, ...]:
+    deep = vlm.processor.config.vision.deepstack_layers
+    return EVERYWHERE if deep else (*EVERYWHERE[:2], r"visual/merger/mlp/fc[12]")

@@ -16,28 +16,13 @@ from safetensors.numpy import load_file
 from configs import srvau_r1_rft, srvau_r1_sft
 from tests import oracle
 from tests.oracle import ask, video
+from tests.small_models import targets_of, with_adapters
 from vau_jax import train, update
 from vau_jax.files import InputError
 from vau_jax.models import hf, lora, peft
 from vau_jax.models.lora import LoRA
 from vau_jax.types import Completions
 from vau_jax.vlm import VideoLM
-
-EVERYWHERE = (r"decoder/layers/.*_proj", r"visual/blocks/.*", r"visual/(merger|deepstack)/mlp/fc[12]")
-
-
-def with_adapters(vlm: VideoLM, kind: LoRA) -> VideoLM:
-    """Random adapters, none at zero."""
-    shapes = {path: leaf.shape for path, leaf in hf.flatten(vlm.params).items()}
-    fresh = lora.init(jax.random.key(0), shapes, kind)
-    rng = np.random.default_rng(1)
-    flat = {name: rng.normal(0, 0.15, leaf.shape).astype(np.float32) for name, leaf in fresh.items()}
-    return vlm._with_adapters(kind, flat, None)
-
-
-def targets_of(vlm: VideoLM) -> tuple[str, ...]:
-    deep = vlm.processor.config.vision.deepstack_layers
-    return EVERYWHERE if deep else (*EVERYWHERE[:2], r"visual/merger/mlp/fc[12]")
 
 
 @pytest.fixture(scope="module")

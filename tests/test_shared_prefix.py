@@ -1,14 +1,17 @@
 """A prompt read once by G completions gives the same numbers as G repeated prompts: log-probabilities and gradients."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.small_models import targets_of, with_adapters
 from vau_jax import sampling, update
-from vau_jax.types import Batch, Completions
+from vau_jax.models.lora import LoRA
+from vau_jax.types import Batch, Completions, Variables
 from vau_jax.vlm import VideoLM
 
 G, C = 3, 7
@@ -20,8 +23,12 @@ def vlm(family_folder: Path) -> VideoLM:
 
 
 @pytest.fixture(scope="module")
-def batch(vlm: VideoLM) -> Batch:
-    """Two prompts of different length, one with a longer clip."""
+def adapted(vlm: VideoLM) -> VideoLM:
+    return with_adapters(vlm, LoRA(rank=4, alpha=6.0, targets=targets_of(vlm)))
+
+
+def two_prompts(vlm: VideoLM, left: bool = False) -> Batch:
+    """Of different length, one with a longer clip; padded after the prompt, or before it."""
     rng = np.random.default_rng(1)
     n = vlm.processor.factor
     clips = [rng.integers(0, 256, (f, 2 * n, 3 * n, 3), dtype=np.uint8) for f in (4, 8)]
@@ -30,7 +37,12 @@ def batch(vlm: VideoLM) -> Batch:
         [{"type": "video", "video": c, "fps": 2.0}, {"type": "text", "text": t}]
         for c, t in zip(clips, texts, strict=True)
     ]
-    return vlm.encode([[{"role": "user", "content": content}] for content in items])
+    return vlm.encode([[{"role": "user", "content": content}] for content in items], left=left)
+
+
+@pytest.fixture(scope="module")
+def batch(vlm: VideoLM) -> Batch:
+    return two_prompts(vlm)
 
 
 @pytest.fixture(scope="module")
@@ -41,37 +53,60 @@ def completions(vlm: VideoLM) -> Completions:
     return Completions(tokens, np.arange(C) < rng.integers(2, C + 1, (2, G, 1)))
 
 
-def repeated(batch: Batch, completions: Completions) -> tuple[Batch, Completions]:
+def forms(batch: Batch, completions: Completions) -> list[tuple[Batch, Completions]]:
+    """The prompt once for its G completions, and the prompt before each of them."""
     wide = jax.tree.map(lambda x: np.repeat(x, G, axis=0), batch)
     flat = jax.tree.map(lambda x: x.reshape(-1, 1, C), completions)
-    return wide, flat
+    return [(batch, completions), (wide, flat)]
 
 
-def total(vlm: VideoLM, batch: Batch, completions: Completions) -> jax.Array:
-    """A scalar that weighs every real token differently."""
+def scored(vlm: VideoLM, batch: Batch, completions: Completions) -> Any:
+    """Log-probabilities as a function of variables."""
+    return jax.jit(lambda variables: update.policy_logps(variables, batch, completions, vlm.model, 0.9)[0])
 
-    def value(params: dict) -> jax.Array:
-        logps, _ = update.policy_logps({"params": params}, batch, completions, vlm.model, 0.9)
+
+def total(vlm: VideoLM, batch: Batch, completions: Completions) -> Any:
+    """A scalar that weighs every real token differently, as a function of variables."""
+
+    def value(variables: Variables) -> jax.Array:
+        logps, _ = update.policy_logps(variables, batch, completions, vlm.model, 0.9)
         flat = (logps * completions.mask).reshape(-1)
         return jnp.sum(flat * jnp.cos(jnp.arange(flat.size)))
 
     return value
 
 
-def test_log_probs_equal_the_repeated_form(vlm: VideoLM, batch: Batch, completions: Completions) -> None:
-    shared, _ = update.policy_logps(vlm.variables, batch, completions, vlm.model, 1.0)
-    naive, _ = update.policy_logps(vlm.variables, *repeated(batch, completions), vlm.model, 1.0)
+CASES = pytest.mark.parametrize(("kind", "left"), [("vlm", False), ("adapted", True)], ids=["full", "lora-left"])
+
+
+@CASES
+def test_log_probs_equal_the_repeated_form(
+    kind: str, left: bool, completions: Completions, request: pytest.FixtureRequest
+) -> None:
+    vlm = request.getfixturevalue(kind)
+    batch = two_prompts(vlm, left)
+    shared, naive = (scored(vlm, *form)(vlm.variables) for form in forms(batch, completions))
     mask = np.asarray(completions.mask)
-    np.testing.assert_allclose(np.asarray(shared)[mask], np.asarray(naive).reshape(2, G, C)[mask], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(shared)[mask], np.asarray(naive).reshape(2, G, C)[mask], rtol=1e-5)
 
 
-def test_every_gradient_equals_the_repeated_form(vlm: VideoLM, batch: Batch, completions: Completions) -> None:
-    shared = jax.jit(jax.grad(total(vlm, batch, completions)))(vlm.params)
-    naive = jax.jit(jax.grad(total(vlm, *repeated(batch, completions))))(vlm.params)
+@CASES
+def test_every_gradient_equals_the_repeated_form(
+    kind: str, left: bool, completions: Completions, request: pytest.FixtureRequest
+) -> None:
+    """Of all parameters, and of adapters with their base held; 1e-5 of the largest entry."""
+    vlm = request.getfixturevalue(kind)
+    batch, trained = two_prompts(vlm, left), "params" if kind == "vlm" else "lora"
+
+    def gradient(form: tuple[Batch, Completions]) -> dict:
+        value = total(vlm, *form)
+        return jax.jit(jax.grad(lambda part: value({**vlm.variables, trained: part})))(vlm.variables[trained])
+
+    shared, naive = (gradient(form) for form in forms(batch, completions))
     for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(shared)[0], jax.tree.leaves(naive), strict=True):
         scale = float(jnp.abs(b).max())
         assert scale > 0, f"{path} has no gradient"
-        assert float(jnp.abs(a - b).max()) <= 1e-5 * max(scale, 1.0), path
+        assert float(jnp.abs(a - b).max()) <= 1e-5 * scale, path
 
 
 def test_log_probs_equal_the_whole_sequence(vlm: VideoLM) -> None:
