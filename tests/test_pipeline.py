@@ -108,6 +108,13 @@ def test_task_weights_set_the_mix(config: ConfigDict, processor: Processor) -> N
     assert tasks.count("qa") == 20
 
 
+def test_batches_of_one_example(config: ConfigDict, processor: Processor) -> None:
+    """VAU-R1's own batch size; also from a dataset of one example."""
+    config.max_examples = 1
+    iterator = pipeline.train_iterator(pipeline.load_examples(config)[0], processor, config, 1, seed=0)
+    assert {next(iterator).examples[0].example.name for _ in range(3)} == {"train_00000.mp4/qa"}
+
+
 def test_a_broken_video_costs_its_example_and_is_counted(
     config: ConfigDict, processor: Processor, tmp_path: Path, dataset: Path
 ) -> None:

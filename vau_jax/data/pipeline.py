@@ -24,6 +24,7 @@ from vau_jax.files import InputError
 from vau_jax.types import Batch, Completions, Target
 
 GREY = 128
+EPOCHS = 10**9  # without end; grain fails on batches of one from a truly endless source
 EASY, HARD = "easy", "hard"
 
 
@@ -261,7 +262,7 @@ def train_iterator(
     by_task = {task: [e for e in examples if e.task == task] for task in config.tasks}
     by_task = {task: group for task, group in by_task.items() if group}
     streams = [
-        grain.MapDataset.source(group).seed(seed + number).shuffle().repeat()
+        grain.MapDataset.source(group).seed(seed + number).shuffle().repeat(EPOCHS)
         for number, group in enumerate(by_task.values())
     ]
     weights = [float(config.task_weights.get(task, 1.0)) for task in by_task]

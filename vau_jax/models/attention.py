@@ -46,8 +46,8 @@ class _Part(NamedTuple):
 def attend(q: jax.Array, parts: list[Keys]) -> jax.Array:
     """Attention of q [B, G, Q, N, H] over the union of `parts` -> [B, G, Q, N, H]; N is a multiple of K.
 
-    The reference. Where a head would have more than MOST_SCORES scores they are computed in pieces, and again in the
-    backward pass.
+    The reference. Where a head would have more than MOST_SCORES scores they are computed in pieces; the backward pass
+    computes them again, so that no scores are kept.
     """
     g, length = q.shape[1:3]
     keys = sum(part.k.shape[-2] for part in parts)
@@ -63,7 +63,6 @@ def _over_groups(q: jax.Array, parts: list[Keys], at_once: int) -> jax.Array:
     own = {i: (part.k, part.v) for i, part in enumerate(parts) if part.k.ndim == 5}
     seen = [jnp.broadcast_to(part.seen, (part.seen.shape[0], *q.shape[1:2], part.seen.shape[2])) for part in parts]
 
-    @jax.checkpoint
     def one(group: Any) -> jax.Array:
         q, own, seen = group
         chosen = [
@@ -82,7 +81,6 @@ def _over_queries(q: jax.Array, parts: list[Keys], at_once: int) -> jax.Array:
     padded = jnp.pad(q, ((0, 0), (0, 0), (0, -length % at_once), (0, 0), (0, 0)))
     pieces = jnp.moveaxis(padded.reshape(*q.shape[:2], -1, at_once, *q.shape[3:]), 2, 0)
 
-    @jax.checkpoint
     def one(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _attend(piece[0], parts, first_row=piece[1])
 
@@ -96,30 +94,84 @@ def _attend(q: jax.Array, parts: list[Keys], first_row: jax.Array | int = 0) -> 
     b, g, length, heads, dim = q.shape
     grouped = q.reshape(b, g, length, kv_heads, heads // kv_heads, dim) * dim**-0.5
     grouped = jnp.transpose(grouped, (0, 1, 3, 4, 2, 5))  # [B, G, K, R, Q, H]
-    found = [_attend_part(grouped, part, first_row) for part in parts]
-    top = jax.lax.stop_gradient(jnp.max(jnp.stack([part.top for part in found]), axis=0))
+    arrays = [(part.k, part.v, part.seen) for part in parts]
+    out = _softmax(grouped, arrays, jnp.int32(first_row), tuple(part.causal for part in parts))
+    return jnp.transpose(out, (0, 1, 4, 2, 3, 5)).reshape(q.shape)
+
+
+_Arrays = list[tuple[jax.Array, jax.Array, jax.Array]]  # k, v, seen of each part
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _softmax(q: jax.Array, parts: _Arrays, first_row: jax.Array, causal: tuple[bool, ...]) -> jax.Array:
+    """q [B, G, K, R, Q, H], scaled, over all parts -> the same shape."""
+    return _softmax_forward(q, parts, first_row, causal)[0]
+
+
+def _softmax_forward(
+    q: jax.Array, parts: _Arrays, first_row: jax.Array, causal: tuple[bool, ...]
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    found = [_attend_part(q, Keys(*part, late), first_row) for part, late in zip(parts, causal, strict=True)]
+    top = jnp.max(jnp.stack([part.top for part in found]), axis=0)
     shares = [jnp.exp(part.top - top) for part in found]
     total = sum(share * part.total for share, part in zip(shares, found, strict=True))
     out = sum(share[..., None] * part.out for share, part in zip(shares, found, strict=True)) / total[..., None]
-    return jnp.transpose(out, (0, 1, 4, 2, 3, 5)).reshape(q.shape).astype(q.dtype)
+    out = out.astype(q.dtype)
+    return out, (q, parts, first_row, out, top + jnp.log(total))
+
+
+def _softmax_backward(
+    causal: tuple[bool, ...], kept: tuple[Any, ...], d_out: jax.Array
+) -> tuple[jax.Array, _Arrays, None]:
+    """With weights w = exp(score - log_total): d_score = w * (d_w - sum over H of d_out * out), d_w = d_out . v
+    (FlashAttention, arXiv 2205.14135, appendix B.4)."""
+    q, parts, first_row, out, log_total = kept
+    inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    d_q, d_parts = jnp.zeros(q.shape, jnp.float32), []
+    for (k, v, seen), late in zip(parts, causal, strict=True):
+        one = k.ndim == 4  # shared by all G: heads come before groups, see _attend_part
+        swap = (lambda x: jnp.swapaxes(x, 1, 2)) if one else (lambda x: x)
+        keys, rows = ("bksh", "bkgrqh") if one else ("bgksh", "bgkrqh")
+        pairs, turned = (
+            rows.replace("h", "s"),
+            keys[:-2] + "hs",
+        )  # sums over rows come out turned: no copy of the scores
+        mine, theirs = swap(q), swap(d_out).astype(v.dtype)
+        weights = jnp.exp(_scores(mine, Keys(k, v, seen, late), first_row) - swap(log_total)[..., None])
+        d_weights = jnp.einsum(f"{rows},{keys}->{pairs}", theirs, v, preferred_element_type=jnp.float32)
+        d_scores = (weights * (d_weights - swap(inner)[..., None])).astype(k.dtype)
+        d_v = jnp.einsum(f"{rows},{pairs}->{turned}", theirs, weights.astype(v.dtype))
+        d_k = jnp.einsum(f"{rows},{pairs}->{turned}", mine, d_scores)
+        d_q += swap(jnp.einsum(f"{pairs},{keys}->{rows}", d_scores, k, preferred_element_type=jnp.float32))
+        d_parts.append((jnp.swapaxes(d_k, -1, -2), jnp.swapaxes(d_v, -1, -2), None))
+    return d_q.astype(q.dtype), d_parts, None
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def _attend_part(q: jax.Array, keys: Keys, first_row: jax.Array | int) -> _Part:
     """q [B, G, K, R, Q, H], scaled, over one set of keys."""
     shared = keys.k.ndim == 4
     q = jnp.swapaxes(q, 1, 2) if shared else q  # all queries of a head meet the shared keys in one product
-    spec = "bkgrqh,bksh->bkgrqs" if shared else "bgkrqh,bgksh->bgkrqs"
-    scores = jnp.einsum(spec, q, keys.k, preferred_element_type=jnp.float32)
-    mask = jnp.expand_dims(keys.seen, (1, 3, 4) if shared else (2, 3, 4))
-    if keys.causal:
-        mask &= (first_row + jnp.arange(q.shape[4]))[:, None] >= jnp.arange(keys.k.shape[-2])
-    scores = jnp.where(mask, scores, HIDDEN)
-    top = jax.lax.stop_gradient(scores.max(-1))
+    scores = _scores(q, keys, first_row)
+    top = scores.max(-1)
     weights = jnp.exp(scores - top[..., None])
     spec = "bkgrqs,bksh->bkgrqh" if shared else "bgkrqs,bgksh->bgkrqh"
     out = jnp.einsum(spec, weights.astype(keys.v.dtype), keys.v, preferred_element_type=jnp.float32)
     part = _Part(out, top, weights.sum(-1))
     return _Part(*(jnp.swapaxes(x, 1, 2) for x in part)) if shared else part
+
+
+def _scores(q: jax.Array, keys: Keys, first_row: jax.Array | int) -> jax.Array:
+    """float32 [B, K, G, R, Q, S] of q [B, K, G, R, Q, H] with shared keys, or [B, G, K, ...] with a group's own."""
+    shared = keys.k.ndim == 4
+    spec = "bkgrqh,bksh->bkgrqs" if shared else "bgkrqh,bgksh->bgkrqs"
+    scores = jnp.einsum(spec, q, keys.k, preferred_element_type=jnp.float32)
+    mask = jnp.expand_dims(keys.seen, (1, 3, 4) if shared else (2, 3, 4))
+    if keys.causal:
+        mask &= (first_row + jnp.arange(q.shape[4]))[:, None] >= jnp.arange(keys.k.shape[-2])
+    return jnp.where(mask, scores, HIDDEN)
 
 
 # --- Prompts and completions as one packed sequence ---------------------------------------------------------------

@@ -80,9 +80,11 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = Dense(self.hidden, self.dtype, self.lora, self.bias, name="gate_proj")(x)
-        up = Dense(self.hidden, self.dtype, self.lora, self.bias, name="up_proj")(x)
-        return Dense(x.shape[-1], self.dtype, self.lora, self.bias, name="down_proj")(nn.silu(gate) * up)
+        rows = x.reshape(-1, x.shape[-1])  # XLA on CPU is nearly twice as fast at gradients of plain matrices
+        gate = Dense(self.hidden, self.dtype, self.lora, self.bias, name="gate_proj")(rows)
+        up = Dense(self.hidden, self.dtype, self.lora, self.bias, name="up_proj")(rows)
+        down = Dense(x.shape[-1], self.dtype, self.lora, self.bias, name="down_proj")
+        return down(nn.silu(gate) * up).reshape(x.shape)
 
 
 class MLP(nn.Module):
@@ -96,5 +98,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = Dense(self.hidden, self.dtype, self.lora, bias=True, name="fc1")(x)
-        return Dense(self.features, self.dtype, self.lora, bias=True, name="fc2")(ACTIVATIONS[self.activation](x))
+        rows = x.reshape(-1, x.shape[-1])  # as in SwiGLU
+        rows = Dense(self.hidden, self.dtype, self.lora, bias=True, name="fc1")(rows)
+        rows = Dense(self.features, self.dtype, self.lora, bias=True, name="fc2")(ACTIVATIONS[self.activation](rows))
+        return rows.reshape(*x.shape[:-1], self.features)

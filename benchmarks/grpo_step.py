@@ -1,0 +1,210 @@
+"""Seconds of a whole GRPO step: rollout, rewards, reference, update; ours, and beside it what users would else pick.
+
+    python benchmarks/grpo_step.py                                     a random 32M model, one prompt, on any machine
+    python benchmarks/grpo_step.py --compare=trl --compare=tunix --tunix-python=/path/to/venv/bin/python
+    python benchmarks/grpo_step.py --size=qwen2.5-vl-3b --dtype=bfloat16 --lora=16           on a GPU
+
+Ours is the trainer itself on a video file. Every completion has all its tokens (no early stop), and compilation and the
+first step are left out. TRL has no video: it gets as many images as give the same number of visual tokens. Tunix has
+neither: it gets a prompt of as many text tokens, with the same decoder. Peers run afterwards, one at a time, each in
+the Python that its option names. The last line is one JSON object:
+
+    sec_per_step    median; split: medians of its parts; tokens_per_s: all tokens of prompts and completions
+    load            of the machine when each began: other work spoils figures
+    mfu_update      on known devices: FLOPs that the update must do, over its time and the device's peak
+    host_share      of a step that the device waits: data, rewards, and what no part counts
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from decode import DEVICES  # beside this file
+from ml_collections import ConfigDict
+
+from configs import vau_r1_multi_rft
+from data_prep import random_model
+from vau_jax import train
+from vau_jax.data import synthetic
+from vau_jax.data.processor import Shape
+from vau_jax.files import exit_on_input_error
+from vau_jax.models import hf
+from vau_jax.vlm import DTYPES
+
+TEXT_32M = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 1024,
+}
+VISION_32M = {"depth": 6, "hidden_size": 256, "intermediate_size": 768, "num_heads": 8, "fullatt_block_indexes": [2, 5]}
+PEERS = Path(__file__).parent / "peers"
+PARTS = ("data", "rollout", "reward", "score", "update")
+
+
+def make_data(folder: Path, frames: int, side: int) -> None:
+    """One video of `frames` frames, two a second, and its annotation."""
+    noise = np.random.default_rng(0).integers(0, 256, (frames, side // 8 + 1, side // 8 + 1, 3), dtype=np.uint8)
+    images = (np.kron(image, np.ones((8, 8, 1), np.uint8))[:side, :side] for image in noise)
+    (folder / "videos").mkdir()
+    synthetic.encode(folder / "videos" / "clip.mp4", images, Fraction(2))
+    row = {
+        "Video Name": "clip.mp4",
+        "Question": "What happens?",
+        **{f"Option {n}": text for n, text in enumerate(("a fire", "a fight", "a fall", "nothing"), start=1)},
+        "Correct Option": "A",
+        "Key Object": "a fire",
+        "Description": "A fire.",
+        "Reasoning": "",
+        "Anomaly Class": "Fire",
+        "Start Time": "0.0",
+        "End Time": "1.0",
+    }
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+
+
+def make_config(args: argparse.Namespace, model: Path, data: Path) -> ConfigDict:
+    c = vau_r1_multi_rft.get_config()
+    c.model, c.dtype, c.batch_size, c.steps = str(model), args.dtype, args.prompts, args.steps + args.warmup
+    c.data.csv, c.data.videos, c.data.tasks = str(data / "rows.jsonl"), str(data / "videos"), ("qa",)
+    c.data.source, c.data.wording = "msad", "short"
+    c.data.min_frames = c.data.max_frames = args.frames
+    c.data.min_pixels = c.data.max_pixels = args.side**2
+    c.data.total_pixels = args.frames * args.side**2
+    c.data.max_completion_tokens = c.rollout.min_new_tokens = args.new
+    c.rollout.num_generations, c.grpo.beta, c.remat, c.unroll = args.group, args.beta, args.remat, args.unroll
+    c.lora.rank = args.lora
+    if args.lora or args.freeze_vision:
+        c.optim.freeze = () if args.lora else ("visual/.*",)
+    c.data.bucket = (1, 1, 1, 1, 1, 1)
+    return c
+
+
+def exact_bucket(trainer_config: ConfigDict, side: int, frames: int, tokens: int) -> tuple[int, ...]:
+    """Padded sizes for clips that are all of one size, so that nothing but the text is padded (to 32 tokens)."""
+    grid, rows = frames // 2, side // 14
+    windows = -((-rows // 8) ** 2) * grid
+    return Shape(-(-tokens // 32) * 32, grid * rows**2, windows, min(8, rows) ** 2, grid, rows**2)
+
+
+def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        make_data(Path(scratch), args.frames, args.side)
+        config = make_config(args, model, Path(scratch))
+        visual = args.frames // 2 * (args.side // 28) ** 2
+        config.data.bucket = exact_bucket(config, args.side, args.frames, visual + 48)
+        trainer = train.Trainer(config, scratch)
+        steps = []
+        for number in range(args.warmup + args.steps):
+            metrics, _ = trainer.step(number)
+            assert metrics["length/min"] == args.new, "every completion has all its tokens"
+            steps.append(metrics)
+        host = next(trainer.data)
+    timed = steps[args.warmup :]
+
+    def median(name: str) -> float:
+        return float(np.median([step[f"seconds/{name}"] for step in timed if f"seconds/{name}" in step] or [0.0]))
+
+    seconds = median("step")
+    prompt = int(np.asarray(host.batch.mask)[0].sum())
+    split = {name: median(name) for name in PARTS}
+    result = {
+        "sec_per_step": seconds,
+        "split": split,
+        "host_share": 1 - sum(split[name] for name in ("rollout", "score", "update")) / seconds,
+        "tokens_per_s": args.prompts * (prompt + args.group * args.new) / seconds,
+        "completion_tokens_per_s": args.prompts * args.group * args.new / seconds,
+        "prompt_tokens": prompt,
+        "padded_prompt_tokens": host.batch.tokens.shape[1],
+        "visual_tokens": visual,
+        "parameters": sum(x.size for x in jax.tree.leaves(trainer.base or trainer.state.params)),
+    }
+    return result | utilisation(args, trainer, host.batch.tokens.shape[1], split["update"])
+
+
+def utilisation(args: argparse.Namespace, trainer: train.Trainer, prompt: int, seconds: float) -> dict[str, Any]:
+    """Model FLOPs of the update (forward 2, backward 4 a parameter and token; 2 where it is frozen) by the peak."""
+    kind = jax.devices()[0].device_kind
+    if kind not in DEVICES:
+        return {}
+    sizes = {name: leaf.size for name, leaf in hf.flatten(trainer.base or trainer.state.params).items()}
+    decoder = sum(size for name, size in sizes.items() if name.startswith("decoder/"))
+    tower = sum(size for name, size in sizes.items() if name.startswith("visual/blocks"))
+    head, config = trainer.processor.config.vocab_size * trainer.processor.config.hidden_size, trainer.processor.config
+    tokens = args.prompts * (prompt + args.group * args.new)
+    patches = args.prompts * args.frames // 2 * (args.side // 14) ** 2
+    each = 4 if args.lora else 6  # a frozen kernel needs no gradient of its own
+    pairs = args.prompts * (prompt**2 / 2 + args.group * args.new * (prompt + args.new / 2))
+    work = each * (decoder * tokens + head * args.prompts * args.group * args.new)
+    work += 0 if trainer.tower_is_frozen else 6 * tower * patches
+    work += 12 * pairs * config.num_layers * config.num_heads * config.head_dim
+    return {"device": kind, "mfu_update": work / seconds / DEVICES[kind][1] / jax.device_count()}
+
+
+def measure_peer(name: str, python: str, args: argparse.Namespace, model: Path, prompt_tokens: int) -> dict[str, Any]:
+    """One peer's script in its own Python; its last line is JSON."""
+    given = vars(args) | {"model": str(model), "prompt_tokens": prompt_tokens, "compare": None}
+    command = [python, str(PEERS / f"{name}_step.py"), json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1:], "returncode": done.returncode}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(args.model or Path(scratch) / "model")
+        if args.size:
+            random_model.write_published(model, args.size, args.dtype)
+        elif not args.model:
+            random_model.write(model, ["What happens?"], 512, TEXT_32M, VISION_32M, (784, 1 << 24))
+        load = {"vau_jax": os.getloadavg()[0]}
+        ours = measure_ours(args, model)
+        result = {name: getattr(args, name) for name in ("prompts", "group", "new", "frames", "side", "dtype", "beta")}
+        result |= ours | {"load": load}
+        for name in args.compare or ():
+            load[name] = os.getloadavg()[0]
+            python = getattr(args, f"{name}_python")
+            theirs = measure_peer(name, python, args, model, ours["prompt_tokens"])
+            result[name] = theirs
+            if "sec_per_step" in theirs:
+                result[f"times_faster_than_{name}"] = theirs["sec_per_step"] / ours["sec_per_step"]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Hugging Face folder; default: a random 32M Qwen2.5-VL")
+    parser.add_argument("--size", help="a random model of a published size instead")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--prompts", type=int, default=1, help="a step")
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--side", type=int, default=168, help="pixels of a frame's side, a multiple of 28")
+    parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens of each completion")
+    parser.add_argument("--beta", type=float, default=0.04, help="weight of the KL term; 0: no reference")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2, help="steps before, with compilation")
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all parameters are trained")
+    parser.add_argument("--freeze-vision", action="store_true")
+    parser.add_argument("--remat", action="store_true", help="compute activations again in the backward pass")
+    parser.add_argument("--unroll", type=int, default=1, help="layers in one round of the scan")
+    parser.add_argument("--compare", action="append", choices=("trl", "tunix"))
+    parser.add_argument("--trl-python", default=sys.executable, help="an interpreter with trl; here: the test extra's")
+    parser.add_argument("--tunix-python", default=sys.executable, help="an interpreter with google-tunix")
+    args = parser.parse_args()
+    exit_on_input_error(lambda: print(json.dumps(run(args))))
+
+
+if __name__ == "__main__":
+    main()
