@@ -1,6 +1,8 @@
 """Annotated videos to batches: targets, shuffled options, order, resuming, broken videos."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +115,26 @@ def test_batches_of_one_example(config: ConfigDict, processor: Processor) -> Non
     config.max_examples = 1
     iterator = pipeline.train_iterator(pipeline.load_examples(config)[0], processor, config, 1, seed=0)
     assert {next(iterator).examples[0].example.name for _ in range(3)} == {"train_00000.mp4/qa"}
+
+
+def test_the_next_batches_are_loaded_during_a_step(
+    config: ConfigDict, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without being asked for: after the first batch is taken, further videos are decoded while the caller is busy."""
+    loaded, original = [], pipeline.Loader.__call__
+
+    def counting(self: Loader, *args: Any) -> Any:
+        loaded.append(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(pipeline.Loader, "__call__", counting)
+    iterator = pipeline.train_iterator(pipeline.load_examples(config)[0], processor, config, 2, seed=0)
+    next(iterator)
+    for _ in range(100):  # the step
+        time.sleep(0.1)
+        if len(loaded) >= 6:
+            break
+    assert len(loaded) >= 6, "two batches beyond the one that was taken"
 
 
 def test_a_broken_video_costs_its_example_and_is_counted(

@@ -67,11 +67,11 @@ def vocabulary_pieces(size: int) -> int:
     return count if size // count >= VOCABULARY // 8 else 1
 
 
-def _cut(head: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """head [V, D] as [n, V / n, D]. Piece j holds tokens j, n + j, 2 n + j, ...: each device that holds consecutive
-    rows then has its share of every piece, and nothing moves between devices."""
-    n = vocabulary_pieces(head.shape[0])
-    return jnp.swapaxes(head.reshape(-1, n, head.shape[1]), 0, 1).astype(dtype)
+def _rows(head: jax.Array, number: jax.Array, n: int, dtype: jnp.dtype) -> jax.Array:
+    """Piece `number` of head [V, D] cut into n: tokens number, n + number, 2 n + number, ... Each device that holds
+    consecutive rows then has its share of every piece, and nothing moves between devices."""
+    pieces = head.reshape(-1, n, head.shape[1])
+    return jax.lax.dynamic_index_in_dim(pieces, number, axis=1, keepdims=False).astype(dtype)
 
 
 def _scores(h: jax.Array, rows: jax.Array, forbidden: jax.Array, temperature: jax.Array) -> jax.Array:
@@ -80,15 +80,15 @@ def _scores(h: jax.Array, rows: jax.Array, forbidden: jax.Array, temperature: ja
 
 
 def _totals(
-    h: jax.Array, rows: jax.Array, forbidden: jax.Array, targets: jax.Array, temperature: jax.Array
+    h: jax.Array, head: jax.Array, forbidden: jax.Array, targets: jax.Array, temperature: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logit of the target, log of the sum of exponentials, and entropy, [t] each, over pieces rows [n, v, D]."""
-    n = len(rows)
+    """Logit of the target, log of the sum of exponentials, and entropy, [t] each; forbidden is [n, V / n]."""
+    n = len(forbidden)
 
     def add(carry: tuple[jax.Array, ...], piece: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
         top, total, weighted, chosen = carry
-        number, rows, forbidden = piece
-        scores = _scores(h, rows, forbidden, temperature)
+        number, forbidden = piece
+        scores = _scores(h, _rows(head, number, n, h.dtype), forbidden, temperature)
         higher = jnp.maximum(top, scores.max(-1))
         mass = jnp.exp(scores - higher[:, None])
         shrink = jnp.exp(top - higher)
@@ -100,7 +100,7 @@ def _totals(
 
     low = jnp.full(h.shape[0], jnp.finfo(jnp.float32).min)
     none = jnp.zeros(h.shape[0])
-    (top, total, weighted, chosen), _ = jax.lax.scan(add, (low, none, none, none), (jnp.arange(n), rows, forbidden))
+    (top, total, weighted, chosen), _ = jax.lax.scan(add, (low, none, none, none), (jnp.arange(n), forbidden))
     log_total = top + jnp.log(total)
     return chosen, log_total, log_total - weighted / total
 
@@ -116,10 +116,9 @@ def _score(
 def _score_forward(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, never: tuple[int, ...]
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    rows = _cut(head, hidden.dtype)
-    forbidden = _forbidden(never, head.shape[0]).reshape(-1, len(rows)).T
+    forbidden = _forbidden(never, head.shape[0]).reshape(-1, vocabulary_pieces(head.shape[0])).T
     chosen, log_total, entropy = jax.lax.map(
-        lambda piece: _totals(piece[0], rows, forbidden, piece[1], temperature), (hidden, targets)
+        lambda piece: _totals(piece[0], head, forbidden, piece[1], temperature), (hidden, targets)
     )
     return (chosen - log_total, entropy), (hidden, head, targets, temperature, log_total, entropy)
 
@@ -129,12 +128,15 @@ def _score_backward(
 ) -> tuple[jax.Array, jax.Array, None, None]:
     """With p the probabilities, d logp_i / d logit_j = [i = j] - p_j and d entropy / d logit_j = -p_j (log p_j + H)."""
     hidden, head, targets, temperature, log_total, entropy = kept
-    rows = _cut(head, hidden.dtype)
-    n = len(rows)
+    n = vocabulary_pieces(head.shape[0])
     forbidden = _forbidden(never, head.shape[0]).reshape(-1, n).T
 
-    def over_vocabulary(d_hidden: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        number, rows, forbidden = piece
+    def over_vocabulary(
+        sums: tuple[jax.Array, jax.Array], piece: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        d_hidden, d_head = sums
+        number, forbidden = piece
+        rows = _rows(head, number, n, hidden.dtype)
 
         def over_tokens(d_rows: jax.Array, tokens: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
             h, d_h, targets, log_total, entropy, by_logp, by_entropy = tokens
@@ -149,15 +151,14 @@ def _score_backward(
             d_rows = d_rows + jnp.einsum("tv,td->vd", g, h, preferred_element_type=jnp.float32)
             return d_rows, d_h + jnp.einsum("tv,vd->td", g, rows, preferred_element_type=jnp.float32)
 
-        blank = jnp.zeros(rows.shape, jnp.float32)
-        d_rows, d_hidden = jax.lax.scan(over_tokens, blank, (hidden, d_hidden, targets, log_total, entropy, *grads))
-        return d_hidden, d_rows
+        tokens = (hidden, d_hidden, targets, log_total, entropy, *grads)
+        d_rows, d_hidden = jax.lax.scan(over_tokens, jnp.zeros(rows.shape, jnp.float32), tokens)
+        d_head = jax.lax.dynamic_update_index_in_dim(d_head, d_rows.astype(d_head.dtype), number, axis=1)
+        return (d_hidden, d_head), None
 
-    d_hidden, d_rows = jax.lax.scan(
-        over_vocabulary, jnp.zeros(hidden.shape, jnp.float32), (jnp.arange(n), rows, forbidden)
-    )
-    d_head = jnp.swapaxes(d_rows, 0, 1).reshape(head.shape)
-    return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype), None, None
+    blank = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros((head.shape[0] // n, n, head.shape[1]), head.dtype)
+    (d_hidden, d_head), _ = jax.lax.scan(over_vocabulary, blank, (jnp.arange(n), forbidden))
+    return d_hidden.astype(hidden.dtype), d_head.reshape(head.shape), None, None
 
 
 _score.defvjp(_score_forward, _score_backward)
