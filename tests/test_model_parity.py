@@ -6,6 +6,8 @@ patch order moves logits by more than 1e-2.
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,10 @@ from transformers import PreTrainedModel
 from tests import oracle
 from tests.oracle import ask, difference, image, video
 from tests.small_models import FAMILIES, make_model
+from vau_jax import logprobs
 from vau_jax.data.processor import Processor
+from vau_jax.models import hf, qwen_vl
+from vau_jax.types import Params
 from vau_jax.vlm import VideoLM
 
 TOLERANCE = 1e-4
@@ -67,6 +72,33 @@ def test_images_and_videos_mixed(model: VideoLM, theirs: PreTrainedModel, rng: n
         ask(video(rng, 6, n, 2 * n, 4.0), video(rng, 2, 2 * n, 2 * n, 0.5)),
     ]
     assert difference(theirs, model, conversations) <= TOLERANCE
+
+
+def test_every_gradient_equals_torch(model: VideoLM, theirs: PreTrainedModel, rng: np.random.Generator) -> None:
+    """Of log-probabilities that are weighed unevenly, by every parameter: within 2e-5 of its largest entry."""
+    n, config = unit(model), model.processor.config
+    batch, given = oracle.conversation_inputs(
+        model, [ask(video(rng, 6, 3 * n, 2 * n)), ask(image(rng, 2 * n, n), text="fire")]
+    )
+    tokens, real = np.asarray(batch.tokens)[:, 1:], np.asarray(batch.mask)[:, 1:]
+    weights = np.where(real, np.cos(np.arange(real.size)).reshape(real.shape), 0).astype(np.float32)
+
+    def ours(params: Params) -> jax.Array:
+        hidden = model.model.apply({"params": params}, batch, method="hidden")[:, :-1]
+        head = qwen_vl.unembedding({"params": params}, config)
+        return jnp.sum(weights * logprobs.token_logps(hidden, head, tokens)[0])
+
+    grads = jax.jit(jax.grad(ours))(model.params)
+    logps = torch.log_softmax(theirs(**given).logits[:, :-1], -1)
+    picked = logps.gather(-1, torch.tensor(tokens).long()[..., None])[..., 0]
+    theirs.zero_grad()
+    (picked * torch.tensor(weights)).sum().backward()
+    found = dict(hf._tensors(grads, config))
+    expected = {hf.plain_name(name): p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
+    expected = {hf.published_name(name, config): grad for name, grad in expected.items()}
+    assert expected.keys() == found.keys()
+    for name, grad in expected.items():
+        np.testing.assert_allclose(found[name].reshape(grad.shape), grad, atol=2e-5 * np.abs(grad).max(), err_msg=name)
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
