@@ -1,5 +1,7 @@
 """Every config builds, each field is explained once, and a misspelt one fails naming the nearest."""
 
+import ast
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -44,3 +46,18 @@ def test_a_misspelt_field_in_a_config_file_names_the_nearest() -> None:
     c = base.get_config()
     with pytest.raises(AttributeError, match='Did you mean "lr"'):
         c.optim.lrr = 1.0
+
+
+def test_the_options_that_the_readme_names_exist() -> None:
+    """Each `group.field=value` of the launch README is a field of base.py, of the value's type."""
+    text = (ROOT / "launch" / "README.md").read_text()
+    named = re.findall(r"`((?:grpo|rollout|data|optim)\.[a-z_.]+)(?:=([^`]+))?`", text)
+    assert len(named) > 15
+    config = base.get_config()
+    for name, value in named:
+        *groups, field = name.split(".")
+        group = functools.reduce(getattr, groups, config)
+        default = getattr(group, field)
+        if value:
+            literal = ast.literal_eval(value.strip('"')) if value[0] in '"0123456789TF' else value
+            assert isinstance(literal, type(default)), name

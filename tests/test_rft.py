@@ -1,6 +1,10 @@
 """The RFT engine on a real model and real videos: what a step computes, option by option."""
 
 import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from vau_jax.metric_writer import read_metrics
 from vau_jax.models import vision
 from vau_jax.types import Features, Sampled, TrainBatch
 
+ROOT = Path(__file__).parents[1]
 REWARD = "tests.reward_functions:{}"
 
 
@@ -243,6 +248,38 @@ def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, cap
 def test_a_users_reward_that_is_not_there_is_named(path: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         user_rewards.load(path)
+
+
+def test_the_readmes_reward_runs_from_the_command_line(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    text = (ROOT / "launch" / "README.md").read_text()
+    source = re.search(r"```python\n(def brief.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "my_rewards.py").write_text(source)
+    flag = re.search(r"--config.user_rewards=\"(.*?)\"", text)[1]
+    settings = {
+        **{
+            "user_rewards": flag,
+            "model": model_folder,
+            "steps": 1,
+            "batch_size": 4,
+            "dtype": "float32",
+            "remat": False,
+        },
+        **{"data.csv": dataset / "train.csv", "data.videos": dataset / "videos", "data.max_frames": 8},
+        **{"data.max_completion_tokens": 16, "data.bucket": "(128, 576, 48, 64, 12, 64)", "data.wording": "short"},
+    }
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    command = [
+        sys.executable,
+        "-m",
+        "vau_jax.train",
+        "--config=configs/vau_r1_qa_rft.py",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    step = read_metrics(tmp_path / "run")[0]
+    assert -1 <= step["rewards/my_rewards:brief"] < 0
 
 
 def test_users_rewards_run_in_threads() -> None:
