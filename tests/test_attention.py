@@ -118,27 +118,65 @@ def test_an_unknown_way_lists_the_known(rng: np.random.Generator) -> None:
         attention.prefix_attention(*arrays(rng, T), jnp.ones((B, T), bool), 0, "flash")
 
 
+SPREAD = """
+import numpy as np
+import jax, jax.numpy as jnp
+from functools import partial
+from vau_jax import sharding
+from vau_jax.models import attention
+mesh = sharding.make_mesh({"data": 2, "tensor": 4})
+rng = np.random.default_rng(0)
+t, g, c = 40, 2, 9
+q, k, v = (jnp.asarray(rng.normal(size=(2, t + g * c, n, 128)), jnp.float32) for n in (8, 2, 2))
+mask = jnp.asarray(np.arange(t) < np.asarray([[40], [29]]))
+real = np.concatenate([mask, np.ones((2, g * c), bool)], 1)[..., None, None]
+def total(how, *x):
+    return jnp.sum(how(*x, mask, g) * jnp.cos(jnp.arange(q.size)).reshape(q.shape) * real)
+kernel = partial(attention._splash, mesh=mesh, interpret=True)
+for a, b in zip(
+    jax.value_and_grad(partial(total, kernel), (0, 1, 2))(q, k, v)[1],
+    jax.value_and_grad(partial(total, attention.IMPLEMENTATIONS["jnp"]), (0, 1, 2))(q, k, v)[1],
+):
+    np.testing.assert_allclose(np.asarray(a) * real, np.asarray(b) * real, atol=2e-5)
+"""
+
+
+def run_script(script: str, **env: str) -> None:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", **env}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_tpu_kernel_on_a_mesh() -> None:
+    """Interpreted on 8 devices, two for the examples, four for 8 heads that share 2 kv heads: gradients as on one."""
+    run_script(SPREAD, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+
+
 TPU = """
 import numpy as np
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from vau_jax import sharding
 from vau_jax.models import attention
-chip = topologies.get_topology_desc(topology_name="v5e:1x1", platform="tpu", chips_per_host_bounds=(1, 1, 1))
-place = NamedSharding(Mesh(np.array(chip.devices), ("x",)), P())
-def shape(*s, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(s, dtype, sharding=place)
+name, bounds, shape = {topology}
+chips = topologies.get_topology_desc(topology_name=name, platform="tpu", chips_per_host_bounds=bounds)
+mesh = Mesh(np.array(chips.devices).reshape(shape), sharding.AXES)
+place = NamedSharding(mesh, P(sharding.EXAMPLES, None, "tensor"))
 t, g, c = 1000, 4, 128
 def total(q, k, v, mask):
-    return jnp.sum(attention.prefix_attention(q, k, v, mask, g, "splash").astype(jnp.float32))
-args = shape(1, t + g * c, 16, 128), shape(1, t + g * c, 2, 128), shape(1, t + g * c, 2, 128), shape(1, t, dtype=bool)
-text = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*args).compile().as_text()
+    return jnp.sum(attention.prefix_attention(q, k, v, mask, g, "splash", mesh).astype(jnp.float32))
+def array(heads):
+    return jax.ShapeDtypeStruct((2, t + g * c, heads, 128), jnp.bfloat16, sharding=place)
+mask = jax.ShapeDtypeStruct((2, t), bool, sharding=NamedSharding(mesh, P(sharding.EXAMPLES)))
+text = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(array(16), array(2), array(2), mask).compile().as_text()
 assert text.count("tpu_custom_call") >= 2, "forward and backward are kernels"
 """
 
 
-def test_the_tpu_kernel_compiles_for_a_tpu() -> None:
+@pytest.mark.parametrize(
+    "topology", [("v5e:1x1", (1, 1, 1), (1, 1, 1)), ("v5e:2x2", (2, 2, 1), (1, 2, 2))], ids=["one chip", "four chips"]
+)
+def test_the_tpu_kernel_compiles_for_a_tpu(topology: tuple) -> None:
     """Ahead of time with libtpu, forward and backward, a packed length that is no multiple of the block."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    done = subprocess.run([sys.executable, "-c", TPU], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(TPU.format(topology=topology), TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")

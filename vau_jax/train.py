@@ -52,7 +52,13 @@ class Trainer:
         start = VideoLM.load(config.init_from or config.model, held, self.mesh).merged()
         self.processor = start.processor
         self.model = QwenVL(
-            self.processor.config, DTYPES[config.dtype], config.remat, config.unroll, config.attention, self.lora
+            self.processor.config,
+            DTYPES[config.dtype],
+            config.remat,
+            config.unroll,
+            config.attention,
+            self.lora,
+            self.mesh,
         )
         # Unrolled layers pay in the update; in the sampler's loop their weights would be copied at every token.
         sampler = self.model.clone(unroll=1)

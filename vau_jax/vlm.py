@@ -90,7 +90,7 @@ class VideoLM:
             flat = hf.flatten(checkpoint.restore_params(found.step_folder))
             return base._with_adapters(found.adapter.lora, flat, mesh)
         processor = Processor(found.folder)
-        model = QwenVL(processor.config, DTYPES[dtype])
+        model = QwenVL(processor.config, DTYPES[dtype], mesh=mesh)
         if found.step_folder is None:
             return cls(processor, model, hf.load(found.folder, processor.config, DTYPES[dtype], sharding.layout(mesh)))
         return cls(processor, model, _place(hf.flatten(checkpoint.restore_params(found.step_folder)), dtype, mesh))

@@ -18,7 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from vau_jax import sharding
 from vau_jax.files import InputError
 
 HIDDEN = -1e30  # finite, so that a row without any visible key gives a number and not NaN
@@ -178,29 +181,35 @@ def _scores(q: jax.Array, keys: Keys, first_row: jax.Array | int) -> jax.Array:
 
 
 def prefix_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int, implementation: str = "auto"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    prompt_mask: jax.Array,
+    generations: int,
+    implementation: str = "auto",
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Attention of one packed sequence, prompt then completions: q [B, T + G * C, N, H] -> the same shape.
 
     prompt_mask is bool [B, T]; generations is G, 0 for a prompt alone. Padding inside a completion lies after its
     real tokens, where the causal mask already hides it. What padding tokens give is undefined. `implementation` is a
-    name in IMPLEMENTATIONS, or "auto" for the best one on this machine.
+    name in IMPLEMENTATIONS, or "auto" for the best one on this machine. `mesh` is where the arrays lie, by example and
+    head: the TPU kernel must be told, XLA splits the others by itself.
     """
     name = best(q.dtype) if implementation == "auto" else implementation
     if name not in IMPLEMENTATIONS:
         raise InputError(f"attention={name!r} is unknown: expected one of auto, {', '.join(IMPLEMENTATIONS)}")
+    if name == "splash":
+        return _splash(q, k, v, prompt_mask, generations, mesh)
     return IMPLEMENTATIONS[name](q, k, v, prompt_mask, generations)
 
 
 def best(dtype: Any) -> str:
-    """The implementation for this machine: cuDNN where the dtype allows it, the TPU kernel on one chip, else plain jnp.
-
-    (XLA splits the others over a mesh by itself; the kernel it cannot split.)
-    """
+    """The implementation for this machine: the TPU kernel, cuDNN where the dtype allows it, else plain jnp."""
     backend = jax.default_backend()
     if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
         return "cudnn"
-    return "splash" if backend == "tpu" and jax.device_count() == 1 else "jnp"
+    return "splash" if backend == "tpu" else "jnp"
 
 
 def _reference(q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int) -> jax.Array:
@@ -268,9 +277,38 @@ class SharedPrefixMask(splash_mask._ComputableMask):
 
 
 def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    prompt_mask: jax.Array,
+    generations: int,
+    mesh: Mesh | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
-    """The whole packed sequence by one Pallas kernel on TPU; `interpret` runs it anywhere, slowly."""
+    """The whole packed sequence by one Pallas kernel on TPU, on each device for its examples and heads; `interpret`
+    runs it anywhere, slowly."""
+    kernel = partial(_splash_alone, generations=generations, interpret=interpret)
+    if mesh is None or mesh.size == 1:
+        return kernel(q, k, v, prompt_mask)
+    parts = mesh.shape["tensor"]
+    heads = "tensor" if q.shape[2] % parts == 0 else None
+    if heads:  # fewer kv heads than devices: each has copies of what its queries read
+        copies = next(
+            n for n in range(1, q.shape[2] + 1) if k.shape[2] * n % parts == 0 == q.shape[2] % (k.shape[2] * n)
+        )
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+    examples = sharding.EXAMPLES if q.shape[0] % sharding.example_parts(mesh) == 0 else None
+    place = P(examples, None, heads)
+    split = jax.shard_map(
+        kernel, mesh=mesh, in_specs=(place, place, place, P(examples)), out_specs=place, check_vma=False
+    )
+    return split(q, k, v, prompt_mask)
+
+
+def _splash_alone(
+    q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int, interpret: bool
+) -> jax.Array:
+    """The kernel on one device."""
     b, length, heads, dim = q.shape
     t = prompt_mask.shape[1]
     pad = -length % 128

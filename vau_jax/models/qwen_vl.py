@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from vau_jax.models import attention, rope
 from vau_jax.models.attention import Keys
@@ -44,6 +45,7 @@ class DecoderLayer(nn.Module):
     lora: LoRA | None
     generations: int = 0  # completions in a packed sequence
     keep_kv: bool = False
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -75,7 +77,7 @@ class DecoderLayer(nn.Module):
         k = rope.rotate(project("k", c.num_kv_heads), where.angles)
         v = project("v", c.num_kv_heads)
         if caches is None:
-            out = attention.prefix_attention(q, k, v, where.prompt_mask, self.generations, self.attention)
+            out = attention.prefix_attention(q, k, v, where.prompt_mask, self.generations, self.attention, self.mesh)
             return out, KVCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)) if self.keep_kv else None
         prompt, own = caches
         written = jnp.arange(own.k.shape[3]) < where.step  # [C]
@@ -107,6 +109,7 @@ class Decoder(nn.Module):
     lora: LoRA | None
     remat: bool
     unroll: int
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(
@@ -126,7 +129,7 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, 0, 0),
             length=c.num_layers,
             unroll=self.unroll,
-        )(c, self.dtype, self.attention, self.lora, generations, keep_kv, name="layers")
+        )(c, self.dtype, self.attention, self.lora, generations, keep_kv, self.mesh, name="layers")
         x, kv = layers(x, where, jnp.arange(c.num_layers), caches)
         return RMSNorm(c.rms_norm_eps, name="norm")(x), kv
 
@@ -140,12 +143,13 @@ class QwenVL(nn.Module):
     unroll: int = 1  # layers in one round of the scan: more is faster for small models, and slower to compile
     attention: str = "auto"  # of prompts, a name in attention.IMPLEMENTATIONS
     lora: LoRA | None = None  # the kind of adapters that collection "lora" holds
+    mesh: Mesh | None = None  # where parameters and batches lie; None: one device
 
     def setup(self) -> None:
         c = self.config
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=UNIT_NORMAL)
         self.visual = VisionTower(c.vision, self.dtype, self.lora, self.remat, self.unroll)
-        self.decoder = Decoder(c, self.dtype, self.attention, self.lora, self.remat, self.unroll)
+        self.decoder = Decoder(c, self.dtype, self.attention, self.lora, self.remat, self.unroll, self.mesh)
         if not c.tie_word_embeddings:
             self.lm_head = self.param("lm_head", UNIT_NORMAL, (c.vocab_size, c.hidden_size))
 
