@@ -90,7 +90,7 @@ def make_config(args: argparse.Namespace, model: Path, data: Path) -> ConfigDict
     return c
 
 
-def exact_bucket(trainer_config: ConfigDict, side: int, frames: int, tokens: int) -> tuple[int, ...]:
+def exact_bucket(side: int, frames: int, tokens: int) -> tuple[int, ...]:
     """Padded sizes for clips that are all of one size, so that nothing but the text is padded (to 32 tokens)."""
     grid, rows = frames // 2, side // 14
     windows = -((-rows // 8) ** 2) * grid
@@ -102,7 +102,7 @@ def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
         make_data(Path(scratch), args.frames, args.side)
         config = make_config(args, model, Path(scratch))
         visual = args.frames // 2 * (args.side // 28) ** 2
-        config.data.bucket = exact_bucket(config, args.side, args.frames, visual + 48)
+        config.data.bucket = exact_bucket(args.side, args.frames, visual + 80)
         trainer = train.Trainer(config, scratch)
         steps = []
         for number in range(args.warmup + args.steps):
