@@ -126,7 +126,7 @@ def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
         "completion_tokens_per_s": args.prompts * args.group * args.new / seconds,
         "prompt_tokens": prompt,
         "padded_prompt_tokens": host.batch.tokens.shape[1],
-        "visual_tokens": visual,
+        "visual_tokens": int((host.batch.visual_index[0] >= 0).sum()),
         "parameters": sum(x.size for x in jax.tree.leaves(trainer.base or trainer.state.params)),
     }
     return result | utilisation(args, trainer, host.batch.tokens.shape[1], split["update"])

@@ -250,6 +250,26 @@ def test_a_users_reward_that_is_not_there_is_named(path: str, words: str) -> Non
         user_rewards.load(path)
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"grpo.loss_type": "ppo"}, "grpo.loss_type='ppo' is unknown: expected one of grpo"),
+        ({"grpo.kl_in": "both"}, "grpo.kl_in='both'"),
+        ({"grpo.importance": "yes"}, "grpo.importance='yes'"),
+        ({"grpo.iterations": 0}, "grpo.iterations=0: expected at least 1"),
+        ({"micro_batches": 3}, "micro_batches=3 does not divide batch_size=4"),
+        ({"user_rewards": ("tests.reward_functions:vowels", 1.0)}, "expected pairs"),
+        ({"rollout.num_generations": 1}, "num_generations=1"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_be_is_named(
+    changed: dict[str, Any], words: str, model_folder: Path, dataset: Path
+) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        train.Trainer(config(model_folder, dataset, **changed), "unused")
+
+
 def test_the_readmes_reward_runs_from_the_command_line(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     text = (ROOT / "launch" / "README.md").read_text()
     source = re.search(r"```python\n(def brief.*?)```", text, re.DOTALL)[1]

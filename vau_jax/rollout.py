@@ -69,8 +69,6 @@ class Rollout:
                 f"rollout.num_generations={c.rollout.num_generations}: GRPO compares the completions of a prompt, so a "
                 "group needs at least 2"
             )
-        if c.grpo.kl_in not in ("loss", "reward"):
-            raise InputError(f"grpo.kl_in={c.grpo.kl_in!r} is unknown: expected loss or reward")
         self.user = UserRewards(c.user_rewards, c.rollout.reward_threads)
         self.built_in = tuple(name for name, weight in c.rewards.items() if weight)
         weights = {name: c.rewards[name] for name in self.built_in}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax import checkpoint, cli, optim, rollout, sharding, update
+from vau_jax import checkpoint, cli, grpo, optim, rollout, sharding, update
 from vau_jax.data import pipeline
 from vau_jax.data.pipeline import HostBatch
 from vau_jax.difficulty import Difficulty
@@ -262,19 +262,34 @@ class _Clock:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises InputError for settings that no run can have."""
+    """Raises InputError for settings that no run can have, before anything is loaded."""
     c = config
-    if c.stage not in update.STAGES:
-        raise InputError(f"stage={c.stage!r} is unknown: expected one of {', '.join(update.STAGES)}")
-    if c.dtype not in DTYPES:
-        raise InputError(f"dtype={c.dtype!r} is unknown: expected one of {', '.join(DTYPES)}")
-    if c.stage == "sft" and c.data.style == "reflection" and not c.data.reflection:
-        raise InputError("SFT with data.style=reflection needs the records to learn from: set config.data.reflection")
-    if c.micro_batches < 1 or c.batch_size % c.micro_batches:
-        raise InputError(f"micro_batches={c.micro_batches} does not divide batch_size={c.batch_size}")
-    for name, value in (("grpo.iterations", c.grpo.iterations), ("rollout.max_draws", c.rollout.max_draws)):
+    choices = {
+        "stage": (c.stage, tuple(update.STAGES)),
+        "dtype": (c.dtype, tuple(DTYPES)),
+        "grpo.loss_type": (c.grpo.loss_type, grpo.LOSS_TYPES),
+        "grpo.scale": (c.grpo.scale, grpo.SCALES),
+        "grpo.kl": (c.grpo.kl, grpo.KL_FORMS),
+        "grpo.kl_in": (c.grpo.kl_in, ("loss", "reward")),
+        "grpo.importance": (c.grpo.importance, ("auto", "always", "never")),
+    }
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise InputError(f"{name}={value!r} is unknown: expected one of {', '.join(known)}")
+    counts = {
+        "micro_batches": c.micro_batches,
+        "grpo.iterations": c.grpo.iterations,
+        "rollout.max_draws": c.rollout.max_draws,
+        "rollout.reward_threads": c.rollout.reward_threads,
+        "data.difficulty.memory": c.data.difficulty.memory,
+    }
+    for name, value in counts.items():
         if value < 1:
             raise InputError(f"{name}={value}: expected at least 1")
+    if c.stage == "sft" and c.data.style == "reflection" and not c.data.reflection:
+        raise InputError("SFT with data.style=reflection needs the records to learn from: set config.data.reflection")
+    if c.batch_size % c.micro_batches:
+        raise InputError(f"micro_batches={c.micro_batches} does not divide batch_size={c.batch_size}")
 
 
 def run(config: ConfigDict, workdir: str | Path) -> Path:

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vau_jax import grpo, logprobs, optim, sft, sharding
-from vau_jax.files import InputError
 from vau_jax.models import qwen_vl
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.types import Array, Batch, Completions, Params, State, TrainBatch, Variables
@@ -111,8 +110,6 @@ def make(
 def loss_settings(config: ConfigDict) -> Any:
     """What the loss reads: config.grpo with the completion length, the group size, and the cap of the correction."""
     grpo_config, c = config.grpo, config.rollout
-    if grpo_config.importance not in ("auto", "always", "never"):
-        raise InputError(f"grpo.importance={grpo_config.importance!r} is unknown: expected auto, always or never")
     filtered = c.top_p < 1 or c.top_k > 0
     corrected = grpo_config.importance == "always" or (grpo_config.importance == "auto" and filtered)
     return ConfigDict(

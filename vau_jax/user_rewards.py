@@ -38,6 +38,11 @@ class UserRewards:
     """All user rewards of a run: (import path, weight) pairs."""
 
     def __init__(self, weighted: Sequence[tuple[str, float]], threads: int) -> None:
+        for pair in weighted:
+            if isinstance(pair, str) or len(pair) != 2 or isinstance(pair[1], str):
+                raise InputError(
+                    f"user_rewards has {pair!r}: expected pairs, (('package.module:function', weight), ...)"
+                )
         self.names = tuple(path for path, _ in weighted)
         self.weights = tuple(float(weight) for _, weight in weighted)
         self.functions = [load(path) for path in self.names]
