@@ -110,9 +110,10 @@ def main() -> None:
     args = parser.parse_args()
     load, result = os.getloadavg()[0], {}
     for name in args.curves:
-        result[name] = [point(sizes, args.most_tokens) for sizes in CURVES[name]]
-        for p in result[name]:
-            print(json.dumps(p), flush=True)
+        result[name] = []
+        for sizes in CURVES[name]:
+            result[name].append(point(sizes, args.most_tokens))
+            print(json.dumps(result[name][-1]), flush=True)
     print(json.dumps({"load": load, "curves": result}))
 
 
