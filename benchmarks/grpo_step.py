@@ -84,9 +84,9 @@ def make_config(args: argparse.Namespace, model: Path, data: Path) -> ConfigDict
     c.data.max_completion_tokens = c.rollout.min_new_tokens = args.new
     c.rollout.num_generations, c.grpo.beta, c.remat, c.unroll = args.group, args.beta, args.remat, args.unroll
     c.lora.rank = args.lora
-    if args.lora or args.freeze_vision:
-        c.optim.freeze = () if args.lora else ("visual/.*",)
-    c.data.bucket = (1, 1, 1, 1, 1, 1)
+    c.optim.freeze = ("visual/.*",) if args.freeze_vision else ()
+    visual = args.frames // 2 * (args.side // 28) ** 2
+    c.data.bucket = exact_bucket(args.side, args.frames, visual + 80)
     return c
 
 
@@ -100,10 +100,7 @@ def exact_bucket(side: int, frames: int, tokens: int) -> tuple[int, ...]:
 def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         make_data(Path(scratch), args.frames, args.side)
-        config = make_config(args, model, Path(scratch))
-        visual = args.frames // 2 * (args.side // 28) ** 2
-        config.data.bucket = exact_bucket(args.side, args.frames, visual + 80)
-        trainer = train.Trainer(config, scratch)
+        trainer = train.Trainer(make_config(args, model, Path(scratch)), scratch)
         steps = []
         for number in range(args.warmup + args.steps):
             metrics, _ = trainer.step(number)

@@ -2,8 +2,6 @@
 
 from vau_jax.data.pipeline import Example
 
-DRAWS: list[str] = []  # examples that `only_some_examples` has seen, in order
-
 
 def vowels(completion: str, example: Example) -> float:
     return sum(letter in "aeiou" for letter in completion) / max(1, len(completion))
