@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from decode import DEVICES  # beside this file
+from decode import DEVICES, VISION_32M  # beside this file
 from ml_collections import ConfigDict
 
 from configs import vau_r1_multi_rft
@@ -47,7 +47,6 @@ TEXT_32M = {
     "num_key_value_heads": 2,
     "vocab_size": 1024,
 }
-VISION_32M = {"depth": 6, "hidden_size": 256, "intermediate_size": 768, "num_heads": 8, "fullatt_block_indexes": [2, 5]}
 PEERS = Path(__file__).parent / "peers"
 PARTS = ("data", "rollout", "reward", "score", "update")
 
