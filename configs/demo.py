@@ -38,7 +38,7 @@ def get_config(mode: str = "") -> ConfigDict:
 
     c.sft = stage("sft")
     c.sft.steps = 60 if quick else 700
-    c.sft.data.max_examples = 0 if quick else 720  # of 240 videos: reasoning is dear, RFT needs the answers alone
+    c.sft.data.max_examples = 0 if quick else 1200  # of 400 videos: reasoning is dear, RFT needs the answers alone
     c.sft.data.task_weights.qa = 2.0
     c.sft.batch_size = 16
     c.sft.optim.lr = 1e-3
