@@ -99,7 +99,7 @@ def exact_bucket(side: int, frames: int, tokens: int) -> tuple[int, ...]:
 def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         make_data(Path(scratch), args.frames, args.side)
-        trainer = train.Trainer(make_config(args, model, Path(scratch)), scratch)
+        trainer = train.Trainer(make_config(args, model, Path(scratch)))
         steps = []
         for number in range(args.warmup + args.steps):
             metrics, _ = trainer.step(number)

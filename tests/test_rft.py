@@ -69,7 +69,7 @@ def test_how_often_the_tower_sees_a_video(
     c = config(model_folder, dataset)
     if frozen:
         c.optim.freeze, c.grpo.iterations = ("visual/.*",), 2
-    t = train.Trainer(c, "unused")
+    t = train.Trainer(c)
     assert t.tower_is_frozen == frozen
     t.step(0)
     jax.effects_barrier()
@@ -79,8 +79,8 @@ def test_how_often_the_tower_sees_a_video(
 def test_a_frozen_tower_changes_nothing_but_the_work(model_folder: Path, dataset: Path) -> None:
     """The same update of the decoder from stored features as from patches."""
     c = config(model_folder, dataset, **{"optim.freeze": ("visual/.*",)})
-    stored = train.Trainer(c, "unused")
-    again = train.Trainer(c, "unused")
+    stored = train.Trainer(c)
+    again = train.Trainer(c)
     again.tower_is_frozen = False
     (a, params), (b, expected) = moved(stored), moved(again)
     np.testing.assert_allclose(a["loss"], b["loss"], atol=1e-5)
@@ -89,7 +89,7 @@ def test_a_frozen_tower_changes_nothing_but_the_work(model_folder: Path, dataset
 
 
 def test_features_stand_in_the_batch(model_folder: Path, dataset: Path) -> None:
-    t = train.Trainer(config(model_folder, dataset, **{"lora.rank": 2}), "unused")
+    t = train.Trainer(config(model_folder, dataset, **{"lora.rank": 2}))
     batch = t._place(next(t.data))
     assert isinstance(batch.vision, Features)
     assert batch.vision.tokens.shape[0] == t.config.batch_size
@@ -101,7 +101,7 @@ def test_features_stand_in_the_batch(model_folder: Path, dataset: Path) -> None:
 @pytest.fixture(scope="module")
 def rolled(model_folder: Path, dataset: Path) -> tuple[train.Trainer, TrainBatch]:
     """A trainer with two updates a rollout, and the batch of its first step."""
-    t = train.Trainer(config(model_folder, dataset, **{"grpo.iterations": 2, "optim.lr": 3e-3}), "unused")
+    t = train.Trainer(config(model_folder, dataset, **{"grpo.iterations": 2, "optim.lr": 3e-3}))
     batch, _, _ = t._rollout(next(t.data), 0, train._Clock())
     return t, jax.device_put(batch, sharding.examples(t.mesh))
 
@@ -180,7 +180,7 @@ def test_a_reference_that_follows_is_the_policy_again(
 
 
 def test_half_a_step_towards_the_policy(model_folder: Path, dataset: Path) -> None:
-    t = train.Trainer(config(model_folder, dataset, **{"grpo.reference_every": 1, "grpo.reference_mix": 0.5}), "unused")
+    t = train.Trainer(config(model_folder, dataset, **{"grpo.reference_every": 1, "grpo.reference_mix": 0.5}))
     before = jax.device_get(t.state.params)
     _, after = moved(t)
     assert_close(jax.device_get(t.state.reference), jax.tree.map(lambda a, b: (a + b) / 2, before, after), 1e-6)
@@ -193,7 +193,7 @@ def test_half_a_step_towards_the_policy(model_folder: Path, dataset: Path) -> No
 def scorer(model_folder: Path, dataset: Path) -> tuple[rollout.Rollout, pipeline.HostBatch, ConfigDict]:
     """A rollout whose model is never run, and a batch of prompts."""
     c = config(model_folder, dataset)
-    t = train.Trainer(c, "unused")
+    t = train.Trainer(c)
     return t.rollout, next(t.data), c
 
 
@@ -267,7 +267,7 @@ def test_a_setting_that_cannot_be_is_named(
     changed: dict[str, Any], words: str, model_folder: Path, dataset: Path
 ) -> None:
     with pytest.raises(InputError, match=re.escape(words)):
-        train.Trainer(config(model_folder, dataset, **changed), "unused")
+        train.Trainer(config(model_folder, dataset, **changed))
 
 
 def test_the_readmes_reward_runs_from_the_command_line(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_filtered_sampling_is_corrected(importance: str, top_p: float, cap: floa
 def test_groups_without_variance_are_replaced(model_folder: Path, dataset: Path) -> None:
     """Only classification prompts have rewards that differ: the batch is filled with them from further draws."""
     c = config(model_folder, dataset, "only_classification", **{"rollout.max_draws": 6})
-    t = train.Trainer(c, "unused")
+    t = train.Trainer(c)
     draw, batch, draws = t._draw(next(t.data), jax.random.key(0), train._Clock())
     assert 1 < len(draws) <= 6
     assert {item.example.task for item in draw.host.examples} == {"classification"}
@@ -397,7 +397,7 @@ def test_groups_without_variance_are_replaced(model_folder: Path, dataset: Path)
 def test_the_number_of_draws_is_bounded_and_counted(model_folder: Path, dataset: Path) -> None:
     """Where no reward ever differs, the step ends after max_draws with nothing to learn from."""
     c = config(model_folder, dataset, **{"user_rewards": (), "rollout.max_draws": 3, "grpo.beta": 0.0})
-    t = train.Trainer(c, "unused")
+    t = train.Trainer(c)
     metrics, _ = t.step(0)
     assert metrics["dynamic/draws"] == 3
     assert metrics["dynamic/replaced"] == 0 and metrics["dynamic/left_without_variance"] == c.batch_size
@@ -409,7 +409,7 @@ def test_the_number_of_draws_is_bounded_and_counted(model_folder: Path, dataset:
 
 def test_levels_follow_the_running_accuracy(model_folder: Path, dataset: Path) -> None:
     c = config(model_folder, dataset, **{"data.difficulty.enabled": True})
-    t = train.Trainer(c, "unused")
+    t = train.Trainer(c)
     host = next(t.data)
     plain, metrics = t.difficulty.choose(host, t.collate)
     assert plain is host and metrics == {"difficulty/easy": 0, "difficulty/hard": 0}
@@ -461,7 +461,7 @@ def test_a_resumed_run_remembers_difficulty_and_tokens(model_folder: Path, datas
     train.run(c, tmp_path)
     first = read_metrics(tmp_path)[0]
     c.steps = 2
-    t = train.Trainer(c, tmp_path)
+    t = train.Trainer(c)
     assert t.resume(checkpoint.Checkpoints(tmp_path)) == 1
     assert t.tokens_seen == first["tokens_seen"] > 0
     assert t.difficulty.accuracy and set(t.difficulty.accuracy.values()) == {0.0}

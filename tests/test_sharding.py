@@ -51,7 +51,7 @@ c.rewards.tiou, c.rewards.reflection = 1.0, 1.0
 c.micro_batches, c.grpo.entropy_bonus = int(sys.argv[5]), 0.01
 c.data.max_completion_tokens = 24 if c.stage == "rft" else 128
 c.data.csv, c.data.videos, c.data.reflection = data + "/train.csv", data + "/videos", data + "/train_reflection.jsonl"
-t = train.Trainer(c, "unused")
+t = train.Trainer(c)
 before = jax.tree.map(lambda x: x.sharding, t.state)
 losses, tokens = [], []
 for i in range(2):

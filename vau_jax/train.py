@@ -39,12 +39,12 @@ ADAPTER_STREAM = 2**31 - 2  # no step number: the key of fresh adapters and the 
 class Trainer:
     """Everything of a run that is set up once: model, state, data, compiled functions."""
 
-    def __init__(self, config: ConfigDict, workdir: str | Path) -> None:
+    def __init__(self, config: ConfigDict) -> None:
         check(config)
-        self.config, self.workdir = config, Path(workdir)
+        self.config = config
         self.mesh = sharding.make_mesh(config.mesh)
         sharding.check_divisible(config.batch_size // config.micro_batches, self.mesh)
-        self.examples, audit = pipeline.load_examples(config.data)
+        examples, audit = pipeline.load_examples(config.data)
         print(audit.table(), flush=True)
         self.lora = LoRA(**config.lora) if config.lora.rank else None
         # What is not trained needs no more bits than it is used in.
@@ -69,9 +69,7 @@ class Trainer:
         self._make_state(trained)
         self._compile()
         self.collate = pipeline.Collator(self.processor, config.data)
-        self.data = pipeline.train_iterator(
-            self.examples, self.processor, config.data, config.batch_size, seed=config.seed
-        )
+        self.data = pipeline.train_iterator(examples, self.processor, config.data, config.batch_size, seed=config.seed)
         self.difficulty = Difficulty(config.data.difficulty)
         self.tokens_seen = 0
         self.key = jax.random.key(config.seed)
@@ -300,7 +298,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     if (checkpoints.latest() or 0) >= config.steps:
         print(f"{config.stage}: {config.steps} steps are done already ({workdir})", flush=True)
         return workdir
-    trainer = Trainer(config, workdir)
+    trainer = Trainer(config)
     checkpoint.copy_model_files(trainer.processor.folder, workdir)
     if trainer.lora:
         checkpoint.write_adapter(workdir, checkpoint.Adapter(config.init_from or config.model, trainer.lora))
