@@ -74,8 +74,10 @@ def stage(name: str) -> ConfigDict:
     c.data.style = "reflection"
     c.data.wording = "short"
     c.data.max_frames = 24
+    c.data.budget = "model"
     c.data.augment = True
     c.data.max_completion_tokens = 80
     c.data.bucket = (64, 96, 12, 8, 12, 8)
+    c.data.length_window = 1  # all clips fit the smallest bucket
     c.checkpoint.every = 100
     return c

@@ -2,8 +2,8 @@
 
     python -m launch.demo --config=configs/demo.py[:quick] --workdir=DIR
 
-DIR/data: videos and annotations, DIR/model: the model's start, DIR/sft and DIR/rft: training runs, DIR/eval: scores,
-DIR/report.md: the result.
+DIR/data: videos and annotations, DIR/model: the model's start, DIR/frames: decoded frames, DIR/sft and DIR/rft: runs,
+DIR/eval: scores, DIR/report.md: the result.
 """
 
 import json
@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import eval as eval_config
-from data_prep import random_model
+from data_prep import cache_frames, random_model
 from vau_jax import cli, evaluate, report, train
 from vau_jax.data import annotations, prompts, synthetic
 from vau_jax.files import read_json, write_text
@@ -26,6 +26,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     stages = {
         "videos": lambda: synthetic.make_dataset(workdir / "data", dict(config.videos), config.video_seed),
         "model": lambda: make_model(config, workdir),
+        "frames": lambda: decode_videos(config, workdir),
         "evaluate init": lambda: evaluate_stage(config, workdir, "init"),
         "sft": lambda: train.run(train_config(config, workdir, "sft"), workdir / "sft"),
         "evaluate sft": lambda: evaluate_stage(config, workdir, "sft"),
@@ -74,6 +75,14 @@ def train_config(config: ConfigDict, workdir: Path, stage: str) -> ConfigDict:
     c.data.csv, c.data.videos = str(data / "train.csv"), str(data / "videos")
     c.data.reflection, c.data.cache = str(data / "train_reflection.jsonl"), str(workdir / "frames")
     return c
+
+
+def decode_videos(config: ConfigDict, workdir: Path) -> None:
+    """Fills DIR/frames, which all stages read."""
+    for split in ("train", "test"):
+        c = train_config(config, workdir, "rft")
+        c.data.csv, c.data.reflection = str(workdir / "data" / f"{split}.csv"), ""
+        cache_frames.run(c, workdir / "frames")
 
 
 def evaluate_stage(config: ConfigDict, workdir: Path, stage: str) -> None:

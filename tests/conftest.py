@@ -1,5 +1,6 @@
 """What many tests share: a small data set of real mp4 files, and small models with weights that hide nothing."""
 
+import lzma
 import os
 import tempfile
 
@@ -47,6 +48,15 @@ def vlm(model_folder: Path) -> VideoLM:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 training and 12 test clips with their annotations."""
     return synthetic.make_dataset(tmp_path_factory.mktemp("data"), {"train": 24, "val": 0, "test": 12}, seed=7)
+
+
+@pytest.fixture(scope="session")
+def vau_bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published annotation files."""
+    folder = tmp_path_factory.mktemp("vau_bench")
+    for packed in (Path(__file__).parent / "data" / "vau_bench").glob("*.xz"):
+        (folder / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
+    return folder
 
 
 @pytest.fixture

@@ -19,7 +19,10 @@ BASE = {
     "Correct Option": "A",
     "Key Object": "two men",
     "Description": "Two men fight.",
-    "Reasoning": "### Location: street ### Conclusion: a fight",
+    "Reasoning": (
+        "### Specific Anomaly Type: fight ### Location: street ### Key Evidence: fists ### Detailed Explanation: a row "
+        "### Cause and Effect: a quarrel ### Conclusion: a fight"
+    ),
     "Anomaly Class": "Assault",
     "Start Time": "4.0",
     "End Time": "35.0",
@@ -43,7 +46,8 @@ def test_a_clean_row_is_read_whole(tmp_path: Path) -> None:
     row, notes = one(tmp_path)
     assert (row.answer, row.anomaly_class, row.interval) == ("A", "Assault", (4.0, 35.0))
     assert row.tasks == ("qa", "grounding", "classification")
-    assert row.reasoning == {"Location": "street", "Conclusion": "a fight"}
+    assert list(row.reasoning) == list(annotations.SECTIONS)
+    assert (row.reasoning["Location"], row.reasoning["Conclusion"]) == ("street", "a fight")
     assert notes == []
 
 
@@ -52,6 +56,12 @@ def test_ecva_times_are_mmss(tmp_path: Path, raw: str, seconds: float) -> None:
     row, notes = one(tmp_path, "ecva", Start_Time="3.0", End_Time=raw)
     assert row.interval == (3.0, seconds)
     assert len(notes) == (raw != "45.0")
+
+
+def test_a_row_with_a_time_that_is_no_mmss_number_is_kept_in_seconds_whole(tmp_path: Path) -> None:
+    row, notes = one(tmp_path, "ecva", Start_Time="560.0", End_Time="610.0")
+    assert row.interval == (560.0, 610.0)
+    assert [note.split(":")[0] for note in notes] == ["times are no MMSS numbers, kept as seconds"]
 
 
 def test_paper_protocol_keeps_ecvas_misread_times(tmp_path: Path) -> None:
@@ -150,7 +160,93 @@ def test_an_empty_file_is_an_error(tmp_path: Path, text: str) -> None:
 
 
 def test_the_audit_counts_by_reason(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", {"Correct Option": "E"}, {"Correct Option": "F"}, {})
+    bad = ({"Video Name": f"{letter}.mp4", "Correct Option": letter} for letter in "EF")
+    path = write(tmp_path / "a.csv", *bad, {})
     _, audit = load(path)
     assert audit.counts() == {("excluded", "correct option is not a letter A to D"): 2}
     assert "3 rows" in audit.table()
+
+
+# --- The published files ------------------------------------------------------------------------------------------
+
+DENOMINATORS = {  # qa, grounding, classification of VAU-R1's tables
+    "test_msad": (240, 120, 240),
+    "test_ucf_crime": (251, 124, 290),
+    "test_ecva": (402, 402, 402),
+}
+
+
+@pytest.mark.parametrize("name", DENOMINATORS)
+def test_paper_protocol_has_the_published_denominators(vau_bench: Path, name: str) -> None:
+    rows, _ = load(vau_bench / f"{name}.csv", protocol="paper")
+    assert tuple(annotations.denominators(rows).values()) == DENOMINATORS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("val", 734), ("test_msad", 240), ("test_ucf_crime", 290), ("test_ecva", 438), ("ucf_subset_train", 1194)],
+)
+def test_clean_protocol_keeps_every_row(vau_bench: Path, name: str, rows: int) -> None:
+    found, audit = load(vau_bench / f"{name}.csv")
+    assert len(found) == audit.rows == rows
+
+
+def test_clean_protocol_serves_each_task_with_what_is_usable(vau_bench: Path) -> None:
+    tasks = {
+        name: tuple(
+            sum(task in row.tasks for row in load(vau_bench / f"{name}.csv")[0]) for task in ("qa", "grounding")
+        )
+        for name in DENOMINATORS
+    }
+    assert tasks == {"test_msad": (240, 240), "test_ucf_crime": (251, 274), "test_ecva": (438, 402)}
+
+
+def test_ecva_intervals_shorten_as_mmss(vau_bench: Path) -> None:
+    """175 of 402 change; their mean length was 133 s and is 88 s (two rows are Normal: theirs are set aside here)."""
+    import numpy as np
+
+    clean, misread = (
+        {row.video: row.interval for row in load(vau_bench / "test_ecva.csv", protocol=p)[0] if row.interval}
+        for p in ("clean", "paper")
+    )
+    assert len(misread) == 402
+    assert sum(clean[video] != interval for video, interval in misread.items()) == 175
+    lengths = [np.mean([i[1] - i[0] for i in found.values() if i != "normal"]) for found in (misread, clean)]
+    assert lengths == pytest.approx([133, 88], abs=1)
+
+
+def test_every_reasoning_has_its_sections_or_is_flagged(vau_bench: Path) -> None:
+    for name in ("val", *DENOMINATORS):
+        rows, audit = load(vau_bench / f"{name}.csv")
+        flagged = {entry.line for entry in audit.entries if entry.reason.startswith("sections are lacking")}
+        assert {row.line for row in rows if row.description and len(row.reasoning) < 6} == flagged
+
+
+def test_keyed_answers_that_deny_a_labelled_anomaly_are_flagged(vau_bench: Path) -> None:
+    _, audit = load(vau_bench / "test_msad.csv")
+    lettered = {entry.line for entry in audit.entries if entry.reason.startswith("correct option holds")}
+    denied = {entry.line for entry in audit.entries if entry.reason.startswith("the keyed answer denies")}
+    assert (len(lettered), len(lettered & denied)) == (8, 2)
+
+
+def test_the_leak_between_val_and_test_is_found(vau_bench: Path) -> None:
+    val, test = (load(vau_bench / f"{name}.csv")[0] for name in ("val", "test_ecva"))
+    assert sorted(row.video for row in annotations.shared_videos(val, test)) == ["ecva_1953.mp4", "ecva_1955.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("video", "label"),
+    [
+        ("ucf_Shoplifting037_x264.mp4", "Stealing"),
+        ("Normal_Videos_100_x264.mp4", "Normal"),
+        ("Abuse1_x264.mp4", "Abuse"),
+    ],
+)
+def test_ucf_class_by_name(video: str, label: str) -> None:
+    assert annotations.ucf_class(video) == label
+
+
+def test_ucf_class_by_name_agrees_with_every_labelled_row(vau_bench: Path) -> None:
+    for name in ("val", "test_ucf_crime", "ucf_subset_train"):
+        rows = [row for row in load(vau_bench / f"{name}.csv")[0] if row.source == "ucf" and row.anomaly_class]
+        assert rows and all(annotations.ucf_class(row.video) == row.anomaly_class for row in rows)

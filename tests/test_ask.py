@@ -46,7 +46,7 @@ def test_what_is_printed(completion: str, task: str, expected: str) -> None:
         (["--model=/none", "--video={clip}", "--task=ground"], "model folder /none does not exist"),
         (["--model={model}", "--video=/none.mp4", "--task=ground"], "video /none.mp4 does not exist"),
         (["--model={model}", "--video={clip}", "--task=qa", "Why?"], "four --option"),
-        (["--model={model}", "--video={model}/config.json", "--task=classify"], "cannot decode"),
+        (["--model={model}", "--video={model}/config.json", "--task=classify"], "cannot open"),
     ],
     ids=["model", "video", "options", "not a video"],
 )

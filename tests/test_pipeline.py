@@ -1,19 +1,25 @@
 """Annotated videos to batches: targets, shuffled options, order, resuming, broken videos."""
 
+import json
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs import demo
 from vau_jax import parsing
-from vau_jax.data import pipeline, prompts
-from vau_jax.data.pipeline import Loader
+from vau_jax.data import frame_cache, pipeline, prompts, video
+from vau_jax.data.annotations import Row
+from vau_jax.data.frame_cache import FrameCache
+from vau_jax.data.pipeline import HostBatch, Loader, Share
 from vau_jax.data.processor import Processor
-from vau_jax.data.video import Clip, FrameCache
+from vau_jax.data.video import Clip
 from vau_jax.files import InputError
 
 
@@ -31,9 +37,11 @@ def config(dataset: Path) -> ConfigDict:
     return c
 
 
-def batches(config: ConfigDict, processor: Processor, count: int, state: dict | None = None) -> tuple[list, dict]:
+def batches(
+    config: ConfigDict, processor: Processor, count: int, state: dict | None = None, share: Share | None = None
+) -> tuple[list, dict]:
     examples, _ = pipeline.load_examples(config)
-    iterator = pipeline.train_iterator(examples, processor, config, batch_size=4, seed=3)
+    iterator = pipeline.train_iterator(examples, processor, config, batch_size=4, seed=3, share=share)
     if state:
         iterator.set_state(state)
     return [next(iterator) for _ in range(count)], iterator.get_state()
@@ -86,7 +94,7 @@ def test_options_move_with_their_letters(config: ConfigDict, processor: Processo
 
 def test_the_order_does_not_depend_on_threads(config: ConfigDict, processor: Processor) -> None:
     one, _ = batches(config, processor, 5)
-    config.threads = 4
+    config.workers = 4
     four, _ = batches(config, processor, 5)
     assert all(same(a, b) for a, b in zip(one, four, strict=True))
 
@@ -96,6 +104,55 @@ def test_resuming_gives_the_batches_that_were_left(config: ConfigDict, processor
     _, state = batches(config, processor, 3)
     rest, _ = batches(config, processor, 3, state)
     assert all(same(a, b) for a, b in zip(straight[3:], rest, strict=True))
+
+
+def items(host: HostBatch) -> set[tuple]:
+    """What makes an example what it is, whatever its place: name, prompt (options' order), pixels, target."""
+    return {
+        (i.example.name, i.prompt, i.encoded.visuals[0].patches.tobytes(), i.target_tokens.tobytes())
+        for i in host.examples
+    }
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_batches_of_one(
+    config: ConfigDict, processor: Processor, processes: int, window: int
+) -> None:
+    config.length_window = window
+    alone, _ = batches(config, processor, 5)
+    shares = [batches(config, processor, 5, share=Share(i, processes))[0] for i in range(processes)]
+    for number, host in enumerate(alone):
+        parts = [items(share[number]) for share in shares]
+        assert sum(map(len, parts)) == 4 and set().union(*parts) == items(host)
+
+
+def test_resuming_with_another_number_of_processes(config: ConfigDict, processor: Processor) -> None:
+    config.length_window = 3
+    straight, _ = batches(config, processor, 6)
+    _, state = batches(config, processor, 3, share=Share(1, 4))
+    rest = [batches(config, processor, 3, state, Share(i, 2))[0] for i in range(2)]
+    for number, host in enumerate(straight[3:]):
+        assert items(rest[0][number]) | items(rest[1][number]) == items(host)
+
+
+def test_batches_hold_examples_of_similar_length(config: ConfigDict, processor: Processor) -> None:
+    """Rows that know their videos' durations, as imported ones do; nothing is lost and nothing doubled."""
+    examples = [
+        replace(e, row=replace(e.row, duration=4.0 + 4 * (i % 3), fps=10.0, width=96, height=64))
+        for i, e in enumerate(pipeline.load_examples(config)[0])
+    ]
+
+    def spread(window: int) -> tuple[float, list[str]]:
+        config.length_window = window
+        iterator = pipeline.train_iterator(examples, processor, config, batch_size=4, seed=3)
+        hosts = [next(iterator) for _ in range(18)]
+        durations = [[item.example.row.duration for item in host.examples] for host in hosts]
+        return np.mean([max(d) - min(d) for d in durations]), [i.example.name for host in hosts for i in host.examples]
+
+    (plain, names), (sorted_, same_names) = spread(1), spread(18)
+    assert sorted_ < 1.5 < plain
+    assert sorted(names) == sorted(same_names) and len(set(names)) == 72
 
 
 def test_epochs_differ(config: ConfigDict, processor: Processor) -> None:
@@ -149,7 +206,129 @@ def test_a_broken_video_costs_its_example_and_is_counted(
     found, _ = batches(config, processor, 8)
     failed = [item for host in found for item in host.examples if item.failure]
     assert failed and not any(item.target_weights.any() for item in failed)
-    assert sum(pipeline.counts(host, config)["data/failed_videos"] for host in found) == len(failed)
+    counted = sum((Counter(pipeline.counts(host, config)) for host in found), Counter())
+    assert counted["data/failed_videos"] == counted["data/failed_videos/unreadable"] == len(failed)
+
+
+def test_a_video_that_takes_too_long_costs_its_example_and_is_counted(config: ConfigDict, processor: Processor) -> None:
+    config.video_seconds = 0.0001
+    found, _ = batches(config, processor, 2)
+    assert all(item.failure for host in found for item in host.examples)
+    assert pipeline.counts(found[0], config)["data/failed_videos/timeout"] == 4
+
+
+def test_a_damaged_video_is_used_and_counted(
+    config: ConfigDict, processor: Processor, tmp_path: Path, dataset: Path
+) -> None:
+    import shutil
+
+    from tests import clips
+
+    folder = tmp_path / "videos"
+    shutil.copytree(dataset / "videos", folder)
+    bad = clips.damage(clips.fast_start(tmp_path / "bad.mp4", count=200), 0.5, 600)
+    for path in folder.glob("train_*"):
+        shutil.copy(bad, path)
+    config.videos = str(folder)
+    host = batches(config, processor, 1)[0][0]
+    counts = pipeline.counts(host, config)
+    assert (counts["data/damaged_videos"], counts["data/failed_videos"]) == (4, 0)
+    assert all(item.damage and item.target_weights.any() for item in host.examples)
+
+
+def test_frames_come_from_the_cache_and_others_are_counted(
+    config: ConfigDict, processor: Processor, tmp_path: Path
+) -> None:
+    straight, _ = batches(config, processor, 2)
+    sampling = processor.sampling(pipeline.video_options(config, processor.video_options))
+    videos = sorted({item.example.path for item in straight[0].examples})
+    frame_cache.build(tmp_path, videos, sampling, video.read, 1, show=lambda done, note: None)
+    config.cache = str(tmp_path)
+    found, _ = batches(config, processor, 2)
+    assert all(same(a, b) for a, b in zip(straight, found, strict=True))
+    assert [pipeline.counts(host, config)["data/not_cached"] for host in found] == [
+        sum(item.example.path not in videos for item in host.examples) for host in straight
+    ]
+
+
+def test_batches_are_placed_ahead(config: ConfigDict, processor: Processor) -> None:
+    """The next batch is on the device before it is asked for, and the saved place is that of the batch given."""
+    placed = []
+
+    def place(host: HostBatch) -> HostBatch:
+        placed.append(host)
+        return replace(host, batch=jax.device_put(host.batch))
+
+    examples, _ = pipeline.load_examples(config)
+    iterator = pipeline.train_iterator(examples, processor, config, 4, seed=3, place=place)
+    straight, _ = batches(config, processor, 3)
+    first = next(iterator)
+    assert isinstance(first.batch.tokens, jax.Array) and same(first, straight[0])
+    for _ in range(100):
+        time.sleep(0.05)
+        if len(placed) > 1:
+            break
+    assert len(placed) > 1
+    rest, _ = batches(config, processor, 2, iterator.get_state())
+    assert all(same(a, b) for a, b in zip(straight[1:], rest, strict=True))
+
+
+def test_the_loss_is_on_the_assistants_tokens_alone(config: ConfigDict, processor: Processor) -> None:
+    """Token by token: the prompt's tokens and then the target's are those of the whole conversation in the chat
+    template, to the end token that closes the assistant's turn."""
+    config.reflection, config.style = "", "think"
+    tokenizer = processor.tokenizer
+    for host in batches(config, processor, 3)[0]:
+        for b, item in enumerate(host.examples):
+            completion = tokenizer.decode(item.target_tokens[:-1])
+            text = item.prompt.split("<|vision_end|>")[1].split("<|im_end|>")[0]
+            content = [{"type": "video"}, {"type": "text", "text": text}]
+            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": completion}]
+            whole = tokenizer.apply_chat_template(messages, tokenize=False)
+            expected = processor.encode_text(whole, item.encoded.visuals).tokens.tolist()
+            found = [*item.encoded.tokens, *item.target_tokens]
+            assert found == expected[: len(found)]
+            assert tokenizer.decode(expected[len(found) :]).strip() == ""
+            assert found[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+            count = len(item.target_tokens)
+            assert host.weights[b, 0].tolist() == [1.0] * count + [0.0] * (host.weights.shape[2] - count)
+
+
+def test_prompts_in_a_users_words(config: ConfigDict, processor: Processor, tmp_path: Path) -> None:
+    words = {
+        "questions": {"classification": "Which of {labels}?", "qa": "{options}|{question}"},
+        "forms": {"reflection": "FORM"},
+    }
+    config.templates, config.wording = str(tmp_path / "words.json"), "full"
+    Path(config.templates).write_text(json.dumps(words))
+    for item in (item for host in batches(config, processor, 3)[0] for item in host.examples):
+        assert "FORM" in item.prompt
+        if item.example.task == "classification":
+            assert "Which of Abuse, Agriculture, " in item.prompt
+        if item.example.task == "qa":
+            row = item.example.row
+            assert f"A. {row.options[0]}" in item.prompt and f"|{row.question}" in item.prompt
+
+
+def test_what_a_row_says_is_no_template() -> None:
+    row = Row("a", "msad", "What is {labels}?", tuple("wxyz"), "A", None, None, "", "", {})
+    assert prompts.question(row, "qa", "think", "short").startswith("What is {labels}?")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "expected an object"),
+        ('{"moods": {}}', "'moods' is unknown: expected some of forms, asks"),
+        ('{"forms": {"loud": "x"}}', r"forms\.loud is unknown: expected some of reflection"),
+        ('{"forms": {"think": 1}}', "forms must be an object of texts"),
+    ],
+)
+def test_a_bad_file_of_words_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "words.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        prompts.load_words(path)
 
 
 def test_a_missing_video_is_excluded_and_listed(config: ConfigDict, tmp_path: Path, dataset: Path) -> None:

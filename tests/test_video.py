@@ -3,12 +3,13 @@
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
+from tests import clips
 from vau_jax.data import synthetic, video
-from vau_jax.data.video import FrameCache, VideoError, VideoOptions
+from vau_jax.data.decoders import VideoError
+from vau_jax.data.video import VideoOptions
 from vau_jax.files import InputError
 
 SMALL = VideoOptions(min_pixels=28 * 28, max_pixels=112 * 112)
@@ -51,28 +52,14 @@ def test_sampling_options(tmp_path: Path, options: dict, expected: list[int]) ->
 
 def test_variable_frame_rate_is_read_by_time_stamp(tmp_path: Path) -> None:
     """20 frames in the first second, then 10 in five seconds: evenly spaced times are no evenly spaced indices."""
-    path = tmp_path / "v.mp4"
     times = [Fraction(i, 20) for i in range(20)] + [1 + Fraction(i, 2) for i in range(10)]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=20)
-        stream.width, stream.height, stream.pix_fmt = 112, 84, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for i, t in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((84, 112, 3), 5 * i + 20, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = int(t * 1000), Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    path = clips.write(tmp_path / "v.mp4", count=30, times=times)
     clip = video.read(path, VideoOptions.from_item({"nframes": 6}, SMALL), factor=28, multiple=2)
     wanted = [i * clip.duration / 6 for i in range(6)]
-    assert numbers(clip.frames) == [max(i for i, t in enumerate(times) if t <= w + 1e-3) for w in wanted]
-
-
-def test_both_decoders_give_the_same_frames(tmp_path: Path) -> None:
-    pytest.importorskip("decord")
-    path = numbered(tmp_path / "a.mp4")
-    (a, *span), (b, *other) = (f(path, SMALL, 2) for f in (video._decode_decord, video._decode_pyav))
-    np.testing.assert_allclose(a.astype(int), b.astype(int), atol=2)
-    assert span == pytest.approx(other, abs=1e-3)
+    assert [clips.number(f) for f in clip.frames] == [
+        max(i for i, t in enumerate(times) if t <= w + 1e-3) for w in wanted
+    ]
+    np.testing.assert_allclose(clip.times, [float(times[clips.number(f)]) for f in clip.frames], atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -99,31 +86,57 @@ def test_an_unreadable_file_is_a_video_error(tmp_path: Path, content: bytes) -> 
 
 def test_a_missing_file_is_a_video_error(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match="no such file"):
-        FrameCache(tmp_path).read(tmp_path / "none.mp4", SMALL, 28, 2)
+        video.read(tmp_path / "none.mp4", SMALL, 28, 2)
 
 
-def test_the_cache_gives_the_same_clip(tmp_path: Path) -> None:
-    path, cache = numbered(tmp_path / "a.mp4"), FrameCache(tmp_path / "cache")
-    first, again = cache.read(path, SMALL, 28, 2), cache.read(path, SMALL, 28, 2)
-    np.testing.assert_array_equal(first.frames, again.frames)
-    assert again.seconds_per_frame == first.seconds_per_frame
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+def truncated(path: Path, share: float) -> Path:
+    """The same file, broken off; its table of frames stands at the front."""
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    return path
 
 
-def test_the_cache_sees_a_changed_video_and_other_options(tmp_path: Path) -> None:
-    path, cache = numbered(tmp_path / "a.mp4"), FrameCache(tmp_path / "cache")
-    cache.read(path, SMALL, 28, 2)
-    assert len(cache.read(path, VideoOptions.from_item({"nframes": 4}, SMALL), 28, 2).frames) == 4
-    numbered(path, count=20)
-    assert len(cache.read(path, SMALL, 28, 2).frames) == 4
+def test_of_a_file_that_breaks_off_what_is_there_is_used_and_flagged(tmp_path: Path) -> None:
+    path = truncated(clips.fast_start(tmp_path / "a.mp4", count=200), 0.6)
+    clip = video.read(path, SMALL, 28, 2)
+    assert "of 200 frames are there" in clip.damage
+    seen = [clips.number(f) for f in clip.frames]
+    assert seen[0] == 0 and set(np.diff(seen)) <= {10, 11, 12} and 90 < seen[-1] < 120
 
 
-def test_a_damaged_cache_record_is_made_again(tmp_path: Path) -> None:
-    path, cache = numbered(tmp_path / "a.mp4"), FrameCache(tmp_path / "cache")
-    first = cache.read(path, SMALL, 28, 2)
-    record = next((tmp_path / "cache").iterdir())
-    record.write_bytes(record.read_bytes()[:1000])
-    np.testing.assert_array_equal(cache.read(path, SMALL, 28, 2).frames, first.frames)
+def test_a_damaged_packet_costs_its_frames_alone_and_is_flagged(tmp_path: Path) -> None:
+    path = clips.fast_start(tmp_path / "a.mp4", count=200)
+    whole = video.read(path, SMALL, 28, 2)
+    clip = video.read(clips.damage(path, 0.5, 600), SMALL, 28, 2)
+    same = [np.array_equal(a, b) for a, b in zip(whole.frames, clip.frames, strict=True)]
+    assert clip.damage and 1 <= same.count(False) <= 3
+
+
+def test_fewer_frames_than_the_minimum_are_a_failure(tmp_path: Path) -> None:
+    path = clips.fast_start(tmp_path / "a.mp4", count=200)
+    data = bytearray(path.read_bytes())
+    first = data.index(b"mdat") + 4
+    data[first:] = bytes(len(data) - first)
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match="0 of 20 frames can be decoded") as caught:
+        video.read(path, SMALL, 28, 2)
+    assert caught.value.reason == "damaged"
+
+
+@pytest.mark.parametrize(("frames", "size"), [(60, (320, 240)), (400, (1280, 720)), (7, (96, 64)), (3000, (320, 240))])
+@pytest.mark.parametrize("budget", [{}, video.BUDGETS["vau_r1"]], ids=["default", "vau_r1"])
+def test_counts_and_sizes_are_qwen_vl_utils(frames: int, size: tuple[int, int], budget: dict[str, int]) -> None:
+    """Its own functions, for H.264 clips of 30 frames a second."""
+    from qwen_vl_utils import vision_process
+
+    item = {"fps": 2.0, **budget}
+    count = vision_process.smart_nframes(item, frames, 30.0)
+    options = VideoOptions.from_item(item)
+    assert video.frame_count(frames / 30, frames, options, 2) == count
+    least = item.get("min_pixels", 128 * 28 * 28)
+    most = max(min(768 * 28 * 28, item.get("total_pixels", 128000 * 28 * 28 * 0.9) / count * 2), int(least * 1.05))
+    theirs = vision_process.smart_resize(size[1], size[0], 28, min_pixels=least, max_pixels=most)
+    assert video.frame_size(size[1], size[0], count, options, 28, 2) == theirs
 
 
 @pytest.mark.parametrize("item", [{"fps": 0.0}, {"min_frames": 8, "max_frames": 4}], ids=str)

@@ -9,19 +9,20 @@ Prints the answer, and the interval where the task has one.
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from absl import logging
+from ml_collections import ConfigDict
 
 from vau_jax import parsing
 from vau_jax.data import prompts
 from vau_jax.data.annotations import LABELS, Row
+from vau_jax.data.pipeline import video_options
 from vau_jax.files import InputError, exit_on_input_error, read_json
 from vau_jax.vlm import DTYPES, VideoLM
 
 TASKS = {"qa": "qa", "ground": "grounding", "classify": "classification", "describe": None}
-FRAME_OPTIONS = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
 
 
 def answer(
@@ -43,8 +44,9 @@ def answer(
         raise InputError(f"video {video} does not exist: give a video file")
     data = _run_settings(Path(model))
     text = _words(task, question, options, data)
-    item = {"type": "video", "video": video, **{name: data.get(name) or None for name in FRAME_OPTIONS}}
     vlm = VideoLM.load(model, dtype)
+    sampled = asdict(video_options(data, vlm.processor.video_options)) if data else {}
+    item = {"type": "video", "video": video, **sampled}
     batch = vlm.encode([[{"role": "user", "content": [item, {"type": "text", "text": text}]}]])
     length = max_new_tokens or data.get("max_completion_tokens", 1024)
     completion = vlm.generate(batch, max_new_tokens=length, temperature=0.0).text[0][0]
@@ -52,20 +54,21 @@ def answer(
     return read(completion, task, options, reflection), completion
 
 
-def _run_settings(model: Path) -> dict[str, Any]:
+def _run_settings(model: Path) -> ConfigDict:
     """config.data of the run whose workdir or checkpoint `model` is; empty for a model folder."""
     for folder in (model, model.parent.parent):
         if (folder / "config.json").is_file() and (folder / "model").is_dir():
-            return read_json(folder / "config.json")["data"]
-    return {}
+            return ConfigDict(read_json(folder / "config.json")["data"])
+    return ConfigDict()
 
 
-def _words(task: str, question: str, options: tuple[str, ...], data: dict[str, Any]) -> str:
+def _words(task: str, question: str, options: tuple[str, ...], data: ConfigDict) -> str:
     """The user's text."""
     if TASKS[task] is None:
         return question or "Describe what happens in the video."
     row = Row("", "msad", question, options, None, None, None, "", "", {})
-    asked = prompts.question(row, TASKS[task], data.get("style", "think"), data.get("wording", "full"))
+    words = prompts.load_words(data.templates) if data.get("templates") else prompts.WORDS
+    asked = prompts.question(row, TASKS[task], data.get("style", "think"), data.get("wording", "full"), words)
     return f"{question}\n{asked}" if question and task != "qa" else asked
 
 

@@ -9,6 +9,7 @@ done. A video that cannot be read is a wrong answer, counted under "failed".
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from ml_collections import ConfigDict
 
 from vau_jax import cli, metrics, parsing, rewards, sampling
 from vau_jax.data import pipeline
-from vau_jax.data.pipeline import Collator, Example, HostBatch, Loader
-from vau_jax.data.video import FrameCache
+from vau_jax.data.pipeline import Example, HostBatch
 from vau_jax.files import read_json, write_text
 from vau_jax.metric_writer import Progress
 from vau_jax.types import Target
@@ -85,17 +85,12 @@ def _finished(path: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
 
 
 def _batches(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Iterator[HostBatch]:
-    """Padded batches; option order depends on the seed and the example's name alone."""
-    loader = Loader(vlm.processor, config.data, FrameCache(config.data.cache), augment=False, blind=config.blind)
-    collate = Collator(vlm.processor, config.data)
-    for first in range(0, len(examples), config.batch_size):
-        group = examples[first : first + config.batch_size]
-        padded = group + [group[-1]] * (config.batch_size - len(group))  # one shape, one program
-        items = [
-            loader(e, np.random.default_rng([config.seed, *hashlib.sha256(e.name.encode()).digest()])) for e in padded
-        ]
-        host = collate(items)
-        yield HostBatch(host.batch, host.completions, host.weights, host.target, host.examples[: len(group)])
+    """Padded batches, the last one without the examples that fill it up."""
+    batches = pipeline.eval_batches(
+        examples, vlm.processor, config.data, config.batch_size, seed=config.seed, blind=config.blind
+    )
+    for number, host in enumerate(batches):
+        yield replace(host, examples=host.examples[: len(examples) - number * config.batch_size])
 
 
 def _answer(host: HostBatch, vlm: VideoLM, config: ConfigDict) -> Iterator[dict[str, Any]]:

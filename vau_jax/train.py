@@ -8,6 +8,7 @@ its last checkpoint and ends with the same bits.
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -69,9 +70,12 @@ class Trainer:
         self._make_state(trained)
         self._compile()
         self.collate = pipeline.Collator(self.processor, config.data)
-        self.data = pipeline.train_iterator(examples, self.processor, config.data, config.batch_size, seed=config.seed)
+        self.data = pipeline.train_iterator(
+            examples, self.processor, config.data, config.batch_size, seed=config.seed, place=self._on_devices
+        )
         self.difficulty = Difficulty(config.data.difficulty)
         self.tokens_seen = 0
+        self.data_counts: Counter[str] = Counter()  # what went wrong with examples, since the run began
         self.key = jax.random.key(config.seed)
 
     def _make_state(self, trained: Params) -> None:
@@ -118,7 +122,12 @@ class Trainer:
     def place(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the state, as JSON."""
         iterator = checkpoint.iterator_state(self.data.get_state())
-        return {"iterator": iterator, "difficulty": self.difficulty.accuracy, "tokens_seen": self.tokens_seen}
+        return {
+            "iterator": iterator,
+            "difficulty": self.difficulty.accuracy,
+            "tokens_seen": self.tokens_seen,
+            "data_counts": dict(self.data_counts),
+        }
 
     def resume(self, checkpoints: checkpoint.Checkpoints) -> int:
         """Puts the run where its last checkpoint left it; returns the steps done."""
@@ -128,6 +137,7 @@ class Trainer:
         self.state, place = checkpoints.restore(step, self.state)
         self.data.set_state(place["iterator"])
         self.difficulty.accuracy, self.tokens_seen = place["difficulty"], place["tokens_seen"]
+        self.data_counts = Counter(place["data_counts"])
         return step
 
     # --- One step ---
@@ -137,7 +147,8 @@ class Trainer:
         clock = _Clock()
         with clock("data"):
             host = next(self.data)
-        metrics: dict[str, Any] = pipeline.counts(host, self.config.data)
+        self.data_counts.update(pipeline.counts(host, self.config.data))
+        metrics: dict[str, Any] = dict(self.data_counts)
         if self.rollout:
             train, found, samples = self._rollout(host, number, clock)
             metrics |= found
@@ -151,9 +162,12 @@ class Trainer:
         metrics |= self._count_tokens(train, metrics["seconds/step"])
         return metrics, samples
 
+    def _on_devices(self, host: HostBatch) -> HostBatch:
+        return replace(host, batch=jax.device_put(host.batch, sharding.examples(self.mesh)))
+
     def _place(self, host: HostBatch) -> Batch:
         """The prompts on the devices; where the vision tower is frozen it sees them here, once for all uses."""
-        batch = jax.device_put(host.batch, sharding.examples(self.mesh))
+        batch = self._on_devices(host).batch
         return replace(batch, vision=self.see(self.variables, batch)) if self.tower_is_frozen else batch
 
     def _update(self, train: TrainBatch) -> dict[str, float]:
@@ -321,7 +335,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     return workdir
 
 
-MAY_CHANGE = ("steps", "log_every", "checkpoint.every", "checkpoint.keep", "data.threads", "data.cache")
+MAY_CHANGE = ("steps", "log_every", "checkpoint.every", "checkpoint.keep", "data.workers", "data.cache")
 
 
 def check_same_run(config: ConfigDict, workdir: Path) -> None:

@@ -5,6 +5,8 @@ three different codes stand for "no interval", and some rows have no text at all
 
     rows, audit = load("test_ecva.csv", source="ecva")
     print(audit.table())
+
+It also reads the JSONL that `data_prep.vau_bench import` writes: rows that are mended already.
 """
 
 import ast
@@ -18,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vau_jax.files import InputError
 
@@ -72,7 +74,16 @@ SECTIONS = (
 )
 
 MISSING = "-1"
+PROTOCOLS = ("clean", "paper")
+SOURCES = ("msad", "ucf", "ecva")
 Source = Literal["msad", "ucf", "ecva"]
+UCF_CLASSES = {  # beginnings of UCF-Crime's file names -> labels, where they are not the same
+    "Normal_Videos": "Normal",
+    "RoadAccidents": "Traffic_accident",
+    "Burglary": "Stealing",
+    "Shoplifting": "Stealing",
+}
+NO_ANOMALY = re.compile(r"\bno (?:signs? of |evidence of )?(?:an |any )?(?:anomal|unusual|abnormal)", re.IGNORECASE)
 Interval = None | Literal["normal"] | tuple[float, float]
 
 
@@ -90,6 +101,11 @@ class Row:
     key_object: str
     description: str
     reasoning: dict[str, str]  # section title -> text; the titles present among SECTIONS
+    duration: float | None = None  # of the video file, in seconds, where data_prep.vau_bench has read it
+    fps: float | None = None  # its frames a second, likewise
+    width: int | None = None  # upright, in pixels
+    height: int | None = None
+    line: int = 0  # of the file it was read from, 1 for the first row
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -120,6 +136,10 @@ class Audit:
     rows: int = 0
     entries: list[AuditEntry] = field(default_factory=list)
 
+    def note(self, row: Row, action: Literal["changed", "excluded", "flagged"], what: str, reason: str) -> None:
+        """Adds an entry about a row that was read."""
+        self.entries.append(AuditEntry(row.line, row.video, action, what, reason))
+
     def counts(self) -> Counter[tuple[str, str]]:
         """(action, reason) -> number of rows; reasons are cut at the first colon, where the value begins."""
         return Counter((entry.action, entry.reason.split(":")[0]) for entry in self.entries)
@@ -136,45 +156,103 @@ def load(
     source: Literal["msad", "ucf", "ecva", "auto"] = "auto",
     protocol: Literal["clean", "paper"] = "clean",
 ) -> tuple[list[Row], Audit]:
-    """Reads a CSV or JSONL file of VAU-Bench's schema.
+    """Reads a CSV or JSONL file of VAU-Bench's schema, or a JSONL of rows that `data_prep.vau_bench` imported.
 
     `source` names the rules for times; "auto" takes the prefix of the video's name (`ecva_`, `ucf_`, `msad_`), then its
     form (digits only: ECVA; `_x264`: UCF-Crime; else MSAD's plain seconds). `protocol="clean"` mends what is wrong;
-    `"paper"` keeps ECVA's misread times and drops its rows without an interval, as the published denominators did.
+    `"paper"` reproduces the published denominators: it keeps ECVA's misread times, drops its rows without an interval,
+    and gives UCF-Crime's rows without text the class that their file name says.
 
     Raises InputError for a missing or unreadable file, a missing column, or a file without rows.
     """
-    for name, value, known in (("source", source, ("msad", "ucf", "ecva", "auto")), ("protocol", protocol, PROTOCOLS)):
+    for name, value, known in (("source", source, (*SOURCES, "auto")), ("protocol", protocol, PROTOCOLS)):
         if value not in known:
             raise InputError(f"{name}={value!r} is unknown: expected one of {', '.join(known)}")
     records = _read_records(Path(path))
     audit = Audit(str(path), protocol, rows=len(records))
-    rows = []
+    if "video" in records[0]:
+        if protocol == "paper":
+            raise InputError(f"{path} holds imported rows, which are mended: protocol=paper needs the CSV as published")
+        return [_imported_row(path, line, record) for line, record in enumerate(records, start=1)], audit
+    rows, seen = [], set()
     for line, record in enumerate(records, start=1):
         video = record["Video Name"].strip()
         if not video:
             audit.entries.append(AuditEntry(line, "", "excluded", "row", "no video name"))
             continue
         reader = _RowReader(record, line, detect_source(video) if source == "auto" else source, protocol, audit)
+        if video in seen:
+            reader.note("flagged", "row", "a row before has this video too")
+        seen.add(video)
         row = reader.read()
         if row is not None:
             rows.append(row)
     return rows, audit
 
 
-PROTOCOLS = ("clean", "paper")
+def denominators(rows: Sequence[Row]) -> dict[str, int]:
+    """How many rows each published score is a mean of; grounding's is of abnormal videos with an interval."""
+    return {
+        "qa": sum("qa" in row.tasks for row in rows),
+        "grounding": sum(isinstance(row.interval, tuple) for row in rows),
+        "classification": sum("classification" in row.tasks for row in rows),
+    }
+
+
+def plain_name(video: str) -> str:
+    """A video's name without folder, the prefix of its source and the ending: the same in every file of VAU-Bench."""
+    stem = Path(video).stem
+    for source in SOURCES:
+        stem = stem.removeprefix(source + "_")
+    return stem
+
+
+def shared_videos(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:
+    """Rows of `first` whose video is also in `second`: a leak, where one is for training or choosing."""
+    others = {(row.source, plain_name(row.video)) for row in second}
+    return [row for row in first if (row.source, plain_name(row.video)) in others]
+
+
+def to_json(row: Row) -> dict[str, Any]:
+    """A row as JSON values; `load` reads a JSONL of them. An interval is [start, end], "normal" or null."""
+    record = {key: value for key, value in vars(row).items() if key != "line"}
+    return {**record, "options": list(row.options), "reasoning": dict(row.reasoning)}
+
+
+def _imported_row(path: str | os.PathLike, line: int, record: dict[str, Any]) -> Row:
+    """The row that `to_json` wrote."""
+    try:
+        interval = record["interval"]
+        if isinstance(interval, list):
+            start, end = interval
+            interval = (float(start), float(end))
+        row = Row(**{**record, "options": tuple(record["options"]), "interval": interval, "line": line})
+        known = (
+            row.source in SOURCES
+            and row.answer in (None, *"ABCD")
+            and len(row.options) in (0, 4)
+            and (row.anomaly_class is None or row.anomaly_class in LABELS)
+            and (row.interval is None or row.interval == "normal" or 0 <= row.interval[0] < row.interval[1])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} line {line} is no imported row ({error}): run `data_prep.vau_bench import`"
+        ) from error
+    if not known:
+        raise InputError(f"{path} line {line}: source, answer, options, class or interval of {row.video} is impossible")
+    return row
 
 
 def detect_source(video: str) -> Source:
     """The data set a video belongs to, from its file name."""
-    for source in ("ecva", "ucf", "msad"):
+    for source in SOURCES:
         if video.startswith(source + "_"):
             return source
     stem = Path(video).stem
     return "ecva" if stem.isdigit() else "ucf" if stem.endswith("_x264") else "msad"
 
 
-def _read_records(path: Path) -> list[dict[str, str]]:
+def _read_records(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"annotation file {path} does not exist: give a CSV or JSONL file with --config.data.csv")
     try:
@@ -183,6 +261,9 @@ def _read_records(path: Path) -> list[dict[str, str]]:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if path.suffix == ".jsonl":
         records = [_json_record(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        if records and "video" in records[0]:
+            return records
+        records = [{key: "" if value is None else str(value) for key, value in record.items()} for record in records]
         columns = set().union(*records) if records else set(COLUMNS)
     else:
         reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -197,14 +278,14 @@ def _read_records(path: Path) -> list[dict[str, str]]:
     return [{column: str(record.get(column) or "") for column in COLUMNS} for record in records]
 
 
-def _json_record(path: Path, line: int, text: str) -> dict[str, str]:
+def _json_record(path: Path, line: int, text: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path} line {line} is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise InputError(f"{path} line {line}: expected an object with VAU-Bench's columns, found {text[:60]}")
-    return {key: "" if value is None else str(value) for key, value in record.items()}
+    return record
 
 
 @dataclass
@@ -231,6 +312,7 @@ class _RowReader:
             self.note("excluded", "row", "paper protocol drops ECVA rows without an interval")
             return None
         options, answer = self.options_and_answer()
+        self.check_words(label, options, answer)
         return Row(
             video=self.record["Video Name"].strip(),
             source=self.source,
@@ -242,12 +324,33 @@ class _RowReader:
             key_object=self.text("Key Object"),
             description=self.text("Description"),
             reasoning=parse_reasoning(self.text("Reasoning")),
+            line=self.line,
         )
+
+    def check_words(self, label: str | None, options: Sequence[str], answer: str | None) -> None:
+        """Flags what is doubtful in the texts; nothing is changed."""
+        keyed = options["ABCD".index(answer)] if answer else ""
+        if label not in (None, "Normal") and NO_ANOMALY.search(keyed):
+            self.note("flagged", "qa", f"the keyed answer denies the anomaly: the class is {label}")
+        if not self.record["Key Object"].strip():
+            self.note("flagged", "key object", "no key object")
+        text = self.text("Reasoning")
+        if not text:
+            return
+        titles = Counter(title for title, _ in _sections(text))
+        if lacking := [title for title in SECTIONS if title not in titles]:
+            self.note("flagged", "reasoning", f"sections are lacking: {', '.join(lacking)}")
+        if repeated := [title for title, count in titles.items() if count > 1]:
+            self.note("changed", "reasoning", f"repeated sections are joined: {', '.join(repeated)}")
 
     def label(self) -> str | None:
         value = self.text("Anomaly Class")
         by_name = {label.casefold(): label for label in LABELS}
         label = by_name.get(value.casefold())
+        if label is None and not value and self.source == "ucf" and self.protocol == "paper":
+            label = ucf_class(self.record["Video Name"])
+            if label:
+                self.note("changed", "classification", f"class taken from the file name: {label}")
         if label is None:
             self.note("excluded", "classification", f"unknown anomaly class: {value!r}")
         return label
@@ -290,21 +393,30 @@ class _RowReader:
             self.note("excluded", "grounding", "abnormal, interval not known (-1/-1)")
             return None
         if self.source == "ecva" and self.protocol == "clean":
-            start, end = self.from_mmss(start), self.from_mmss(end)
+            start, end = self.from_mmss(start, end)
         if start < 0 or end <= start:
             self.note("excluded", "grounding", f"interval is empty, reversed or negative: {raw}")
             return None
         return start, end
 
-    def from_mmss(self, value: float) -> float:
-        """104.0 -> 64.0 seconds. Two last digits above 59 cannot be MMSS: those stay as they are, flagged."""
-        minutes, seconds = divmod(value, 100)
-        if seconds >= 60:
-            self.note("flagged", "grounding", f"time is no MMSS number, kept as seconds: {value}")
-            return value
-        if minutes:
-            self.note("changed", "grounding", f"time read as MMSS: {value} is {60 * minutes + seconds} s")
-        return 60 * minutes + seconds
+    def from_mmss(self, *times: float) -> tuple[float, ...]:
+        """104.0 -> 64.0 seconds. Two last digits above 59 are not MMSS: such a row's times stay, flagged."""
+        if any(time % 100 >= 60 for time in times):
+            self.note("flagged", "grounding", f"times are no MMSS numbers, kept as seconds: {times}")
+            return times
+        seconds = tuple(60 * (time // 100) + time % 100 for time in times)
+        if seconds != times:
+            self.note("changed", "grounding", f"times read as MMSS: {times} is {seconds} s")
+        return seconds
+
+
+def ucf_class(video: str) -> str | None:
+    """The label that the name of a UCF-Crime video says: `Shoplifting037_x264.mp4` is Stealing."""
+    name = plain_name(video)
+    for beginning, label in {**UCF_CLASSES, **{label: label for label in LABELS}}.items():
+        if re.match(rf"{re.escape(beginning)}_?\d", name):
+            return label
+    return None
 
 
 def parse_reasoning(text: str) -> dict[str, str]:
@@ -312,20 +424,26 @@ def parse_reasoning(text: str) -> dict[str, str]:
 
     A section that is absent is absent from the result; a repeated one is joined; text under no known title is dropped.
     """
+    found: dict[str, list[str]] = {}
+    for title, body in _sections(text):
+        if body not in found.setdefault(title, []):
+            found[title].append(body)
+    return {title: " ".join(found[title]) for title in SECTIONS if title in found}
+
+
+def _sections(text: str) -> list[tuple[str, str]]:
+    """(title, body) of every section in order, repeated ones too."""
     if text.startswith("{"):
         try:
-            value = ast.literal_eval(text)
+            value = ast.literal_eval(text)  # reads literals; runs nothing
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             value = None
         if isinstance(value, dict):
-            return {title: _flatten(value[title]) for title in SECTIONS if title in value}
+            return [(title, _flatten(value[title])) for title in SECTIONS if title in value]
     titles = "|".join(re.escape(title) for title in SECTIONS)
     parts = re.split(rf"#{{2,4}}\s*\**({titles})\**\s*:?", text, flags=re.IGNORECASE)
-    found: dict[str, list[str]] = {}
     canonical = {title.casefold(): title for title in SECTIONS}
-    for title, body in zip(parts[1::2], parts[2::2], strict=True):
-        found.setdefault(canonical[title.casefold()], []).append(body.strip())
-    return {title: " ".join(found[title]) for title in SECTIONS if title in found}
+    return [(canonical[t.casefold()], body.strip()) for t, body in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def _flatten(value: object) -> str:

@@ -1,13 +1,16 @@
 """Annotated videos to batches, by grain: shuffled, mixed by task, augmented, padded; its position can be saved.
 
-The order and the randomness of example n depend on the seed and on n alone, never on the number of threads.
+The order and the randomness of example n depend on the seed and on n alone, never on the number of workers or of
+processes. Videos are decoded by processes of their own (decode_worker.py), which threads of this one wait for.
 """
 
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -15,11 +18,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax import parsing
-from vau_jax.data import annotations, prompts
+from vau_jax.data import annotations, prompts, video
 from vau_jax.data.annotations import Row
+from vau_jax.data.decode_worker import DecoderPool
+from vau_jax.data.decoders import VideoError
+from vau_jax.data.frame_cache import FrameCache
 from vau_jax.data.processor import Encoded, Processor, Shape, collate
 from vau_jax.data.prompts import Reflection
-from vau_jax.data.video import Clip, FrameCache, VideoError, VideoOptions
+from vau_jax.data.video import Clip, VideoOptions
 from vau_jax.files import InputError
 from vau_jax.types import Batch, Completions, Target
 
@@ -59,6 +65,9 @@ class Loaded:
     target_tokens: np.ndarray  # int32 [C]
     target_weights: np.ndarray  # float32 [C]
     failure: str | None  # why the video could not be used; grey frames stand in and the loss leaves it out
+    reason: str = ""  # the same in a word, for counting
+    damage: str = ""  # what of the video could not be decoded, where the rest is used
+    cached: bool = False  # the frames came from the cache
     variants: dict[str, Prompt] = field(default_factory=dict)  # other prompts, by the level of difficulty they are for
 
 
@@ -81,7 +90,11 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]
     unknown = [task for task in config.tasks if task not in parsing.TASKS]
     if unknown or not config.tasks:
         raise InputError(f"data.tasks={tuple(config.tasks)}: expected some of {', '.join(parsing.TASKS)}")
-    for name, value, known in (("style", config.style, prompts.STYLES), ("wording", config.wording, prompts.WORDINGS)):
+    for name, value, known in (
+        ("style", config.style, prompts.STYLES),
+        ("wording", config.wording, prompts.WORDINGS),
+        ("budget", config.budget, tuple(video.BUDGETS)),
+    ):
         if value not in known:
             raise InputError(f"data.{name}={value!r} is unknown: expected one of {', '.join(known)}")
     rows, audit = annotations.load(config.csv, config.source, config.protocol)
@@ -90,16 +103,15 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]
         raise InputError(f"video folder {folder} does not exist (config.data.videos)")
     reflections = prompts.load_reflections(config.reflection) if config.reflection else {}
     examples = []
-    for line, row in enumerate(rows, start=1):
+    for row in rows:
         path = folder / row.video
         if not path.is_file():
-            audit.entries.append(annotations.AuditEntry(line, row.video, "excluded", "row", f"no such video: {path}"))
+            audit.note(row, "excluded", "row", f"no such video: {path}")
             continue
         for task in (task for task in config.tasks if task in row.tasks):
             reflection = reflections.get((row.video, task))
             if config.reflection and reflection is None:
-                note = annotations.AuditEntry(line, row.video, "excluded", task, "no reflection record")
-                audit.entries.append(note)
+                audit.note(row, "excluded", task, "no reflection record")
                 continue
             examples.append(Example(row, task, path, reflection))
     if not examples:
@@ -108,11 +120,10 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]
 
 
 def video_options(config: ConfigDict, default: VideoOptions) -> VideoOptions:
-    """The sampling that config.data asks for; pixel budgets it leaves at 0 are the model folder's."""
-    given = {
-        name: config[name] for name in ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels") if config[name]
-    }
-    return VideoOptions.from_item({**given, "total_pixels": config.total_pixels or None}, default)
+    """The sampling that config.data asks for: its own numbers, then its budget's, then `default`, the model's."""
+    names = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
+    given = {name: config[name] for name in names if config[name]}
+    return VideoOptions.from_item(video.BUDGETS[config.budget] | given, default)
 
 
 # --- One example --------------------------------------------------------------------------------------------------
@@ -128,11 +139,14 @@ class Loader:
     augment: bool
     blind: bool = False
 
+    def __post_init__(self) -> None:
+        self.words = prompts.load_words(self.config.templates) if self.config.templates else prompts.WORDS
+
     def __call__(self, example: Example, rng: np.random.Generator) -> Loaded:
-        clip, failure = self._clip(example)
+        clip, cached, failure = self._clip(example)
         order = tuple(rng.permutation(4)) if self.config.shuffle_options else (0, 1, 2, 3)
         example = replace(example, row=prompts.shuffle_options(example.row, order))
-        if self.augment and failure is None:
+        if self.augment and not failure:
             clip = augment(clip, rng)
         if self.blind:
             clip = replace(clip, frames=np.full_like(clip.frames, GREY))
@@ -144,12 +158,16 @@ class Loader:
             encoded=encoded,
             target_tokens=tokens,
             target_weights=weights * (failure is None),
-            failure=failure,
+            failure=str(failure) if failure else None,
+            reason=failure.reason if failure else "",
+            damage=clip.damage,
+            cached=cached,
             variants=self._variants(example, clip, rng) if self.config.difficulty.enabled else {},
         )
 
     def _prompt(self, example: Example, clip: Clip, hint: str = "") -> Prompt:
-        text = prompts.question(example.row, example.task, self.config.style, self.config.wording) + hint
+        c = self.config
+        text = prompts.question(example.row, example.task, c.style, c.wording, self.words) + hint
         content = [{"type": "video"}, {"type": "text", "text": text}]
         messages = [{"role": "user", "content": content}]
         prompt = self.processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -162,14 +180,15 @@ class Loader:
         hint = prompts.hint(example.row, example.task)
         return {EASY: self._prompt(example, worse), HARD: self._prompt(example, clip, f"\nHint: {hint}")}
 
-    def _clip(self, example: Example) -> tuple[Clip, str | None]:
+    def _clip(self, example: Example) -> tuple[Clip, bool, VideoError | None]:
+        """The frames and whether they were cached; grey ones where the video cannot be used."""
         options = video_options(self.config, self.processor.video_options)
+        sampling = self.processor.sampling(options)
         try:
-            return self.processor.clip(example.path, options, self.cache), None
+            return *self.cache.read(example.path, sampling), None
         except VideoError as error:
-            side = self.processor.factor
-            depth = self.processor.config.vision.temporal_patch_size
-            return Clip(np.full((depth, 2 * side, 2 * side, 3), GREY, np.uint8), 1.0 / options.fps), str(error)
+            side = 2 * sampling.factor
+            return Clip(np.full((sampling.multiple, side, side, 3), GREY, np.uint8), 1.0 / options.fps), False, error
 
     def _target(self, example: Example, order: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of the right completion, end token last, and the weight of each in the SFT loss."""
@@ -243,22 +262,106 @@ class Collator:
         return HostBatch(batch, Completions(tokens, mask), weights, target, list(items))
 
 
-def counts(batch: HostBatch, config: ConfigDict) -> dict[str, float]:
-    """What went wrong in a batch, for its metrics."""
-    failures = Counter(item.failure is not None for item in batch.examples)
-    long = sum(len(item.target_tokens) > config.max_completion_tokens for item in batch.examples)
-    return {"data/failed_videos": failures[True], "data/truncated_targets": long}
+def counts(batch: HostBatch, config: ConfigDict) -> dict[str, int]:
+    """What went wrong in a batch, for its metrics; failed videos by reason too."""
+    reasons = Counter(item.reason for item in batch.examples if item.failure)
+    found = {
+        "data/failed_videos": reasons.total(),
+        "data/damaged_videos": sum(bool(item.damage) for item in batch.examples),
+        "data/truncated_targets": sum(
+            len(item.target_tokens) > config.max_completion_tokens for item in batch.examples
+        ),
+        **{f"data/failed_videos/{reason}": count for reason, count in reasons.items()},
+    }
+    if config.cache:
+        found["data/not_cached"] = sum(not item.cached and not item.failure for item in batch.examples)
+    return found
+
+
+# --- The order of examples ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every batch is this process's."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def of_this_process(cls) -> "Share":
+        return cls(jax.process_index(), jax.process_count())
+
+
+class SimilarLengths(grain.MapDataset):
+    """Puts examples of similar length into the same batch, so that less of it is padding.
+
+    The examples of `window` batches are sorted by `length` and cut into batches, which are then shuffled. Which example
+    comes n-th depends on the seed and on n alone.
+    """
+
+    def __init__(
+        self, parent: grain.MapDataset, batch_size: int, window: int, length: Callable[[Example], float], seed: int
+    ) -> None:
+        super().__init__(parent)
+        self._batch_size, self._size = batch_size, batch_size * window
+        self._length, self._order_seed = length, seed
+        self._order = lru_cache(maxsize=4)(self._sorted)
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        number, place = divmod(index % len(self), self._size)
+        return self._parent[number * self._size + int(self._order(number)[place])]
+
+    def _sorted(self, number: int) -> np.ndarray:
+        """The places of a window's examples in their new order."""
+        first = number * self._size
+        count = min(self._size, len(self) - first)
+        by_length = np.argsort([self._length(self._parent[first + i]) for i in range(count)], kind="stable")
+        whole = by_length[: count - count % self._batch_size].reshape(-1, self._batch_size)
+        shuffled = np.random.default_rng([self._order_seed, number]).permutation(whole)
+        return np.concatenate([shuffled.reshape(-1), by_length[whole.size :]])
+
+
+def expected_tokens(example: Example, sampling: video.Sampling) -> float:
+    """About how many tokens the prompt has; where the row does not know its video's length, of the text alone."""
+    row = example.row
+    text = len(row.question) + sum(map(len, row.options))
+    if not (row.duration and row.fps and row.width and row.height):
+        return text / 4
+    options, multiple = sampling.options, sampling.multiple
+    count = video.frame_count(row.duration, int(row.duration * row.fps), options, multiple)
+    try:
+        height, width = video.frame_size(row.height, row.width, count, options, sampling.factor, multiple)
+    except VideoError:
+        return text / 4
+    return text / 4 + count // multiple * (height // sampling.factor) * (width // sampling.factor)
+
+
+# --- Iterators ----------------------------------------------------------------------------------------------------
 
 
 def train_iterator(
-    examples: list[Example], processor: Processor, config: ConfigDict, batch_size: int, seed: int
+    examples: list[Example],
+    processor: Processor,
+    config: ConfigDict,
+    batch_size: int,
+    seed: int,
+    share: Share | None = None,
+    place: Callable[[HostBatch], HostBatch] | None = None,
 ) -> grain.DatasetIterator:
     """An endless iterator of `HostBatch`; this process's share of every batch of `batch_size` examples.
 
-    Tasks are mixed by config.task_weights (a task without one: 1); `get_state` and `set_state` save and restore the
-    place.
+    Tasks are mixed by config.task_weights (a task without one: 1). `get_state` and `set_state` save and restore the
+    place, which is the number of batches given: it means the same for any number of workers and processes. `place`
+    puts a batch on the devices while the one before is in use.
     """
-    loader = Loader(processor, config, FrameCache(config.cache), augment=config.augment)
+    share = share or Share.of_this_process()
+    loader = make_loader(processor, config, augment=config.augment)
     by_task = {task: [e for e in examples if e.task == task] for task in config.tasks}
     by_task = {task: group for task, group in by_task.items() if group}
     streams = [
@@ -266,9 +369,45 @@ def train_iterator(
         for number, group in enumerate(by_task.values())
     ]
     weights = [float(config.task_weights.get(task, 1.0)) for task in by_task]
-    mixed = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights=weights)
-    share = mixed[jax.process_index() :: jax.process_count()]
-    loaded = share.seed(seed).random_map(loader)
-    batches = loaded.batch(batch_size // jax.process_count(), batch_fn=Collator(processor, config))
-    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2 * config.threads)
-    return iter(batches.to_iter_dataset(options))
+    ordered = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights=weights)
+    if config.length_window > 1:
+        sampling = processor.sampling(video_options(config, processor.video_options))
+        ordered = SimilarLengths(
+            ordered, batch_size, config.length_window, lambda e: expected_tokens(e, sampling), seed
+        )
+    # Randomness by the place in the whole order, before it is cut into shares.
+    mine = ordered.seed(seed).random_map(loader)[share.index :: share.count]
+    batches = mine.batch(batch_size // share.count, batch_fn=Collator(processor, config))
+    return iter(_ahead(batches, config, place))
+
+
+def eval_batches(
+    examples: list[Example], processor: Processor, config: ConfigDict, batch_size: int, seed: int, blind: bool
+) -> grain.DatasetIterator:
+    """All examples once, in order, the last batch filled up with its last example; the order of options depends on
+    the seed and the example's name alone."""
+    loader = make_loader(processor, config, augment=False, blind=blind)
+
+    def load(example: Example) -> Loaded:
+        return loader(example, np.random.default_rng([seed, *hashlib.sha256(example.name.encode()).digest()]))
+
+    padded = examples + examples[-1:] * (-len(examples) % batch_size)  # one shape, one program
+    batches = grain.MapDataset.source(padded).map(load).batch(batch_size, batch_fn=Collator(processor, config))
+    return iter(_ahead(batches, config))
+
+
+def make_loader(processor: Processor, config: ConfigDict, augment: bool, blind: bool = False) -> Loader:
+    """A loader that decodes in config.workers processes what is not in config.cache."""
+    cache = FrameCache(config.cache, DecoderPool(config.workers, config.video_seconds).read)
+    return Loader(processor, config, cache, augment, blind)
+
+
+def _ahead(
+    batches: grain.MapDataset, config: ConfigDict, place: Callable[[HostBatch], HostBatch] | None = None
+) -> grain.IterDataset:
+    """Batches loaded ahead by threads, and put on the devices ahead by one more."""
+    options = grain.ReadOptions(num_threads=config.workers, prefetch_buffer_size=2 * config.workers)
+    loaded = batches.to_iter_dataset(options)
+    if place is None:
+        return loaded
+    return grain.experimental.ThreadPrefetchIterDataset(loaded.map(place), prefetch_buffer_size=1)

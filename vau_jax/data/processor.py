@@ -15,7 +15,8 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from vau_jax.data import video
-from vau_jax.data.video import Clip, FrameCache, VideoError, VideoOptions
+from vau_jax.data.decoders import VideoError
+from vau_jax.data.video import Clip, Sampling, VideoOptions
 from vau_jax.files import InputError, read_json
 from vau_jax.models import config as model_config
 from vau_jax.models.config import VisionConfig
@@ -128,17 +129,21 @@ def table_corners(grid: tuple[int, int, int], config: VisionConfig) -> tuple[np.
 
 
 def encode_visual(
-    frames: np.ndarray, config: VisionConfig, seconds_per_frame: float | None = None, start: float = 0.0
+    frames: np.ndarray,
+    config: VisionConfig,
+    seconds_per_frame: float | None = None,
+    times: np.ndarray | None = None,
 ) -> Visual:
-    """Patches of a clip whose first frame is at `start` seconds, or of a still image without `seconds_per_frame`."""
+    """Patches of a clip whose frames are at `times` [F] seconds, or of a still image without `seconds_per_frame`."""
     patches, grid = patchify(frames, config)
     if seconds_per_frame is None:
         return Visual(patches, grid)
     depth = config.temporal_patch_size
-    stamps = start + seconds_per_frame * np.minimum(np.arange(grid[0] * depth), len(frames) - 1)
-    times = tuple(((stamps[::depth] + stamps[depth - 1 :: depth]) / 2).tolist())
+    stamps = seconds_per_frame * np.arange(len(frames)) if times is None else times
+    stamps = stamps[np.minimum(np.arange(grid[0] * depth), len(frames) - 1)]
+    middles = tuple(((stamps[::depth] + stamps[depth - 1 :: depth]) / 2).tolist())
     step = config.tokens_per_second * depth * seconds_per_frame if config.tokens_per_second else 1.0
-    return Visual(patches, grid, step, times)
+    return Visual(patches, grid, step, middles)
 
 
 def one_by_one(visual: Visual) -> list[Visual]:
@@ -224,10 +229,9 @@ class Processor:
         """What frame sides must be multiples of, in pixels."""
         return self.config.vision.patch_size * self.config.vision.spatial_merge_size
 
-    def clip(self, path: str | os.PathLike, options: VideoOptions, cache: FrameCache | None = None) -> Clip:
-        """The frames of a file as this model takes them. Raises VideoError."""
-        reader = cache.read if cache else video.read
-        return reader(path, options, self.factor, self.config.vision.temporal_patch_size)
+    def sampling(self, options: VideoOptions) -> Sampling:
+        """How videos are read for this model."""
+        return Sampling(options, self.factor, self.config.vision.temporal_patch_size)
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Chat messages to one prompt that ends where the assistant begins; see `VideoLM.encode` for the items."""
@@ -284,7 +288,7 @@ class Processor:
         source = item["video"]
         if isinstance(source, str | os.PathLike):
             try:
-                clip = self.clip(source, options)
+                clip = video.read(source, options, self.factor, self.config.vision.temporal_patch_size)
             except VideoError as error:
                 raise InputError(str(error)) from error
         else:
@@ -296,7 +300,7 @@ class Processor:
 
     def encode_clip(self, clip: Clip) -> Visual:
         """The patches of a decoded clip."""
-        return encode_visual(clip.frames, self.config.vision, clip.seconds_per_frame, clip.start)
+        return encode_visual(clip.frames, self.config.vision, clip.seconds_per_frame, clip.times)
 
     def _image(self, item: Message) -> Visual:
         source = item["image"]

@@ -8,41 +8,80 @@ A completion follows the grammar that `vau_jax.parsing` reads:
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vau_jax.data.annotations import LABELS, Interval, Row
-from vau_jax.files import InputError
+from vau_jax.files import InputError, read_json
 
 STYLES = ("reflection", "think", "direct")
+WORDINGS = ("full", "short")
 
-_FORMS = {
-    "reflection": (
-        "First reason inside <think></think> and give a first answer inside <draft></draft>. Then check it against "
-        "the video inside <reflect></reflect>, reason once more inside <revise></revise>, and give the final answer "
-        "inside <answer></answer>."
-    ),
-    "think": "Reason inside <think></think>, then give the answer inside <answer></answer>.",
-    "direct": "Give the answer alone, inside <answer></answer>.",
-}
-_ASKS = {
-    "qa": "The answer is the letter of the right option.",
-    "grounding": (
-        "The answer is Anomaly or Normal; add the time of the anomaly in seconds as <glue>[start, end]</glue>, or "
-        "<glue>[-1.0, -1.0]</glue> when there is none."
-    ),
-    "classification": f"The answer is one of these: {', '.join(LABELS)}.",
-}
-_QUESTIONS = {
-    "full": {
+
+@dataclass(frozen=True)
+class Words:
+    """Every text that a user's prompt is made of.
+
+    `{question}`, `{options}` (a line each, `A. ...`) and `{labels}` in a text are replaced by what they name.
+    """
+
+    forms: dict[str, str]  # by style: how the completion is to be laid out
+    asks: dict[str, str]  # by task: what stands inside <answer>
+    questions: dict[str, str]  # by task: what is asked, with the wording "full"
+    short_questions: dict[str, str]  # by task: all that is said with the wording "short"
+
+
+WORDS = Words(
+    forms={
+        "reflection": (
+            "First reason inside <think></think> and give a first answer inside <draft></draft>. Then check it "
+            "against the video inside <reflect></reflect>, reason once more inside <revise></revise>, and give the "
+            "final answer inside <answer></answer>."
+        ),
+        "think": "Reason inside <think></think>, then give the answer inside <answer></answer>.",
+        "direct": "Give the answer alone, inside <answer></answer>.",
+    },
+    asks={
+        "qa": "The answer is the letter of the right option.",
+        "grounding": (
+            "The answer is Anomaly or Normal; add the time of the anomaly in seconds as <glue>[start, end]</glue>, or "
+            "<glue>[-1.0, -1.0]</glue> when there is none."
+        ),
+        "classification": "The answer is one of these: {labels}.",
+    },
+    questions={
+        "qa": "{question}\n{options}",
         "grounding": "Does this surveillance video show something abnormal, and when?",
         "classification": "Which kind of abnormal event does this surveillance video show, if any?",
     },
-    "short": {"grounding": "When is the anomaly?", "classification": "Which kind is it?"},
-}
-WORDINGS = tuple(_QUESTIONS)
+    short_questions={
+        "qa": "{question}\n{options}",
+        "grounding": "When is the anomaly?",
+        "classification": "Which kind is it?",
+    },
+)
+
+
+def load_words(path: str | os.PathLike) -> Words:
+    """WORDS with what a JSON file says differently; the file has the fields of `Words`, or some of them.
+
+    Raises InputError for a file that is no such object, or names an unknown field, style or task.
+    """
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected an object with {', '.join(vars(WORDS))}")
+    for field, texts in raw.items():
+        known = vars(WORDS).get(field)
+        if known is None:
+            raise InputError(f"{path}: {field!r} is unknown: expected some of {', '.join(vars(WORDS))}")
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise InputError(f"{path}: {field} must be an object of texts")
+        if unknown := sorted(texts.keys() - known.keys()):
+            raise InputError(f"{path}: {field}.{unknown[0]} is unknown: expected some of {', '.join(known)}")
+    return Words(**{field: known | raw.get(field, {}) for field, known in vars(WORDS).items()})
 
 
 @dataclass(frozen=True)
@@ -76,14 +115,16 @@ def load_reflections(path: str | os.PathLike) -> dict[tuple[str, str], Reflectio
     return records
 
 
-def question(row: Row, task: str, style: str, wording: str) -> str:
+def question(row: Row, task: str, style: str, wording: str, words: Words = WORDS) -> str:
     """The user's text for a row and task; `wording` "short" leaves out the instructions on form."""
-    if task == "qa":
-        lines = [row.question, *(f"{letter}. {text}" for letter, text in zip("ABCD", row.options, strict=True))]
-        text = "\n".join(lines)
+    if wording == "short":
+        text = words.short_questions[task]
     else:
-        text = _QUESTIONS[wording][task]
-    return text if wording == "short" else f"{text}\n{_ASKS[task]} {_FORMS[style]}"
+        text = f"{words.questions[task]}\n{words.asks[task]} {words.forms[style]}"
+    options = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", row.options, strict=False))
+    values = {"question": row.question, "options": options, "labels": ", ".join(LABELS)}
+    # One pass, so that what a row says is never taken for a place to fill in.
+    return re.sub(r"\{(question|options|labels)\}", lambda place: values[place[1]], text)
 
 
 def hint(row: Row, task: str) -> str:

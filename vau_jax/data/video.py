@@ -1,34 +1,24 @@
-"""Video files to frames: which frames, at which size, and a cache of the result.
+"""Video files to frames: which frames, at which size.
 
-Frames are chosen by time stamp, so that variable frame rates come out right; the true spacing of the chosen frames
-goes into the prompt's positions.
+Frames are chosen by time stamp, so that variable frame rates come out right; the true times of the chosen frames go
+into the prompt's positions.
 """
 
-import hashlib
-import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from PIL import Image
 
-from vau_jax.files import InputError, write_bytes
+from vau_jax.data import decoders
+from vau_jax.data.decoders import Picture, VideoError
+from vau_jax.files import InputError
 
-try:
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)  # what it cannot open is reported by `read`
-except ImportError:  # no wheel for this processor (arm64): PyAV carries the load
-    decord = None
-
-
-class VideoError(Exception):
-    """This video cannot be used; the message says why. It costs the one video, never the run."""
+MAX_CLIP_BYTES = 2**31  # of the resized frames
 
 
 @dataclass(frozen=True)
@@ -59,13 +49,31 @@ class VideoOptions:
         return options
 
 
+BUDGETS = {  # pixel budgets by name, as items; VAU-R1 trains with the second (arXiv 2505.23504)
+    "model": {},  # the model folder's own
+    "vau_r1": {"min_pixels": 16 * 28 * 28, "total_pixels": 3584 * 28 * 28},
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The arguments of `read`, for who passes them on."""
+
+    options: VideoOptions
+    factor: int  # what sides must be multiples of
+    multiple: int  # the same for the number of frames
+
+
 @dataclass(frozen=True)
 class Clip:
     """Frames chosen from a video."""
 
     frames: np.ndarray  # uint8 [F, height, width, 3]
-    seconds_per_frame: float  # spacing of the frames, as sampled
-    start: float = 0.0  # seconds from the start of the video to the first frame
+    seconds_per_frame: float  # spacing of the instants that the frames were chosen for
+    times: np.ndarray | None = (
+        None  # float64 [F]: the frames' own time stamps, in seconds of the video; None: evenly spaced
+    )
+    damage: str = ""  # what could not be decoded; empty: all was
 
     @property
     def duration(self) -> float:
@@ -84,7 +92,7 @@ def smart_resize(
         scale = factor / min(height, width)
         height, width = int(height * scale), int(width * scale)
     if max(height, width) / min(height, width) > 200:
-        raise VideoError(f"aspect ratio of {width}x{height} is above 200")
+        raise VideoError(f"aspect ratio of {width}x{height} is above 200", "too large")
     h, w = (round(side / factor) * factor for side in (height, width))
     count = round(frames / multiple) * multiple
     if count * h * w > max_pixels:
@@ -120,24 +128,96 @@ def frame_size(
 def read(path: str | os.PathLike, options: VideoOptions, factor: int, multiple: int) -> Clip:
     """Decodes and resizes the frames that `options` choose.
 
-    `factor` is what sides must be multiples of, `multiple` the same for the number of frames. Raises VideoError.
+    `factor` is what sides must be multiples of, `multiple` the same for the number of frames. Of a damaged file the
+    nearest frame before stands in for one that cannot be decoded, as long as options.min_frames can. Raises VideoError.
     """
     path = Path(path)
     if not path.is_file():
-        raise VideoError(f"no such file: {path}")
-    errors = []
-    for decode in (_decode_decord, _decode_pyav) if decord else (_decode_pyav,):
+        raise VideoError(f"no such file: {path}", "missing")
+    index = decoders.scan(path)
+    numbers, seconds = choose(index.starts, index.end, options, multiple)
+    best, errors = None, []
+    for pictures in decoders.pictures(path, index, frozenset(numbers.tolist())):
         try:
-            frames, start, duration = decode(path, options, multiple)
-            break
-        except VideoError:
+            found = _Frames(numbers, options, factor, multiple)
+            found.collect(pictures)
+        except (VideoError, MemoryError):
             raise
         except Exception as error:  # decoders raise types of their own, by version
-            errors.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
-    else:
-        raise VideoError(f"cannot decode {path}: {'; '.join(errors)}")
-    height, width = frame_size(*frames.shape[1:3], len(frames), options, factor, multiple)
-    return Clip(resize(frames, height, width), duration / len(frames), start)
+            errors.append(decoders.short(error))
+        if best is None or found.count > best.count:
+            best = found
+        if best.count == len(numbers):
+            break
+    least = min(options.min_frames, len(numbers))
+    if best.count < least:
+        what = f"{best.count} of {len(numbers)} frames can be decoded, and at least {least} are needed"
+        raise VideoError(f"cannot decode {path}: {'; '.join([what, *errors, index.damage])}", "damaged")
+    damage = "; ".join(note for note in (index.damage, best.damage) if note)
+    return Clip(best.filled(), seconds / len(numbers), index.starts[numbers] - index.starts[0], damage)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a video file is."""
+
+    duration: float  # seconds
+    fps: float  # mean
+    width: int  # upright, in pixels
+    height: int
+
+
+def probe(path: str | os.PathLike) -> Probe:
+    """Reads a file's list of frames and decodes the first. Raises VideoError."""
+    path = Path(path)
+    if not path.is_file():
+        raise VideoError(f"no such file: {path}", "missing")
+    index = decoders.scan(path)
+    for pictures in decoders.pictures(path, index, frozenset({0})):
+        for picture in pictures:
+            duration = index.end - float(index.starts[0])
+            return Probe(duration, len(index.starts) / duration, *picture.image.shape[1::-1])
+    raise VideoError(f"{path}: its first frame cannot be decoded", "damaged")
+
+
+class _Frames:
+    """The frames of a clip as they come out of a decoder: resized at once, never all held in full size."""
+
+    def __init__(self, numbers: np.ndarray, options: VideoOptions, factor: int, multiple: int) -> None:
+        self.numbers, self.options, self.factor, self.multiple = numbers, options, factor, multiple
+        self.frames: np.ndarray | None = None
+        self.there = np.zeros(len(numbers), bool)
+        self.corrupt = 0
+
+    @property
+    def count(self) -> int:
+        return int(self.there.sum())
+
+    @property
+    def damage(self) -> str:
+        notes = {"could not be decoded": len(self.numbers) - self.count, "were decoded in part": self.corrupt}
+        return "; ".join(f"{n} of {len(self.numbers)} frames {what}" for what, n in notes.items() if n)
+
+    def collect(self, pictures: Iterable[Picture]) -> None:
+        for number, image, corrupt in pictures:
+            if self.frames is None:
+                self.frames = self._allocate(*image.shape[:2])
+            first, last = np.searchsorted(self.numbers, (number, number + 1))
+            self.frames[first:last] = resize(image[None], *self.frames.shape[1:3])
+            self.there[first:last] = True
+            self.corrupt += corrupt * int(last - first)
+
+    def _allocate(self, height: int, width: int) -> np.ndarray:
+        count = len(self.numbers)
+        size = frame_size(height, width, count, self.options, self.factor, self.multiple)
+        if count * size[0] * size[1] * 3 > MAX_CLIP_BYTES:
+            raise VideoError(f"{count} frames of {size[1]}x{size[0]} are more than {MAX_CLIP_BYTES} bytes", "too large")
+        return np.empty((count, *size, 3), np.uint8)
+
+    def filled(self) -> np.ndarray:
+        """The frames, the nearest before (or the first after) in the place of those that are not there."""
+        before = np.maximum.accumulate(np.where(self.there, np.arange(len(self.there)), -1))
+        return self.frames[np.where(before < 0, np.argmax(self.there), before)] if not self.there.all() else self.frames
 
 
 def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -148,8 +228,8 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC)) for f in frames])
 
 
-def choose(starts: np.ndarray, end: float, options: VideoOptions, multiple: int) -> tuple[np.ndarray, float, float]:
-    """Numbers of the frames to take, the second of the video where they begin, and the seconds they cover.
+def choose(starts: np.ndarray, end: float, options: VideoOptions, multiple: int) -> tuple[np.ndarray, float]:
+    """Numbers of the frames to take, in order, and the seconds they cover.
 
     `starts` float64 [N] are the frames' time stamps in order, `end` is when the last one ends. Frame i of n is the one
     shown at i / n of the part between video_start and video_end.
@@ -158,79 +238,9 @@ def choose(starts: np.ndarray, end: float, options: VideoOptions, multiple: int)
     begin = first + (options.video_start or 0.0)
     stop = min(end, first + options.video_end) if options.video_end is not None else end
     if not begin < stop:
-        raise VideoError(f"video_start {options.video_start} is not before the end, {stop - first:.2f} s")
+        raise VideoError(f"video_start {options.video_start} is not before the end, {stop - first:.2f} s", "empty")
     inside = int(np.sum((starts >= begin) & (starts < stop)))
     count = frame_count(stop - begin, inside, options, multiple)
     times = begin + np.arange(count) * (stop - begin) / count
     numbers = np.clip(np.searchsorted(starts, times + 1e-4, side="right") - 1, 0, len(starts) - 1)
-    return numbers, begin - first, stop - begin
-
-
-def _decode_decord(path: Path, options: VideoOptions, multiple: int) -> tuple[np.ndarray, float, float]:
-    reader = decord.VideoReader(str(path), num_threads=1)
-    stamps = reader.get_frame_timestamp(np.arange(len(reader)))  # [N, 2]: start and end
-    indices, *span = choose(stamps[:, 0].astype(np.float64), float(stamps[-1, 1]), options, multiple)
-    return reader.get_batch(indices).asnumpy(), *span
-
-
-def _decode_pyav(path: Path, options: VideoOptions, multiple: int) -> tuple[np.ndarray, float, float]:
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise VideoError(f"{path} has no video stream")
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        images, starts = [], []
-        for frame in container.decode(stream):
-            images.append(frame.to_ndarray(format="rgb24"))
-            starts.append(float(frame.time if frame.time is not None else len(starts) / (stream.average_rate or 25)))
-        if not images:
-            raise VideoError(f"{path} has no frame that can be decoded")
-        step = (starts[-1] - starts[0]) / (len(starts) - 1) if len(starts) > 1 else 1 / float(stream.average_rate or 25)
-    indices, *span = choose(np.asarray(starts), starts[-1] + step, options, multiple)
-    return np.stack([images[i] for i in indices]), *span
-
-
-class FrameCache:
-    """Decoded and resized frames as .npy files in a folder, one a video, made when first asked for.
-
-    The name of a file says the video's path, size and time of change, and the options, so that a changed video or
-    another setting never finds an old record; a damaged record is made anew.
-    """
-
-    def __init__(self, folder: str | os.PathLike | None) -> None:
-        self.folder = Path(folder) if folder else None
-        if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-
-    def read(self, path: str | os.PathLike, options: VideoOptions, factor: int, multiple: int) -> Clip:
-        """As `video.read`."""
-        if self.folder is None:
-            return read(path, options, factor, multiple)
-        try:
-            stat = os.stat(path)
-        except OSError as error:
-            raise VideoError(f"no such file: {path}") from error
-        key = f"{Path(path).resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{options}|{factor}|{multiple}"
-        record = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-        clip = _load_record(record)
-        if clip is None:
-            clip = read(path, options, factor, multiple)
-            write_bytes(record, _record_bytes(clip))
-        return clip
-
-
-def _record_bytes(clip: Clip) -> bytes:
-    """The frames as .npy, followed by their spacing and start as .npy."""
-    buffer = io.BytesIO()
-    np.save(buffer, clip.frames, allow_pickle=False)
-    np.save(buffer, np.asarray([clip.seconds_per_frame, clip.start]), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _load_record(record: Path) -> Clip | None:
-    try:
-        with record.open("rb") as file:
-            frames, times = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
-        return Clip(frames, *times.tolist())
-    except (OSError, ValueError, TypeError, EOFError):
-        return None
+    return numbers, stop - begin

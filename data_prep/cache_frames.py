@@ -1,0 +1,36 @@
+"""Decodes and resizes the videos of a config once, into ArrayRecord shards that training and evaluation read.
+
+    python -m data_prep.cache_frames --config=configs/X.py --workdir=FOLDER [--config.key=value]
+
+Give FOLDER to them as --config.data.cache. Call it again to go on after a kill, to add videos, and to mend: records
+of videos that changed, and damaged ones, are made anew. The config's frames a second, pixel budgets and model decide
+what is stored; with others, frames are decoded from the videos, and counted (data/not_cached).
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from vau_jax import checkpoint, cli
+from vau_jax.data import frame_cache, pipeline
+from vau_jax.data.decode_worker import DecoderPool
+from vau_jax.data.processor import Processor
+from vau_jax.metric_writer import Progress
+
+
+def run(config: ConfigDict, workdir: str | Path) -> None:
+    """Fills `workdir` with the videos of config.data, as config.model (or config.checkpoint) takes them."""
+    folder = config.get("model") or checkpoint.find_model(config.checkpoint).folder
+    processor = Processor(folder)
+    examples, audit = pipeline.load_examples(config.data)
+    print(audit.table(), flush=True)
+    sampling = processor.sampling(pipeline.video_options(config.data, processor.video_options))
+    videos = list(dict.fromkeys(example.path for example in examples))
+    progress = Progress("frames", len(videos))
+    pool = DecoderPool(config.data.workers, config.data.video_seconds)
+    counts = frame_cache.build(workdir, videos, sampling, pool.read, config.data.workers, progress.show)
+    print(f"frames: {', '.join(f'{n} {what}' for what, n in sorted(counts.items()))} ({workdir})", flush=True)
+
+
+if __name__ == "__main__":
+    cli.main(run)

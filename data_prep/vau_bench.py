@@ -1,0 +1,274 @@
+"""VAU-Bench's annotation files: what is irregular in them, and their join with the videos you have.
+
+    python -m data_prep.vau_bench audit FILE... [--source=auto] [--protocol=clean] [--rows]
+    python -m data_prep.vau_bench import --out=DIR [--train FILE...] [--val FILE...] [--test FILE...] \
+        [--videos msad=DIR ucf=DIR ecva=DIR] [--seed=0]
+
+`audit` prints what is changed, left out or doubtful, and videos that two files share. `import` writes DIR/train.jsonl,
+val.jsonl and test.jsonl of mended rows, options shuffled, each with its video's path, duration, frames a second and
+size; DIR/import.json with everything it found; DIR/SHA256SUMS. Train and val rows whose video is in a later split are
+left out. A row without a usable video stays, so that it is counted; training and evaluation list it.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vau_jax import files
+from vau_jax.data import annotations, prompts
+from vau_jax.data.annotations import Row
+from vau_jax.data.decode_worker import DecoderPool
+from vau_jax.data.decoders import VideoError
+from vau_jax.data.video import Probe
+from vau_jax.files import InputError
+from vau_jax.metric_writer import Progress
+
+SPLITS = ("train", "val", "test")
+ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts", ".flv", ".wmv", ".mpg")
+TOLERANCE = 1.0  # seconds that an interval may reach beyond the end of its video before it is flagged
+
+
+# --- audit --------------------------------------------------------------------------------------------------------
+
+
+def audit(paths: Sequence[str], source: str, protocol: str, each_row: bool) -> str:
+    """The table of every file, its denominators, and the videos that two of them share."""
+    lines, loaded = [], {}
+    for path in paths:
+        rows, found = annotations.load(path, source, protocol)
+        loaded[path] = rows
+        counts = ", ".join(f"{task} {n}" for task, n in annotations.denominators(rows).items())
+        lines += [found.table(), f"  scored by: {counts}"]
+        if each_row:
+            lines += [f"    line {e.line}  {e.video}  {e.action} {e.what}: {e.reason}" for e in found.entries]
+    for number, first in enumerate(paths):
+        for second in paths[number + 1 :]:
+            if shared := annotations.shared_videos(loaded[first], loaded[second]):
+                lines.append(f"{first} and {second} share {len(shared)}: {', '.join(row.video for row in shared)}")
+    return "\n".join(lines)
+
+
+# --- import -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What an import found, as import.json holds it."""
+
+    audits: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by annotation file
+    leaks: dict[str, list[str]] = field(default_factory=dict)  # by split: videos left out of it
+    without_folder: dict[str, int] = field(default_factory=dict)  # rows by source, where no folder was given for it
+    missing: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)  # video: why
+    ambiguous: dict[str, list[str]] = field(default_factory=dict)  # video: files that may be it
+    surplus: list[str] = field(default_factory=list)  # files that no row names
+    beyond_end: dict[str, str] = field(default_factory=dict)  # video: interval and duration
+    rows: dict[str, int] = field(default_factory=dict)  # by split
+
+    def table(self) -> str:
+        lines = [f"{split}: {n} rows" for split, n in self.rows.items()]
+        lines += [
+            f"{split}: {len(names)} left out, also in a later split" for split, names in self.leaks.items() if names
+        ]
+        lines += [f"{source}: no folder of videos given, {n} rows" for source, n in self.without_folder.items()]
+        kinds = {
+            "missing": "videos are missing",
+            "unreadable": "videos cannot be read",
+            "ambiguous": "videos may be one of several files",
+            "surplus": "files belong to no row",
+            "beyond_end": "intervals reach beyond the end of their video",
+        }
+        for name, words in kinds.items():
+            found = getattr(self, name)
+            lines.append(f"{len(found):5d}  {words}")
+            lines += [f"         {line}" for line in _some(found)]
+        return "\n".join(lines)
+
+
+def _some(found: list[str] | dict[str, Any], most: int = 5) -> list[str]:
+    lines = [f"{key}: {value}" for key, value in found.items()] if isinstance(found, dict) else found
+    return lines[:most] + ([f"... all in import.json ({len(lines)})"] if len(lines) > most else [])
+
+
+def import_splits(
+    out: Path, annotation_files: dict[str, list[str]], folders: dict[str, Path], seed: int, workers: int
+) -> Found:
+    """Writes the splits; `annotation_files` by split, `folders` of videos by source."""
+    found = Found()
+    splits = {split: _load(paths, found) for split, paths in annotation_files.items() if paths}
+    if not splits:
+        raise InputError("nothing to import: give annotation files with --train, --val or --test")
+    splits = _without_leaks(splits, found)
+    splits = {split: [_shuffled(row, seed) for row in rows] for split, rows in splits.items()}
+    if folders:
+        splits = _joined(splits, folders, workers, found)
+    out.mkdir(parents=True, exist_ok=True)
+    texts = {}
+    for split, rows in splits.items():
+        texts[f"{split}.jsonl"] = "".join(json.dumps(annotations.to_json(row)) + "\n" for row in rows)
+        found.rows[split] = len(rows)
+    texts["import.json"] = json.dumps(asdict(found), indent=1)
+    for name, text in texts.items():
+        files.write_text(out / name, text)
+    sums = [f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in texts.items()]
+    files.write_text(out / "SHA256SUMS", "".join(sums))
+    return found
+
+
+def _load(paths: list[str], found: Found) -> list[Row]:
+    rows: list[Row] = []
+    for path in paths:
+        some, noted = annotations.load(path)
+        found.audits[path] = [vars(entry) for entry in noted.entries]
+        rows += some
+    return rows
+
+
+def _without_leaks(splits: dict[str, list[Row]], found: Found) -> dict[str, list[Row]]:
+    """Every split without the videos of a later one: what is for testing stays."""
+    order = [split for split in SPLITS if split in splits]
+    clean = {}
+    for number, split in enumerate(order):
+        later = [row for other in order[number + 1 :] for row in splits[other]]
+        leaked = {row.video for row in annotations.shared_videos(splits[split], later)}
+        found.leaks[split] = sorted(leaked)
+        clean[split] = [row for row in splits[split] if row.video not in leaked]
+    return clean
+
+
+def _shuffled(row: Row, seed: int) -> Row:
+    """Options in an order that depends on the seed and the video alone."""
+    rng = np.random.default_rng([seed, *hashlib.sha256(annotations.plain_name(row.video).encode()).digest()])
+    return prompts.shuffle_options(row, rng.permutation(4))
+
+
+def _joined(splits: dict[str, list[Row]], folders: dict[str, Path], workers: int, found: Found) -> dict[str, list[Row]]:
+    """Rows with the paths of their videos, relative to the folder that holds all of them, and what the files say."""
+    root = common_folder(list(folders.values()))
+    listed = {source: _videos_below(folder) for source, folder in folders.items()}
+    every = [row for rows in splits.values() for row in rows]
+    found.without_folder = dict(Counter(row.source for row in every if row.source not in folders))
+    paths = {(row.source, row.video): _find(row, listed[row.source], found) for row in every if row.source in folders}
+    named = {path for path in paths.values() if path}
+    surplus = [path for by_name in listed.values() for same in by_name.values() for path in same if path not in named]
+    found.surplus = sorted(str(path.relative_to(root)) for path in surplus)
+    probes = _probes(sorted(named), workers, found)
+    return {
+        split: [_with_video(row, paths.get((row.source, row.video)), probes, root, found) for row in rows]
+        for split, rows in splits.items()
+    }
+
+
+def common_folder(folders: Sequence[Path]) -> Path:
+    """The deepest folder that holds all of `folders`."""
+    return Path(os.path.commonpath([folder.resolve() for folder in folders]))
+
+
+def _videos_below(folder: Path) -> dict[str, list[Path]]:
+    """Video files in a folder and those below it, by their plain name in lower case."""
+    if not folder.is_dir():
+        raise InputError(f"video folder {folder} does not exist")
+    by_name: dict[str, list[Path]] = {}
+    for path in sorted(folder.resolve().rglob("*")):
+        if path.suffix.lower() in ENDINGS and path.is_file():
+            by_name.setdefault(annotations.plain_name(path.name).lower(), []).append(path)
+    return by_name
+
+
+def _find(row: Row, by_name: dict[str, list[Path]], found: Found) -> Path | None:
+    """The file of a row: MSAD's `Fire_3.mp4`, UCF-Crime's `Arson/Arson011_x264.mp4`, ECVA's `17.mp4`, whatever their
+    folder, ending and case, with or without the prefix of the source."""
+    same = by_name.get(annotations.plain_name(row.video).lower(), [])
+    if not same:
+        found.missing.append(row.video)
+        return None
+    if len(same) > 1:
+        found.ambiguous[row.video] = [str(path) for path in same]
+    return same[0]
+
+
+def _probes(paths: list[Path], workers: int, found: Found) -> dict[Path, Probe]:
+    """What each file is; those that cannot be read are noted."""
+    pool, probes = DecoderPool(workers), {}
+    progress = Progress("videos", len(paths))
+
+    def one(path: Path) -> Probe | VideoError:
+        try:
+            return pool.probe(path)
+        except VideoError as error:
+            return error
+
+    with ThreadPoolExecutor(workers) as threads:
+        for number, (path, result) in enumerate(zip(paths, threads.map(one, paths), strict=True), start=1):
+            if isinstance(result, Probe):
+                probes[path] = result
+            else:
+                found.unreadable[str(path)] = str(result)
+            progress.show(number)
+    return probes
+
+
+def _with_video(row: Row, path: Path | None, probes: dict[Path, Probe], root: Path, found: Found) -> Row:
+    if path is None:
+        return row
+    video = str(path.relative_to(root))
+    if path not in probes:
+        return replace(row, video=video)
+    probe = probes[path]
+    if isinstance(row.interval, tuple) and row.interval[1] > probe.duration + TOLERANCE:
+        found.beyond_end[video] = f"{list(row.interval)} of {probe.duration:.1f} s"
+    return replace(row, video=video, **asdict(probe))
+
+
+# --- command line -------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    audits = commands.add_parser("audit", help="what is irregular in annotation files")
+    audits.add_argument("files", nargs="+")
+    audits.add_argument("--source", default="auto", help="rules for times: msad, ucf, ecva, or auto by file name")
+    audits.add_argument("--protocol", default="clean", help="clean: mended; paper: as the published denominators")
+    audits.add_argument("--rows", action="store_true", help="every entry, not their counts alone")
+    imports = commands.add_parser("import", help="mended rows joined with videos")
+    for split in SPLITS:
+        imports.add_argument(f"--{split}", nargs="+", default=[], metavar="FILE")
+    imports.add_argument("--videos", nargs="+", default=[], metavar="SOURCE=DIR")
+    imports.add_argument("--out", required=True, type=Path)
+    imports.add_argument("--seed", type=int, default=0, help="of the options' order")
+    imports.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read videos")
+    args = parser.parse_args()
+    if args.command == "audit":
+        print(audit(args.files, args.source, args.protocol, args.rows))
+        return
+    folders = _folders(args.videos)
+    found = import_splits(args.out, {split: getattr(args, split) for split in SPLITS}, folders, args.seed, args.workers)
+    print(found.table())
+    if folders:
+        print(f"use with --config.data.videos={common_folder(list(folders.values()))}")
+
+
+def _folders(given: list[str]) -> dict[str, Path]:
+    folders = {}
+    for item in given:
+        source, separator, folder = item.partition("=")
+        if not separator or source not in annotations.SOURCES:
+            raise InputError(
+                f"--videos {item}: expected SOURCE=DIR with SOURCE one of {', '.join(annotations.SOURCES)}"
+            )
+        folders[source] = Path(folder)
+    return folders
+
+
+if __name__ == "__main__":
+    files.exit_on_input_error(main)

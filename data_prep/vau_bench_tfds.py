@@ -1,0 +1,91 @@
+"""VAU-Bench as a TensorFlow Datasets builder, for pipelines that read `tfds.data_source`; no TensorFlow needed.
+
+    import data_prep.vau_bench_tfds  # registers the builder
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder("vau_bench/ucf", imported="DIR")  # DIR: what `data_prep.vau_bench import` wrote
+    builder.download_and_prepare()
+    for example in builder.as_data_source(split="test"):
+        ...
+
+One config a source (`msad`, `ucf`, `ecva`) and `all`; splits as imported. Texts that a row lacks are empty; `interval`
+is [start, end] in seconds where `interval_kind` is "seconds"; numbers that were not read from a video are 0.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data_prep.vau_bench import SPLITS
+from vau_jax.data import annotations
+from vau_jax.data.annotations import SECTIONS, SOURCES, Row
+from vau_jax.files import InputError
+
+
+class VauBench(tfds.core.GeneratorBasedBuilder):
+    """Questions, intervals, classes and reasoning about surveillance videos (7xiang/VAU-Bench, MIT)."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [  # noqa: RUF012 - as TFDS declares it
+        tfds.core.BuilderConfig(name="all", description="all sources"),
+        *(tfds.core.BuilderConfig(name=source, description=f"the videos of {source}") for source in SOURCES),
+    ]
+
+    def __init__(self, imported: str | os.PathLike = "", **kwargs: Any) -> None:
+        """`imported` is the folder that `data_prep.vau_bench import` wrote; only preparing needs it."""
+        self.imported = Path(imported) if imported else None
+        super().__init__(file_format=kwargs.pop("file_format", None) or "array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        features = {
+            "video": text,  # path, relative to the folder that the import named
+            "source": text,
+            "question": text,
+            "options": tfds.features.Sequence(text),
+            "answer": text,  # A to D
+            "anomaly_class": text,
+            "interval_kind": text,  # seconds, normal, unknown
+            "interval": tfds.features.Tensor(shape=(2,), dtype=np.float32),
+            "key_object": text,
+            "description": text,
+            "reasoning": {title: text for title in SECTIONS},
+            "duration": np.float32,
+            "fps": np.float32,
+            "width": np.int32,
+            "height": np.int32,
+        }
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(features), homepage="https://huggingface.co/datasets/7xiang/VAU-Bench"
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
+        if self.imported is None or not self.imported.is_dir():
+            raise InputError(f"imported={self.imported}: expected the folder that `data_prep.vau_bench import` wrote")
+        paths = {split: self.imported / f"{split}.jsonl" for split in SPLITS}
+        return {split: self._generate_examples(path) for split, path in paths.items() if path.is_file()}
+
+    def _generate_examples(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        rows, _ = annotations.load(path)
+        for row in rows:
+            if self.builder_config.name in ("all", row.source):
+                yield f"{row.source}/{row.video}", features_of(row)
+
+
+def features_of(row: Row) -> dict[str, Any]:
+    """A row as the builder's features."""
+    interval = row.interval if isinstance(row.interval, tuple) else (0.0, 0.0)
+    kind = "seconds" if isinstance(row.interval, tuple) else row.interval or "unknown"
+    return {
+        **{name: getattr(row, name) or "" for name in ("video", "source", "question", "answer", "anomaly_class")},
+        **{name: getattr(row, name) or "" for name in ("key_object", "description")},
+        **{name: getattr(row, name) or 0 for name in ("duration", "fps", "width", "height")},
+        "options": list(row.options),
+        "interval_kind": kind,
+        "interval": np.asarray(interval, np.float32),
+        "reasoning": {title: row.reasoning.get(title, "") for title in SECTIONS},
+    }

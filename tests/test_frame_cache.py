@@ -1,0 +1,140 @@
+"""The frame cache: what it gives back, and how stale, damaged and half-written parts are found and mended."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import clips
+from vau_jax.data import frame_cache, video
+from vau_jax.data.decoders import VideoError
+from vau_jax.data.frame_cache import FrameCache
+from vau_jax.data.video import Clip, Sampling, VideoOptions
+from vau_jax.files import InputError
+
+SAMPLING = Sampling(VideoOptions(min_pixels=28 * 28, max_pixels=112 * 112), 28, 2)
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> list[Path]:
+    """Three clips and a broken file."""
+    paths = [clips.write(tmp_path / f"{n}.mp4", count=20 + n) for n in range(3)]
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"broken")
+    return [*paths, broken]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "frames"
+
+
+def build(folder: Path, videos: list[Path], sampling: Sampling = SAMPLING) -> Counter[str]:
+    return frame_cache.build(folder, videos, sampling, video.read, workers=2, show=lambda done, note: None)
+
+
+def forbidden(*args: Any) -> Clip:
+    raise AssertionError("a video was decoded")
+
+
+def test_what_is_read_is_what_was_decoded(folder: Path, videos: list[Path]) -> None:
+    assert build(folder, videos) == Counter(written=3, failed=1)
+    for path in videos[:3]:
+        clip, cached = FrameCache(folder, forbidden).read(path, SAMPLING)
+        direct = video.read(path, SAMPLING.options, 28, 2)
+        np.testing.assert_array_equal(clip.frames, direct.frames)
+        np.testing.assert_array_equal(clip.times, direct.times)
+        assert cached and clip.seconds_per_frame == direct.seconds_per_frame
+
+
+def test_a_broken_video_is_remembered_with_its_reason(folder: Path, videos: list[Path]) -> None:
+    build(folder, videos)
+    with pytest.raises(VideoError, match="cannot open") as caught:
+        FrameCache(folder, forbidden).read(videos[3], SAMPLING)
+    assert caught.value.reason == "unreadable"
+
+
+def test_a_second_call_decodes_nothing(folder: Path, videos: list[Path]) -> None:
+    build(folder, videos)
+    again = frame_cache.build(folder, videos, SAMPLING, forbidden, workers=2, show=lambda done, note: None)
+    assert again == Counter(kept=4, failed=1)
+
+
+def test_other_settings_are_not_served(folder: Path, videos: list[Path]) -> None:
+    build(folder, videos)
+    other = Sampling(VideoOptions(nframes=4, max_pixels=112 * 112), 28, 2)
+    clip, cached = FrameCache(folder).read(videos[0], other)
+    assert not cached and len(clip.frames) == 4
+
+
+def test_a_changed_video_is_not_served_and_its_record_is_made_anew(folder: Path, videos: list[Path]) -> None:
+    build(folder, videos)
+    clips.write(videos[1], count=50)
+    clip, cached = FrameCache(folder).read(videos[1], SAMPLING)
+    assert not cached and len(clip.frames) == 4
+    assert build(folder, videos) == Counter(stale=1, written=1, kept=3, failed=1)
+    assert FrameCache(folder, forbidden).read(videos[1], SAMPLING)[1]
+
+
+def test_a_damaged_record_is_decoded_and_then_made_anew(folder: Path, videos: list[Path]) -> None:
+    build(folder, videos)
+    shard = next(folder.glob("*.arrayrecord"))
+    first = video.read(videos[0], SAMPLING.options, 28, 2)
+    data = bytearray(shard.read_bytes())
+    at = data.index(first.frames[0].tobytes()[:64])
+    data[at + 100] ^= 1
+    shard.write_bytes(data)
+    clip, cached = FrameCache(folder).read(videos[0], SAMPLING)
+    assert not cached
+    np.testing.assert_array_equal(clip.frames, first.frames)
+    assert build(folder, videos) == Counter(damaged=1, written=1, kept=3, failed=1)
+    assert all(FrameCache(folder, forbidden).read(path, SAMPLING)[1] for path in videos[:3])
+
+
+def test_a_cut_shard_is_made_anew(folder: Path, videos: list[Path]) -> None:
+    build(folder, videos)
+    shard = next(folder.glob("*.arrayrecord"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    assert not FrameCache(folder).read(videos[0], SAMPLING)[1]
+    assert build(folder, videos)["written"] == 3
+    assert all(FrameCache(folder, forbidden).read(path, SAMPLING)[1] for path in videos[:3])
+
+
+def test_a_killed_call_goes_on_after_its_last_whole_shard(
+    folder: Path, videos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frame_cache, "SHARD_BYTES", 1)  # a shard a clip
+
+    def killed(path: Path, *args: Any) -> Clip:
+        if path == videos[2]:
+            raise KeyboardInterrupt
+        return video.read(path, *args)
+
+    with pytest.raises(KeyboardInterrupt):
+        frame_cache.build(folder, videos, SAMPLING, killed, workers=1, show=lambda done, note: None)
+    (folder / "frames-00009.part").write_bytes(b"half")
+    assert build(folder, videos) == Counter(kept=2, written=1, failed=1)
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_copied_cache_serves_copied_videos(folder: Path, videos: list[Path], tmp_path: Path) -> None:
+    import shutil
+
+    build(folder, videos)
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    shutil.copy(videos[0], tmp_path / "renamed.mp4")
+    assert FrameCache(tmp_path / "elsewhere", forbidden).read(tmp_path / "renamed.mp4", SAMPLING)[1]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"frame cache .* does not exist"):
+        FrameCache(tmp_path / "none")
+
+
+def test_a_missing_video_is_a_video_error(folder: Path, videos: list[Path], tmp_path: Path) -> None:
+    build(folder, videos)
+    with pytest.raises(VideoError) as caught:
+        FrameCache(folder).read(tmp_path / "none.mp4", SAMPLING)
+    assert caught.value.reason == "missing"

@@ -1,0 +1,174 @@
+"""Decoding in processes of their own: a file that hangs or crashes a decoder costs that one video and nothing else.
+
+A worker is `python -m vau_jax.data.decode_worker`: it reads a request, a line of JSON, from its standard input and
+answers with a line of JSON and the frames' bytes. Its memory is limited by the system, its time by an alarm that ends
+it even inside a decoder; it is replaced when it has died, and after some thousand videos, because decoders leak.
+"""
+
+import json
+import math
+import os
+import queue
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vau_jax.data import video
+from vau_jax.data.decoders import VideoError, short
+from vau_jax.data.video import Clip, Probe, VideoOptions
+
+VIDEOS_A_WORKER = 2000
+MEMORY = 4 * 2**30  # bytes of data that a worker may hold
+SECONDS = 120.0  # for one video
+
+
+class DecoderPool:
+    """`video.read` and `video.probe` in at most `workers` processes; may be called from as many threads and more."""
+
+    def __init__(self, workers: int, seconds: float = SECONDS, memory: int = MEMORY) -> None:
+        self.seconds, self.memory = seconds, memory
+        self.idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()  # None: one that is not started
+        for _ in range(workers):
+            self.idle.put(None)
+
+    def read(self, path: str | os.PathLike, options: VideoOptions, factor: int, multiple: int) -> Clip:
+        """As `video.read`; also raises VideoError where the decoder crashes or takes longer than `seconds`."""
+        return decode_clip(*self._ask(path, {"options": asdict(options), "factor": factor, "multiple": multiple}))
+
+    def probe(self, path: str | os.PathLike) -> Probe:
+        """As `video.probe`, likewise."""
+        return Probe(**self._ask(path, {})[0])
+
+    def _ask(self, path: str | os.PathLike, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        worker = self.idle.get()
+        try:
+            if worker and (not worker.alive or worker.done >= VIDEOS_A_WORKER):
+                worker.stop()
+                worker = None
+            worker = worker or _Worker(self.seconds, self.memory)
+            return worker.ask({"path": os.fspath(path), **request})
+        finally:
+            self.idle.put(worker)
+
+    def close(self) -> None:
+        """Ends the processes that are idle."""
+        for _ in range(self.idle.qsize()):
+            if worker := self.idle.get():
+                worker.stop()
+            self.idle.put(None)
+
+
+class _Worker:
+    """One process, used by one thread at a time."""
+
+    def __init__(self, seconds: float, memory: int) -> None:
+        self.done, self.seconds = 0, seconds
+        command = [sys.executable, "-m", "vau_jax.data.decode_worker", str(seconds), str(memory)]
+        one_core = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(  # noqa: S603
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **one_core},
+            start_new_session=True,  # Ctrl-C is for the run, which then closes the worker's input
+        )
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """The answer and the frames' bytes. Raises VideoError."""
+        answer, frames, size = None, b"", 0
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+            answer = json.loads(self.process.stdout.readline() or b"null")
+            size = math.prod(answer["shape"]) if answer and "shape" in answer else 0
+            frames = self.process.stdout.read(size)
+        except (BrokenPipeError, json.JSONDecodeError):
+            answer = None
+        if answer is None or len(frames) != size:
+            raise self._death(request["path"])
+        self.done += 1
+        if "error" in answer:
+            raise VideoError(answer["error"], answer["reason"])
+        return answer, frames
+
+    def _death(self, path: str) -> VideoError:
+        """Why the process is no more."""
+        code = self.process.wait()
+        if code == -signal.SIGALRM:
+            return VideoError(f"decoding {path} took longer than {self.seconds:g} s", "timeout")
+        if code > 0:
+            raise RuntimeError(f"a decoder process could not start or failed (exit code {code}): see its message above")
+        return VideoError(f"the decoder crashed on {path} (signal {-code})", "crashed")
+
+
+def encode_clip(clip: Clip) -> dict[str, Any]:
+    """What stands beside the frames' bytes, as JSON values."""
+    return {
+        "shape": clip.frames.shape,
+        "seconds_per_frame": clip.seconds_per_frame,
+        "times": None if clip.times is None else clip.times.tolist(),
+        "damage": clip.damage,
+    }
+
+
+def decode_clip(header: dict[str, Any], frames: bytes | memoryview) -> Clip:
+    """The clip that `encode_clip` described."""
+    times = None if header["times"] is None else np.asarray(header["times"])
+    array = np.frombuffer(frames, np.uint8).reshape(header["shape"])
+    return Clip(array, header["seconds_per_frame"], times, header["damage"])
+
+
+# --- The worker's side --------------------------------------------------------------------------------------------
+
+
+def serve(requests: BinaryIO, answers: BinaryIO, seconds: float) -> None:
+    """Answers requests until there are none."""
+    for line in requests:
+        request = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        frames = b""
+        try:
+            if "options" in request:
+                options = VideoOptions(**request["options"])
+                clip = video.read(request["path"], options, request["factor"], request["multiple"])
+                answer, frames = encode_clip(clip), memoryview(clip.frames).cast("B")
+            else:
+                answer = asdict(video.probe(request["path"]))
+        except VideoError as error:
+            answer = {"error": str(error), "reason": error.reason}
+        except MemoryError:
+            answer = {"error": f"decoding {request['path']} takes more memory than a decoder may have"}
+            answer["reason"] = "too large"
+        except Exception as error:  # whatever a file provokes costs this file alone
+            answer = {"error": f"cannot decode {request['path']}: {short(error)}", "reason": "unreadable"}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.write(frames)
+        answers.flush()
+
+
+def main() -> None:
+    seconds, memory = float(sys.argv[1]), int(sys.argv[2])
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default ends the process, whatever it is doing
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints does not get among the answers
+    serve(sys.stdin.buffer, answers, seconds)
+
+
+if __name__ == "__main__":
+    main()
