@@ -28,3 +28,10 @@ def test_grpo_step(model_folder: Path) -> None:
     assert result["visual_tokens"] == 2 * 2 * 2
     assert 0 < sum(result["split"].values()) <= result["sec_per_step"]
     assert result["completion_tokens_per_s"] > 0
+
+
+def test_video_pipeline(tmp_path: Path) -> None:
+    sizes = ["--sizes", "96x64", "--seconds", "4", "--rounds=1", "--workers", "1"]
+    result = last_line("benchmarks/video_pipeline.py", *sizes, f"--clips={tmp_path}")
+    assert result["frames_per_s"] > 0
+    assert result["clips"]["96x64_4s"]["frames"] == {"ours": 8, "reference": 8, "cached": 8}

@@ -75,7 +75,7 @@ class Trainer:
         )
         self.difficulty = Difficulty(config.data.difficulty)
         self.tokens_seen = 0
-        self.data_counts: Counter[str] = Counter()  # what went wrong with examples, since the run began
+        self.data_counts = Counter(pipeline.excluded(audit))  # what is wrong with the data, since the run began
         self.key = jax.random.key(config.seed)
 
     def _make_state(self, trained: Params) -> None:
@@ -335,7 +335,15 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     return workdir
 
 
-MAY_CHANGE = ("steps", "log_every", "checkpoint.every", "checkpoint.keep", "data.workers", "data.cache")
+MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "data.workers",
+    "data.video_seconds",
+    "data.cache",
+)
 
 
 def check_same_run(config: ConfigDict, workdir: Path) -> None:

@@ -166,7 +166,10 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints does not get among the answers
+    sys.stderr = os.fdopen(os.dup(2), "w")  # for tracebacks of our own
+    with open(os.devnull, "wb") as nothing:  # what the libraries print would get among the answers, or tell nobody
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
     serve(sys.stdin.buffer, answers, seconds)
 
 

@@ -5,6 +5,7 @@ processes. Videos are decoded by processes of their own (decode_worker.py), whic
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -276,6 +277,12 @@ def counts(batch: HostBatch, config: ConfigDict) -> dict[str, int]:
     if config.cache:
         found["data/not_cached"] = sum(not item.cached and not item.failure for item in batch.examples)
     return found
+
+
+def excluded(audit: annotations.Audit) -> dict[str, int]:
+    """How many rows `load_examples` left out of a task or of all, by reason, for the run's metrics."""
+    found = {reason: n for (action, reason), n in audit.counts().items() if action == "excluded"}
+    return {f"data/excluded/{re.sub(r'[^a-z0-9]+', '_', reason.lower()).strip('_')}": n for reason, n in found.items()}
 
 
 # --- The order of examples ----------------------------------------------------------------------------------------
