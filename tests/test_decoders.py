@@ -90,6 +90,26 @@ def test_variable_frame_rates_keep_their_time_stamps(folder: Path) -> None:
     assert [clips.number(i) for i in pictures("with_skipping", path, frozenset({0, 21, 29})).values()] == [0, 21, 29]
 
 
+def test_an_edit_list_hides_frames_that_others_refer_to(folder: Path) -> None:
+    """The same packets, half a second earlier: a player begins at frame 10, which refers to those before."""
+    import av
+
+    plain, path = clips.write(folder / "plain.mp4", count=40), folder / "edited.mp4"
+    with av.open(str(plain)) as source, av.open(str(path), "w", options={"use_editlist": "1"}) as target:
+        target.flags = target.flags & ~0x200000
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                shift = round(0.5 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                target.mux(packet)
+    index = decoders.scan(path)
+    assert len(index.starts) == 30
+    for way in ("with_skipping", "from_beginning"):
+        found = pictures(way, path, frozenset({0, 7, 29}))
+        assert [clips.number(image) for _, image in sorted(found.items())] == [10, 17, 39]
+
+
 def test_only_the_groups_that_are_needed_are_decoded(folder: Path) -> None:
     index = decoders.scan(clips.write_as(folder, "short_gop.mp4", count=COUNT))
     assert index.packets_for([0]).sum() == 1

@@ -98,7 +98,7 @@ def _packets(
     """The stream's packets in the file's order, to where the file breaks off, which is noted in `errors`."""
     try:
         for packet in container.demux(stream):
-            if packet.size and not packet.is_discard:
+            if packet.size:
                 yield packet
     except av.FFmpegError as error:
         if errors is not None:
@@ -107,7 +107,7 @@ def _packets(
 
 def scan(path: str | os.PathLike) -> Index:
     """Reads the list of frames without decoding them. Raises VideoError for a file that has none."""
-    stamps, durations, keys, errors = [], [], [], []
+    stamps, durations, keys, shown, errors = [], [], [], [], []
     with _open(Path(path)) as (container, stream):
         promised, unit = stream.frames, float(stream.time_base or 1)
         step = 1 / float(stream.average_rate or 25)
@@ -115,23 +115,25 @@ def scan(path: str | os.PathLike) -> Index:
             stamps.append(packet.pts)
             durations.append(packet.duration or 0)
             keys.append(packet.is_keyframe)
+            shown.append(not packet.is_discard)  # by an edit list; others may refer to it all the same
             if len(stamps) > MAX_FRAMES:
                 raise VideoError(f"{path} has more than {MAX_FRAMES} frames", "too large")
     if None in stamps:
         stamps = _decoded_stamps(Path(path))
-        durations, keys = [0] * len(stamps), [False] * len(stamps)
-    if not stamps:
+        durations, keys, shown = ([value] * len(stamps) for value in (0, False, True))
+    if not any(shown):
         raise VideoError(f"{path} has no frame that can be decoded")
     if promised > len(stamps):
         errors.append(f"{len(stamps)} of {promised} frames are there")
-    shown, packet_of = np.unique(np.asarray(stamps, np.int64), return_index=True)
-    starts = shown * unit
+    in_file = np.asarray(stamps, np.int64)
+    stamps, first = np.unique(in_file[shown], return_index=True)
+    starts = stamps * unit
     if len(starts) > 1:
         step = (starts[-1] - starts[0]) / (len(starts) - 1)
-    end = starts[-1] + (durations[packet_of[-1]] * unit or step)
+    end = starts[-1] + (np.asarray(durations)[shown][first[-1]] * unit or step)
     if not 0 < end - starts[0] < MAX_SECONDS:
         raise VideoError(f"{path} claims to last {end - starts[0]:.3g} s", "too large")
-    return Index(starts, float(end), shown, np.asarray(stamps, np.int64), np.asarray(keys, bool), "; ".join(errors))
+    return Index(starts, float(end), stamps, in_file, np.asarray(keys, bool), "; ".join(errors))
 
 
 def _decoded_stamps(path: Path) -> list[int]:
