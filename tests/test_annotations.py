@@ -122,6 +122,11 @@ def test_both_serialisations_of_reasoning_give_the_same_sections() -> None:
     assert annotations.parse_reasoning(literal) == annotations.parse_reasoning(markdown)
 
 
+def test_a_list_inside_a_section_is_read_as_its_parts() -> None:
+    text = """### Key Evidence: ['a man', "the door's lock"] ### Conclusion: [sic] theft"""
+    assert annotations.parse_reasoning(text) == {"Key Evidence": "a man; the door's lock", "Conclusion": "[sic] theft"}
+
+
 def test_reasoning_runs_no_code(tmp_path: Path) -> None:
     target = tmp_path / "touched"
     assert annotations.parse_reasoning(f"{{'Location': open({str(target)!r}, 'w')}}") == {}

@@ -443,7 +443,19 @@ def _sections(text: str) -> list[tuple[str, str]]:
     titles = "|".join(re.escape(title) for title in SECTIONS)
     parts = re.split(rf"#{{2,4}}\s*\**({titles})\**\s*:?", text, flags=re.IGNORECASE)
     canonical = {title.casefold(): title for title in SECTIONS}
-    return [(canonical[t.casefold()], body.strip()) for t, body in zip(parts[1::2], parts[2::2], strict=True)]
+    return [
+        (canonical[t.casefold()], _without_brackets(b.strip())) for t, b in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def _without_brackets(text: str) -> str:
+    """The text, or the parts of one that is a Python list: `['a man', 'a door']` is `a man; a door`."""
+    if not text.startswith("["):
+        return text
+    try:
+        return _flatten(ast.literal_eval(text))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def _flatten(value: object) -> str:

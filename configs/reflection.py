@@ -1,0 +1,33 @@
+"""Building reflection records: who answers first, who reflects, and what is kept. Fields of `data` are in base.py."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from vau_jax import chat
+
+
+def get_config() -> ConfigDict:
+    train = base.get_config()
+    c = ConfigDict()
+    c.seed = 0
+    c.data = train.data
+    c.data.style = "think"  # of the student's first answer
+    c.dry_run = 0  # print so many of the teacher's prompts and stop
+
+    c.student = ConfigDict()  # answers first
+    c.student.checkpoint = ""  # run or model folder; empty: drafts are made by rule from the annotation
+    c.student.samples = 4  # answers of each question
+    c.student.temperature = 1.0
+    c.student.batch_size = 8
+    c.student.dtype = train.dtype
+
+    c.teacher = chat.defaults()  # writes reflection and revision; url empty: by rule from the annotation
+    c.teacher.frames = 0  # pictures of the video that the teacher sees; 0: text alone
+
+    c.keep = ConfigDict()
+    c.keep.tiou = 0.5  # a grounding draft is right from this temporal IoU on
+    c.keep.words = (5, 150)  # least and most of reflection, and of revision
+    c.keep.likeness = 0.8  # share of a text's five-word runs that an earlier one has: from here on a duplicate
+    c.keep.wrong_share = 0.7  # of drafts that are wrong, among the records (SRPO, arXiv 2506.01713: about 70%)
+    c.keep.most = 0  # records; 0: as many as the mix allows
+    return c

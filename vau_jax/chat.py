@@ -1,0 +1,175 @@
+"""Questions to a model behind an OpenAI-compatible chat endpoint: many at once, each paid for once, all counted.
+
+Answers are kept in a JSONL file as they come, under a hash of the model and the messages, so that a killed call that
+is repeated asks only what has no answer yet. Retries with growing pauses, after rate limits (429, Retry-After),
+server errors and timeouts, are the `openai` client's own.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vau_jax.files import InputError
+
+Message = dict[str, Any]
+ATTEMPTS = 3  # at an answer that passes its check
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one question: a text, or why there is none."""
+
+    text: str = ""
+    error: str = ""
+
+
+class Chat:
+    """An endpoint, by `config` (see `defaults`); `cache` is the JSONL of its answers."""
+
+    def __init__(self, config: ConfigDict, cache: str | os.PathLike) -> None:
+        if not config.url or not config.model:
+            raise InputError(f"an endpoint needs url and model, found url={config.url!r} and model={config.model!r}")
+        self.config, self.cache = config, Path(cache)
+        self.client = openai.OpenAI(
+            base_url=config.url,
+            api_key=os.environ.get(config.key_variable, "none"),
+            timeout=config.seconds,
+            max_retries=config.retries,
+        )
+        self.lock = threading.Lock()
+        self.answers = _read_answers(self.cache)
+        self.tokens: Counter[str] = Counter()  # used by this object: "prompt" and "completion"
+
+    @property
+    def cost(self) -> float:
+        """Of the tokens used by this object, in the currency of config.prices."""
+        c = self.config
+        return (self.tokens["prompt"] * c.price_prompt + self.tokens["completion"] * c.price_completion) / 1e6
+
+    def key(self, messages: Sequence[Message], attempt: int) -> str:
+        """Of everything that decides an answer."""
+        c = self.config
+        asked = [c.model, c.temperature, c.max_tokens, attempt, list(messages)]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def ask(self, messages: Sequence[Message], check: Callable[[str], str] = lambda text: "") -> Reply:
+        """An answer that `check` has nothing to say against, or after some attempts why there is none."""
+        complaint = ""
+        for attempt in range(ATTEMPTS):
+            try:
+                text = self._answer(messages, attempt)
+            except (openai.OpenAIError, ValueError) as error:  # ValueError: an answer that is no whole JSON
+                return Reply(error=f"{type(error).__name__}: {str(error)[:200]}")
+            complaint = check(text)
+            if not complaint:
+                return Reply(text)
+        return Reply(error=complaint)
+
+    def ask_all(
+        self, questions: Sequence[Sequence[Message]], check: Callable[[str], str] = lambda text: ""
+    ) -> Iterator[tuple[int, Reply]]:
+        """(number of the question, its reply) as they come, config.concurrency asked at once."""
+        waiting: dict[Future[Reply], int] = {}
+        with ThreadPoolExecutor(self.config.concurrency) as pool:
+            numbers = iter(range(len(questions)))
+            while True:
+                for number in numbers:
+                    waiting[pool.submit(self.ask, questions[number], check)] = number
+                    if len(waiting) >= 2 * self.config.concurrency:
+                        break
+                if not waiting:
+                    return
+                for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    yield waiting.pop(done), done.result()
+
+    def _answer(self, messages: Sequence[Message], attempt: int) -> str:
+        key = self.key(messages, attempt)
+        if key in self.answers:
+            return self.answers[key]
+        c = self.config
+        response = self.client.chat.completions.create(
+            model=c.model,
+            messages=list(messages),
+            temperature=c.temperature,
+            max_tokens=c.max_tokens,
+            seed=attempt,
+            **({"response_format": {"type": "json_object"}} if c.json_mode else {}),
+        )
+        text = (response.choices[0].message.content or "") if response.choices else ""
+        used = response.usage
+        with self.lock:
+            self.tokens["prompt"] += used.prompt_tokens if used else 0
+            self.tokens["completion"] += used.completion_tokens if used else 0
+            self.answers[key] = text
+            _append(self.cache, {"key": key, "text": text})
+        return text
+
+
+def defaults() -> ConfigDict:
+    """The fields of an endpoint's config."""
+    c = ConfigDict()
+    c.url = ""  # such as http://localhost:8000/v1
+    c.model = ""  # its name there
+    c.key_variable = "OPENAI_API_KEY"  # environment variable that holds the key
+    c.concurrency = 8  # questions at once
+    c.seconds = 120.0  # to wait for an answer
+    c.retries = 6  # after rate limits, server errors, timeouts
+    c.temperature = 0.7
+    c.max_tokens = 1024  # of an answer
+    c.json_mode = True  # ask for JSON by response_format; some servers do not know it
+    c.price_prompt = 0.0  # of a million tokens
+    c.price_completion = 0.0
+    return c
+
+
+def frames_content(frames: np.ndarray) -> list[Message]:
+    """Content items with frames uint8 [F, H, W, 3] as JPEG pictures."""
+    items = []
+    for frame in frames:
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, format="JPEG", quality=85)
+        url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        items.append({"type": "image_url", "image_url": {"url": url}})
+    return items
+
+
+def _read_answers(path: Path) -> dict[str, str]:
+    """The whole lines of the file; one that a kill cut short is asked again."""
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+        lines.pop()
+    found = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+            found[record["key"]] = record["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # the rest of a line that was cut short
+    return found
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    """One line, on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
