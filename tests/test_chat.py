@@ -1,4 +1,4 @@
-"""The chat client against a real server of the protocol: errors, limits, timeouts, and that nothing is paid for twice."""
+"""The chat client against a real server: errors, limits, timeouts, and that nothing is paid for twice."""
 
 import json
 from pathlib import Path
