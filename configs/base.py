@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from vau_jax.data import prompts
+
 
 def get_config() -> ConfigDict:
     """The defaults: VAU-R1's settings where the papers state them."""
@@ -55,6 +57,7 @@ def get_config() -> ConfigDict:
     c.data.total_pixels = 0  # all frames of a video, by pairs; 0: the budget's
     c.data.cache = ""  # folder that data_prep/cache_frames.py filled; empty: decode every time
     c.data.augment = False  # random flip, shift, colour and cuts
+    c.data.section_weights = ConfigDict(prompts.SECTION_WEIGHTS)  # of completions in the SFT loss, the end token's 1
     c.data.shuffle_options = True  # order of the four options drawn anew each time
     c.data.max_completion_tokens = 1024  # longer completions are cut
     c.data.bucket = (256, 1024, 16, 64, 16, 64)  # least padded sizes: tokens, patches, windows, size, frames, size

@@ -378,3 +378,16 @@ def test_a_bad_reflection_record_is_named(tmp_path: Path) -> None:
     path.write_text('{"video": "a.mp4", "task": "qa"}\n')
     with pytest.raises(InputError, match="line 1"):
         prompts.load_reflections(path)
+
+
+def test_section_weights_reach_their_tokens(config: ConfigDict, processor: Processor) -> None:
+    config.section_weights.update({"think": 0.0, "reflect": 0.5, "revise": 0.25, "answer": 2.0, "wrong_draft": 0.75})
+    for item in (item for host in batches(config, processor, 3)[0] for item in host.examples):
+        by_weight = {
+            weight: processor.tokenizer.decode(item.target_tokens[item.target_weights == weight])
+            for weight in set(item.target_weights.tolist())
+        }
+        assert by_weight[0.0].startswith("<think>")
+        assert "<reflect>" in by_weight[0.5] and "<revise>" in by_weight[0.25] and "<answer>" in by_weight[2.0]
+        assert (0.75 in by_weight) == (not item.example.reflection.draft_is_right)
+        assert item.target_weights[-1] == 1.0

@@ -137,6 +137,55 @@ def test_a_reflection_without_form_earns_nothing(text: str) -> None:
     assert reward("reflection", reflected("C", "C", text), C, reflection=True) == 0.0
 
 
+def test_a_reflection_copied_from_the_first_reasoning_earns_nothing() -> None:
+    think = "a man runs to the door and smoke rises behind him in the yard"
+    copied = reflected("C", "C", think).replace("<think>t<", f"<think>{think}<")
+    assert reward("reflection", copied, C, reflection=True) == 0.0
+    own = reflected("C", "C", "smoke rises behind him, which a fight would not explain").replace(
+        "<think>t<", f"<think>{think}<"
+    )
+    assert reward("reflection", own, C, reflection=True) == 0.75
+
+
+def test_without_a_draft_there_is_no_reward() -> None:
+    text = "<think>t</think><reflect>the smoke says otherwise</reflect><revise>r</revise><answer>C</answer>"
+    assert reward("reflection", text, C, reflection=True) == 0.0
+
+
+STRATEGIES = {  # what a policy that knows the draft with 0.6 and mends half of its errors can do with that
+    "honest": lambda draft, final: reflected(draft, final),
+    "wrong on purpose": lambda draft, final: reflected("A", final),
+    "no reflection": lambda draft, final: f"<think>t</think><answer>{final}</answer>",
+    "empty reflection": lambda draft, final: reflected(draft, final, ""),
+    "endless reflection": lambda draft, final: reflected(draft, final, "hm " * 200),
+    "copied reflection": lambda draft, final: reflected(draft, final, "t t t t"),
+    "draft kept unread": lambda draft, final: reflected(draft, draft),
+    "flipped": lambda draft, final: reflected(draft, "B" if draft == "C" else final),
+}
+
+
+def test_learning_by_reward_alone_ends_with_an_honest_draft_and_a_right_answer(rng: np.random.Generator) -> None:
+    """A bandit over strategies, trained by REINFORCE on the sum of format, accuracy and reflection rewards."""
+
+    def total(name: str, draft: str, final: str) -> float:
+        text = STRATEGIES[name](draft, final).replace("<think>t<", "<think>t t t t<")
+        return sum(reward(kind, text, C, reflection=True) for kind in ("format", "accuracy", "reflection"))
+
+    outcomes = {(d, f): i for i, (d, f) in enumerate([("C", "C"), ("A", "C"), ("A", "A")])}
+    table = np.array([[total(name, d, f) for d, f in outcomes] for name in STRATEGIES])
+    chances = [0.6, 0.4 * 0.5, 0.4 * 0.5]  # draft right; wrong and mended; wrong and not
+    logits = np.zeros(len(STRATEGIES))
+    for _ in range(400):
+        policy = np.exp(logits) / np.exp(logits).sum()
+        chosen = rng.choice(len(STRATEGIES), 64, p=policy)
+        rewards_ = table[chosen, rng.choice(3, 64, p=chances)]
+        advantages = rewards_ - rewards_.mean()
+        onehot = np.eye(len(STRATEGIES))[chosen]
+        logits += 0.3 * (advantages[:, None] * (onehot - policy)).mean(0) * len(STRATEGIES)
+    assert list(STRATEGIES)[int(np.argmax(logits))] == "honest"
+    assert np.exp(logits)[0] / np.exp(logits).sum() > 0.9
+
+
 def test_for_any_final_interval_the_best_draft_is_one_as_good() -> None:
     """The effect as a function of the draft's IoU is largest where draft and final answer score the same."""
     for end in (3.0, 4.0, 6.0):
@@ -163,7 +212,9 @@ def random_batch(rng: np.random.Generator, n: int) -> tuple[parsing.Parsed, Targ
             swapped=np.zeros(n, bool),
         )
 
-    parsed = parsing.Parsed(rng.integers(0, 3, n), rng.random(n) < 0.7, answers(), answers(), rng.integers(0, 200, n))
+    parsed = parsing.Parsed(
+        rng.integers(0, 3, n), rng.random(n) < 0.7, answers(), answers(), rng.integers(0, 200, n), rng.random(n)
+    )
     final = answers()
     return parsed, Target(parsed.task, final.choice, final.label, final.kind, final.interval)
 

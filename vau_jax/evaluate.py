@@ -147,7 +147,8 @@ def score(records: list[dict[str, Any]], reflection: bool) -> dict[str, Any]:
         result["baselines"][task] = metrics.baselines(true, task)
         if reflection:
             draft, final = (np.asarray(rewards.task_score(a, true)) for a in (mine.draft, mine.final))
-            result["reflection"][task] = metrics.reflection(draft, final)
+            words = metrics.estimate(lenient.reflect_words[rows])
+            result["reflection"][task] = {**metrics.reflection(draft, final), "words": words}
     values = {name: np.asarray(f(strict, target)) for name, f in rewards.REWARDS.items()}
     result["rewards"] = {name: metrics.estimate(value) for name, value in values.items()}
     result["rewards"]["total"] = metrics.estimate(sum(values.values()))

@@ -80,12 +80,15 @@ def macro_f1(label: np.ndarray, truth: np.ndarray) -> float | None:
 
 
 def reflection(draft: np.ndarray, final: np.ndarray) -> dict[str, Any]:
-    """Of scores in [0, 1] before and after reflection: how often it helped, changed nothing, or broke an answer."""
+    """Of scores in [0, 1] before and after reflection: how often it helped, changed nothing, or broke an answer, and
+    what it gained (for grounding, in temporal IoU)."""
     return {
         "draft": estimate(draft),
         "final": estimate(final),
         "corrected": estimate(final > draft),
+        "kept": estimate(final == draft),
         "broken": estimate(final < draft),
+        "gain": estimate(final - draft),
     }
 
 

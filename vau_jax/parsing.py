@@ -43,6 +43,7 @@ class Parsed:
     final: Answers
     draft: Answers
     reflect_words: np.ndarray  # int32 [N]: words inside <reflect>, 0 without one
+    reflect_copied: np.ndarray  # float32 [N]: share of its runs of three words that stand in <think> too
 
 
 class _Answer(NamedTuple):
@@ -72,7 +73,7 @@ def parse(
             f"found tasks {unknown or len(tasks)} and rule {rule!r}"
         )
     read = _strict if rule == "strict" else _lenient
-    forms, finals, drafts, words = [], [], [], []
+    forms, finals, drafts, words, copied = [], [], [], [], []
     for text, name in zip(texts, tasks, strict=True):
         sections = strict_sections(text, name, reflection)
         forms.append(sections is not None)
@@ -81,13 +82,21 @@ def parse(
         drafts.append(draft)
         found = sections or loose_sections(text)
         words.append(len(found.get("reflect", "").split()))
+        copied.append(_copied(found.get("reflect", ""), found.get("think", "")))
     return Parsed(
         task=np.asarray([TASKS.index(name) for name in tasks], np.int32),
         form=np.asarray(forms, bool),
         final=_stack(finals),
         draft=_stack(drafts),
         reflect_words=np.asarray(words, np.int32),
+        reflect_copied=np.asarray(copied, np.float32),
     )
+
+
+def _copied(text: str, source: str) -> float:
+    """The share of a text's runs of three words that another has; 0 for one without such a run."""
+    runs, known = ({tuple(words[i : i + 3]) for i in range(len(words) - 2)} for words in (text.split(), source.split()))
+    return len(runs & known) / len(runs) if runs else 0.0
 
 
 def _stack(answers: list[_Answer]) -> Answers:

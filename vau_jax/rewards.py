@@ -12,6 +12,7 @@ from vau_jax.types import Target
 QA, GROUNDING, CLASSIFICATION = range(len(TASKS))
 
 REFLECT_WORDS = (3, 150)  # a reflection shorter or longer than this has no form
+MOST_COPIED = 0.5  # and none that repeats more of the first reasoning
 
 
 def format_reward(parsed: Parsed, target: Target) -> jax.Array:
@@ -38,13 +39,15 @@ def reflection_reward(parsed: Parsed, target: Target) -> jax.Array:
 
     A right draft that is kept earns 0.5, a wrong one that is corrected 0.25, a wrong one that is kept 0, a right one
     that is broken -0.25. More f always pays, and for any f the best draft is one that scores the same: a wrong draft on
-    purpose loses. The form counts when there are REFLECT_WORDS words; without the grammar the whole is 0.
+    purpose loses. The form counts when there are REFLECT_WORDS words, at most MOST_COPIED of them copied; without form
+    the whole is 0.
     This is our own formula; its parts follow SRPO (arXiv 2506.01713), whose correction bonus could be gamed.
     """
     draft, final = task_score(parsed.draft, target), task_score(parsed.final, target)
     effect = 0.25 * final + 0.25 * final * draft + 0.25 * jnp.minimum(final - draft, 0.0)
     low, high = REFLECT_WORDS
     formed = parsed.form & (parsed.reflect_words >= low) & (parsed.reflect_words <= high)
+    formed = formed & (parsed.reflect_copied <= MOST_COPIED)
     return jnp.where(formed, 0.25 + effect, 0.0).astype(jnp.float32)
 
 

@@ -34,6 +34,7 @@ class Draw:
     ended: np.ndarray  # bool [N]: with an end token, not at the limit
     draft_score: np.ndarray  # float32 [N]
     final_score: np.ndarray  # float32 [N]
+    reflect_words: np.ndarray  # int32 [N]: words of the reflection
     errors: list[str | None]  # N: what failed in a user's reward
 
     @property
@@ -122,6 +123,7 @@ class Rollout:
             ended=(np.isin(sampled.tokens, self.processor.end_tokens) & sampled.mask).any(-1).reshape(-1),
             draft_score=draft_score,
             final_score=final_score,
+            reflect_words=parsed.reflect_words,
             errors=errors,
         )
 
@@ -193,6 +195,8 @@ class Rollout:
             metrics |= {f"rewards/{name}": _mean(column), f"rewards/{name}_std": _std(column)}
         for task in sorted(set(tasks)):
             metrics[f"final_score/{task}"] = joined["final_score"][tasks == task].mean()
+        if self.config.data.style == "reflection":
+            metrics |= _reflection(joined, tasks)
         return metrics
 
     def samples(self, draw: Draw, advantages: np.ndarray) -> list[dict[str, Any]]:
@@ -215,7 +219,21 @@ class Rollout:
         ]
 
 
-_PER_COMPLETION = ("rewards", "total", "ended", "draft_score", "final_score")
+def _reflection(joined: dict[str, np.ndarray], tasks: np.ndarray) -> dict[str, float]:
+    """How often the answer after reflection is better than, as good as, or worse than the draft, and its length."""
+    gain = joined["final_score"] - joined["draft_score"]
+    found = {
+        "reflection/corrected": (gain > 0).mean(),
+        "reflection/kept": (gain == 0).mean(),
+        "reflection/broken": (gain < 0).mean(),
+        "reflection/words": joined["reflect_words"].mean(),
+    }
+    if (tasks == "grounding").any():
+        found["reflection/tiou_gain"] = gain[tasks == "grounding"].mean()
+    return found
+
+
+_PER_COMPLETION = ("rewards", "total", "ended", "draft_score", "final_score", "reflect_words")
 
 
 def _tasks(host: HostBatch) -> list[str]:

@@ -194,9 +194,9 @@ class Loader:
     def _target(self, example: Example, order: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of the right completion, end token last, and the weight of each in the SFT loss."""
         reflection = example.reflection if self.config.style == "reflection" else None
-        spans = prompts.completion(example.row, example.task, reflection, order)
+        spans = prompts.completion(example.row, example.task, reflection, order, self.config.section_weights)
         if self.config.style == "direct":
-            spans = [prompts.Span(spans[-1].text[spans[-1].text.index("<answer>") :])]
+            spans = spans[-1:]
         weight_of_character = np.concatenate([np.full(len(span.text), span.weight) for span in spans])
         encoded = self.processor.tokenizer(
             "".join(span.text for span in spans), add_special_tokens=False, return_offsets_mapping=True

@@ -9,7 +9,7 @@ A completion follows the grammar that `vau_jax.parsing` reads:
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,24 +175,35 @@ class Span:
     weight: float = 1.0
 
 
-def completion(row: Row, task: str, reflection: Reflection | None, order: Sequence[int] = (0, 1, 2, 3)) -> list[Span]:
-    """The right completion for a row whose options are already in `order`, in weighted pieces.
+SECTION_WEIGHTS = {"think": 1.0, "draft": 1.0, "wrong_draft": 0.0, "reflect": 1.0, "revise": 1.0, "answer": 1.0}
 
-    Without a record the reasoning comes from the annotation. A wrong draft has weight 0: the model is to learn to
-    correct, not to err.
+
+def completion(
+    row: Row,
+    task: str,
+    reflection: Reflection | None,
+    order: Sequence[int] = (0, 1, 2, 3),
+    weights: Mapping[str, float] = SECTION_WEIGHTS,
+) -> list[Span]:
+    """The right completion for a row whose options are already in `order`, in pieces weighted by section.
+
+    Without a record the reasoning comes from the annotation. A wrong draft has weight 0 unless `weights` say otherwise:
+    the model is to learn to correct, not to err.
     """
     answer = f"<answer>{final_answer(row, task)}</answer>"
     if task == "grounding":
         answer += f"<glue>{format_interval(row.interval)}</glue>"
     if reflection is None:
-        return [Span(f"<think>{plain_reasoning(row)}</think>{answer}")]
+        return [Span(f"<think>{plain_reasoning(row)}</think>", weights["think"]), Span(answer, weights["answer"])]
     think, reflect, revise = (
         text.replace("{check}", check(row)) for text in (reflection.think, reflection.reflect, reflection.revise)
     )
     return [
-        Span(f"<think>{think}</think><draft>"),
-        Span(draft_answer(reflection.draft, order), float(reflection.draft_is_right)),
-        Span(f"</draft><reflect>{reflect}</reflect><revise>{revise}</revise>{answer}"),
+        Span(f"<think>{think}</think><draft>", weights["think"]),
+        Span(draft_answer(reflection.draft, order), weights["draft" if reflection.draft_is_right else "wrong_draft"]),
+        Span(f"</draft><reflect>{reflect}</reflect>", weights["reflect"]),
+        Span(f"<revise>{revise}</revise>", weights["revise"]),
+        Span(answer, weights["answer"]),
     ]
 
 
