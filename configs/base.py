@@ -31,6 +31,15 @@ def get_config() -> ConfigDict:
     c.lora.targets = (r"decoder/layers/.*_proj",)  # linear layers that get them (regexes on names)
     c.lora.rank_stabilised = False  # alpha / sqrt(rank) instead
 
+    c.motion = ConfigDict()  # Video Motion Prompts (arXiv 2407.03179) in front of the vision tower
+    c.motion.enabled = False  # a model that has one keeps it all the same
+    c.motion.start = "identity"  # values to begin from: identity, or published ones: mpii, hmdb51, ucf_crime
+    c.motion.signed = True  # differences with their sign, or their size alone
+    c.motion.order = "rgb"  # of the grey weights; bgr: as the published code has them
+    c.motion.weight = 0.0  # lambda: times the variation of the attention over time, added to the loss
+    c.motion.lr_scale = 10.0  # learning rate of its two numbers, times optim.lr
+    c.motion.weight_decay = 0.0  # theirs
+
     c.mesh = ConfigDict()  # devices along each axis; -1 takes all that are left
     c.mesh.data = 1  # copies of the model
     c.mesh.fsdp = -1  # parameters and examples split

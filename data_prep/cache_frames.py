@@ -16,12 +16,15 @@ from vau_jax.data import frame_cache, pipeline
 from vau_jax.data.decode_worker import DecoderPool
 from vau_jax.data.processor import Processor
 from vau_jax.metric_writer import Progress
+from vau_jax.models.config import Motion, with_motion
 
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Fills `workdir` with the videos of config.data, as config.model (or config.checkpoint) takes them."""
     folder = config.get("model") or checkpoint.find_model(config.checkpoint).folder
     processor = Processor(folder)
+    if "motion" in config and config.motion.enabled:
+        processor.config = with_motion(processor.config, Motion(config.motion.signed, config.motion.order))
     examples, audit = pipeline.load_examples(config.data)
     print(audit.table(), flush=True)
     sampling = processor.sampling(pipeline.video_options(config.data, processor.video_options))

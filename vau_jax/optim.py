@@ -28,8 +28,20 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, main], [config.warmup_steps]) if config.warmup_steps else main
 
 
-def make(config: ConfigDict, steps: int, params: Params, frozen: Params | None = None) -> optax.GradientTransformation:
+MOTION = "motion_prompt/"  # how the names of a motion prompt's numbers begin
+
+
+def make(
+    config: ConfigDict,
+    steps: int,
+    params: Params,
+    frozen: Params | None = None,
+    motion: ConfigDict | None = None,
+) -> optax.GradientTransformation:
     """The optimiser for `params` (arrays or shapes) over `steps` updates.
+
+    The numbers of a motion prompt have a learning rate (motion.lr_scale times the others') and weight decay of
+    their own.
 
     Parameters whose name matches one of `freeze` keep their values and have no optimiser slots; those that match one
     of `no_decay` have no weight decay. A pattern that matches neither them nor `frozen` is an InputError.
@@ -38,18 +50,26 @@ def make(config: ConfigDict, steps: int, params: Params, frozen: Params | None =
     for pattern in (*config.freeze, *config.no_decay):
         if not any(re.fullmatch(pattern, name) for name in names):
             raise InputError(f"optim pattern {pattern!r} matches no parameter; names look like {', '.join(names[:3])}")
-    adamw = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=_labels(params, lambda name: not _any(config.no_decay, name)),
+    rate = schedule(config, steps)
+    betas = {"b1": config.b1, "b2": config.b2}
+    decayed = _labels(params, lambda name: not _any(config.no_decay, name))
+    groups = {
+        "trained": optax.chain(
+            optax.clip_by_global_norm(config.clip_norm),
+            optax.adamw(rate, weight_decay=config.weight_decay, mask=decayed, **betas),
         ),
-    )
-    labels = _labels(params, lambda name: "frozen" if _any(config.freeze, name) else "trained")
-    return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, labels)
+        "frozen": optax.set_to_zero(),
+    }
+    if motion is not None:
+        own_rate = lambda step: motion.lr_scale * rate(step)  # noqa: E731
+        groups["motion"] = optax.adamw(own_rate, weight_decay=motion.weight_decay, **betas)
+
+    def group(name: str) -> str:
+        if _any(config.freeze, name):
+            return "frozen"
+        return "motion" if name.startswith(MOTION) else "trained"
+
+    return optax.multi_transform(groups, _labels(params, group))
 
 
 def stop_frozen(config: ConfigDict, params: Params) -> Params:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vau_jax import checkpoint, cli, grpo, optim, rollout, sharding, update
@@ -27,7 +28,7 @@ from vau_jax.data.pipeline import HostBatch
 from vau_jax.difficulty import Difficulty
 from vau_jax.files import InputError, read_json, write_text
 from vau_jax.metric_writer import MetricWriter, Progress
-from vau_jax.models import hf, lora, qwen_vl
+from vau_jax.models import hf, lora, motion_prompt, qwen_vl
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.rollout import Draw, Rollout
@@ -51,6 +52,8 @@ class Trainer:
         # What is not trained needs no more bits than it is used in.
         held = config.dtype if self.lora else config.param_dtype
         start = VideoLM.load(config.init_from or config.model, held, self.mesh).merged()
+        if config.motion.enabled:
+            start = start.with_motion(config.motion)
         self.processor = start.processor
         self.model = QwenVL(
             self.processor.config,
@@ -71,7 +74,12 @@ class Trainer:
         self._compile()
         self.collate = pipeline.Collator(self.processor, config.data)
         self.data = pipeline.train_iterator(
-            examples, self.processor, config.data, config.batch_size, seed=config.seed, place=self._on_devices
+            examples,
+            self.processor,
+            config.data,
+            config.batch_size,
+            seed=config.seed,
+            place=partial(_on_devices, mesh=self.mesh),
         )
         self.difficulty = Difficulty(config.data.difficulty)
         self.tokens_seen = 0
@@ -81,7 +89,8 @@ class Trainer:
     def _make_state(self, trained: Params) -> None:
         c = self.config
         updates = c.steps * (c.grpo.iterations if c.stage == "rft" else 1)
-        self.optimiser = optim.make(c.optim, updates, trained, self.base)
+        motion = c.motion if self.processor.config.vision.motion else None
+        self.optimiser = optim.make(c.optim, updates, trained, self.base, motion)
         self.reference, following = self.base, None  # the policy that the KL is measured from: fixed, or in the state
         if c.stage == "rft" and c.grpo.beta:
             if c.grpo.reference_every:
@@ -101,6 +110,8 @@ class Trainer:
         towers = [name for name in names if name.startswith("visual/")]
         adapted = self.lora and any(name.startswith("visual/") for name in hf.flatten(self.state.params))
         self.tower_is_frozen = not adapted if self.lora else optim.all_frozen(c.optim, towers)
+        if self.processor.config.vision.motion:  # what goes into the tower is trained
+            self.tower_is_frozen = False
         mix = c.grpo.reference_mix
         self.follow = jax.jit(
             lambda old, new: jax.tree.map(lambda a, b: (1 - mix) * a + mix * b, old, new),
@@ -110,7 +121,11 @@ class Trainer:
     def _fresh_adapters(self, params: Params) -> Params:
         shapes = {path: leaf.shape for path, leaf in hf.flatten(params).items()}
         key = jax.random.fold_in(jax.random.key(self.config.seed), ADAPTER_STREAM)
-        return hf.unflatten(lora.init(key, shapes, self.lora, jnp.dtype(self.config.param_dtype)))
+        dtype = jnp.dtype(self.config.param_dtype)
+        flat = lora.init(key, shapes, self.lora, dtype)
+        if "motion_prompt" in params:
+            flat |= {f"motion_prompt/{name}": x.astype(dtype) for name, x in params["motion_prompt"].items()}
+        return hf.unflatten(flat)
 
     @property
     def variables(self) -> Variables:
@@ -140,6 +155,10 @@ class Trainer:
         self.data_counts = Counter(place["data_counts"])
         return step
 
+    def close(self) -> None:
+        """Ends the threads that load data ahead."""
+        self.data.close()
+
     # --- One step ---
 
     def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -162,12 +181,9 @@ class Trainer:
         metrics |= self._count_tokens(train, metrics["seconds/step"])
         return metrics, samples
 
-    def _on_devices(self, host: HostBatch) -> HostBatch:
-        return replace(host, batch=jax.device_put(host.batch, sharding.examples(self.mesh)))
-
     def _place(self, host: HostBatch) -> Batch:
         """The prompts on the devices; where the vision tower is frozen it sees them here, once for all uses."""
-        batch = self._on_devices(host).batch
+        batch = _on_devices(host, self.mesh).batch
         return replace(batch, vision=self.see(self.variables, batch)) if self.tower_is_frozen else batch
 
     def _update(self, train: TrainBatch) -> dict[str, float]:
@@ -256,6 +272,10 @@ class Trainer:
         return {"tokens_seen": self.tokens_seen, **rates}
 
 
+def _on_devices(host: HostBatch, mesh: Mesh) -> HostBatch:
+    return replace(host, batch=jax.device_put(host.batch, sharding.examples(mesh)))
+
+
 class _Clock:
     """Seconds spent in each phase of a step."""
 
@@ -314,6 +334,8 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
         return workdir
     trainer = Trainer(config)
     checkpoint.copy_model_files(trainer.processor.folder, workdir)
+    if motion := trainer.processor.config.vision.motion:
+        motion_prompt.write_file(workdir / checkpoint.MODEL_FOLDER, motion, trainer.state.params["motion_prompt"])
     if trainer.lora:
         checkpoint.write_adapter(workdir, checkpoint.Adapter(config.init_from or config.model, trainer.lora))
     write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
@@ -330,6 +352,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
         progress.show(done, headline(metrics))
         if done % config.checkpoint.every == 0 or done == config.steps:
             checkpoints.save(done, trainer.state, trainer.place())
+    trainer.close()
     writer.close()
     checkpoints.close()
     return workdir

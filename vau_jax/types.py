@@ -44,6 +44,16 @@ class Vision:
         Array | None
     )  # int32 [B, P, 4]: entries of the learned position table around the patch, for models with one
     corner_weights: Array | None  # float32 [B, P, 4]: their shares
+    motion: "Motion | None" = None
+
+
+@pytree
+class Motion:
+    """What a Video Motion Prompt needs to see of the patches of `Vision`."""
+
+    before: Array  # uint8 like patches: the same places one frame earlier
+    moves: Array  # bool [B, P]: patches of clips, not of still images or padding
+    following: Array  # int32 [B, P]: the patch at the same place one temporal patch later; P: none
 
 
 @pytree

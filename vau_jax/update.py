@@ -66,6 +66,10 @@ def make(
         inputs = _by_completion(part.loss_inputs)
         logps, entropies = (x.reshape(-1, x.shape[-1]) for x in (logps, entropies))
         loss, metrics = stage.loss(logps, {**inputs, "entropies": entropies, **whole}, settings)
+        if model.config.vision.motion:
+            variation = model.apply(variables, part.batch, method="motion_variation")
+            loss += config.motion.weight / config.micro_batches * variation
+            metrics["motion/variation"] = variation
         if "sampler_logps" in inputs:
             metrics |= _token_metrics(logps, entropies, inputs)
         return loss, metrics
@@ -98,6 +102,8 @@ def make(
         changes, opt_state = optimiser.update(grads, state.opt_state, state.params)
         new = State(state.step + 1, optax.apply_updates(state.params, changes), opt_state, state.reference)
         metrics = {**metrics, "loss": loss, "grad_norm": optax.global_norm(grads)}
+        if model.config.vision.motion:
+            metrics |= {f"motion/{name}": value for name, value in new.params["motion_prompt"].items()}
         if config.skip_nonfinite:
             good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
             new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)

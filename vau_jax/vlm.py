@@ -10,6 +10,7 @@ batch = vlm.encode([[{"role": "user", "content": [
 print(vlm.generate(batch, num_generations=1, max_new_tokens=64, temperature=0.0).text)
 """
 
+import copy
 import json
 import os
 import shutil
@@ -22,11 +23,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from vau_jax import checkpoint, files, logprobs, sampling, sharding
 from vau_jax.data.processor import Message, Processor, collate
 from vau_jax.files import InputError
-from vau_jax.models import hf, lora, peft, qwen_vl
+from vau_jax.models import config as model_config
+from vau_jax.models import hf, lora, motion_prompt, peft, qwen_vl
+from vau_jax.models.config import Motion
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.stop_strings import stop_table
@@ -75,7 +79,11 @@ class VideoLM:
         vlm = cls._open(path, dtype, mesh)
         if adapter is None:
             return vlm
-        return vlm.merged()._with_adapters(*peft.load(adapter, vlm.processor.config), mesh)
+        kind, flat = peft.load(adapter, vlm.processor.config)
+        if motion := model_config.read_motion(adapter):
+            flat |= _motion_numbers(motion_prompt.read_file(adapter))
+            vlm = vlm._in_form(motion)
+        return vlm.merged()._with_adapters(kind, flat, mesh)
 
     @classmethod
     def _open(cls, path: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | None) -> "VideoLM":
@@ -88,16 +96,38 @@ class VideoLM:
                 )
             base = cls._open(found.adapter.base, dtype, mesh).merged()
             flat = hf.flatten(checkpoint.restore_params(found.step_folder))
+            base = base._in_form(model_config.read_motion(found.folder))
             return base._with_adapters(found.adapter.lora, flat, mesh)
         processor = Processor(found.folder)
         model = QwenVL(processor.config, DTYPES[dtype], mesh=mesh)
         if found.step_folder is None:
-            return cls(processor, model, hf.load(found.folder, processor.config, DTYPES[dtype], sharding.layout(mesh)))
+            params = hf.load(found.folder, processor.config, DTYPES[dtype], sharding.layout(mesh))
+            if processor.config.vision.motion:
+                params |= _place(_motion_numbers(motion_prompt.read_file(processor.folder)), "float32", mesh)
+            return cls(processor, model, params)
         return cls(processor, model, _place(hf.flatten(checkpoint.restore_params(found.step_folder)), dtype, mesh))
 
     def _with_adapters(self, kind: LoRA, flat: dict[str, np.ndarray], mesh: jax.sharding.Mesh | None) -> "VideoLM":
         adapters = _place(flat, jax.tree.leaves(self.params)[0].dtype, mesh)
         return VideoLM(self.processor, self.model.clone(lora=kind), self.params, adapters)
+
+    def _in_form(self, motion: Motion | None) -> "VideoLM":
+        """The model with a motion prompt of this form, whose numbers are still to come; None: as it is."""
+        if motion is None:
+            return self
+        processor = copy.copy(self.processor)
+        processor.config = model_config.with_motion(processor.config, motion)
+        return VideoLM(processor, self.model.clone(config=processor.config), self.params, self.adapters)
+
+    def with_motion(self, config: ConfigDict) -> "VideoLM":
+        """The model with a Video Motion Prompt in the form of `config` (config.motion), its numbers from where it is to
+        start; a model that has one already keeps it."""
+        if self.processor.config.vision.motion:
+            return self
+        m, n = motion_prompt.start(config.start)
+        numbers = _place(_motion_numbers({"m": m, "n": n}), "float32", self.model.mesh)
+        formed = self._in_form(Motion(config.signed, config.order))
+        return VideoLM(formed.processor, formed.model, self.params | numbers, self.adapters)
 
     @property
     def variables(self) -> Variables:
@@ -195,7 +225,14 @@ class VideoLM:
         """Writes the adapters alone as a PEFT folder, complete or not at all."""
         if self.adapters is None:
             raise InputError("this model has no adapters to save: train with config.lora.rank, or load with adapter=")
-        peft.save(path, self.model.lora, hf.flatten(self.adapters), self.processor.config, str(self.processor.folder))
+        flat = {name: x for name, x in hf.flatten(self.adapters).items() if not name.startswith("motion_prompt/")}
+        peft.save(path, self.model.lora, flat, self.processor.config, str(self.processor.folder))
+        if motion := self.processor.config.vision.motion:
+            motion_prompt.write_file(path, motion, self.adapters["motion_prompt"])
+
+
+def _motion_numbers(numbers: dict[str, float]) -> dict[str, np.ndarray]:
+    return {f"motion_prompt/{name}": np.float32(value) for name, value in numbers.items()}
 
 
 def _place(flat: dict[str, np.ndarray], dtype: Any, mesh: jax.sharding.Mesh | None) -> Params:
@@ -230,3 +267,5 @@ def save_folder(path: str | os.PathLike, processor: Processor, params: Params) -
         raw |= {name: dtype for name in ("dtype", "torch_dtype") if name in raw}
         files.write_text(part / "config.json", json.dumps(raw, indent=2))
         hf.save_weights(part, params, processor.config)
+        if processor.config.vision.motion:
+            motion_prompt.write_file(part, processor.config.vision.motion, params["motion_prompt"])

@@ -189,7 +189,8 @@ class Loader:
             return *self.cache.read(example.path, sampling), None
         except VideoError as error:
             side = 2 * sampling.factor
-            return Clip(np.full((sampling.multiple, side, side, 3), GREY, np.uint8), 1.0 / options.fps), False, error
+            count = sampling.multiple + sampling.options.lead
+            return Clip(np.full((count, side, side, 3), GREY, np.uint8), 1.0 / options.fps), False, error
 
     def _target(self, example: Example, order: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of the right completion, end token last, and the weight of each in the SFT loss."""

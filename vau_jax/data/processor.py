@@ -5,7 +5,7 @@ The model never computes an integer itself: every index it needs comes from here
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from vau_jax.files import InputError, read_json
 from vau_jax.models import config as model_config
 from vau_jax.models.config import VisionConfig
 from vau_jax.stop_strings import token_bytes
-from vau_jax.types import Batch, Groups, Vision
+from vau_jax.types import Batch, Groups, Motion, Vision
 
 Message = dict[str, Any]
 
@@ -34,6 +34,7 @@ class Visual:
     grid: tuple[int, int, int]  # merged units: temporal patches, rows, columns
     time_step: float = 1.0  # M-RoPE time positions from one temporal patch to the next
     times: tuple[float, ...] | None = None  # seconds at the middle of each temporal patch; None: a still image
+    before: np.ndarray | None = None  # uint8 [P, patch_dim]: the same one frame earlier, for a motion prompt
 
     @property
     def token_count(self) -> int:
@@ -134,7 +135,14 @@ def encode_visual(
     seconds_per_frame: float | None = None,
     times: np.ndarray | None = None,
 ) -> Visual:
-    """Patches of a clip whose frames are at `times` [F] seconds, or of a still image without `seconds_per_frame`."""
+    """Patches of a clip whose frames are at `times` [F] seconds, or of a still image without `seconds_per_frame`.
+
+    For a model with a motion prompt the first frame is there to see what moves in the second; it has no patches.
+    """
+    before = None
+    if config.motion and seconds_per_frame is not None:
+        before, _ = patchify(frames[:-1], config)
+        frames, times = frames[1:], np.arange(1, len(frames)) * seconds_per_frame if times is None else times[1:]
     patches, grid = patchify(frames, config)
     if seconds_per_frame is None:
         return Visual(patches, grid)
@@ -143,13 +151,14 @@ def encode_visual(
     stamps = stamps[np.minimum(np.arange(grid[0] * depth), len(frames) - 1)]
     middles = tuple(((stamps[::depth] + stamps[depth - 1 :: depth]) / 2).tolist())
     step = config.tokens_per_second * depth * seconds_per_frame if config.tokens_per_second else 1.0
-    return Visual(patches, grid, step, middles)
+    return Visual(patches, grid, step, middles, before)
 
 
 def one_by_one(visual: Visual) -> list[Visual]:
     """A clip as its temporal patches, one still image each."""
     t, h, w = visual.grid
-    return [Visual(patches, (1, h, w)) for patches in np.split(visual.patches, t)]
+    befores = [None] * t if visual.before is None else np.split(visual.before, t)
+    return [Visual(p, (1, h, w), before=b) for p, b in zip(np.split(visual.patches, t), befores, strict=True)]
 
 
 # --- Tokens and positions -----------------------------------------------------------------------------------------
@@ -231,7 +240,8 @@ class Processor:
 
     def sampling(self, options: VideoOptions) -> Sampling:
         """How videos are read for this model."""
-        return Sampling(options, self.factor, self.config.vision.temporal_patch_size)
+        lead = 1 if self.config.vision.motion else 0
+        return Sampling(replace(options, lead=lead), self.factor, self.config.vision.temporal_patch_size)
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Chat messages to one prompt that ends where the assistant begins; see `VideoLM.encode` for the items."""
@@ -288,14 +298,18 @@ class Processor:
         source = item["video"]
         if isinstance(source, str | os.PathLike):
             try:
-                clip = video.read(source, options, self.factor, self.config.vision.temporal_patch_size)
+                sampling = self.sampling(options)
+                clip = video.read(source, sampling.options, sampling.factor, sampling.multiple)
             except VideoError as error:
                 raise InputError(str(error)) from error
         else:
             frames = _checked_frames(np.asarray(source), 4, "video")
             depth = self.config.vision.temporal_patch_size
             size = video.frame_size(*frames.shape[1:3], len(frames), options, self.factor, depth)
-            clip = Clip(video.resize(frames, *size), 1.0 / options.fps)
+            resized = video.resize(frames, *size)
+            if self.config.vision.motion:
+                resized = np.concatenate([resized[:1], resized])  # nothing moves in the first of given frames
+            clip = Clip(resized, 1.0 / options.fps)
         return self.encode_clip(clip)
 
     def encode_clip(self, clip: Clip) -> Visual:
@@ -402,6 +416,7 @@ def _collate_vision(rows: Sequence[Encoded], config: VisionConfig, shape: Shape)
         windows=_empty_groups(count, total, shape.windows, shape.window_size) if config.window_size else None,
         corners=np.zeros((count, total, 4), np.int32) if config.position_grid else None,
         corner_weights=np.zeros((count, total, 4), np.float32) if config.position_grid else None,
+        motion=_no_motion(patches) if config.motion else None,
     )
     for b, row in enumerate(rows):
         at = n_windows = n_frames = 0
@@ -415,8 +430,34 @@ def _collate_vision(rows: Sequence[Encoded], config: VisionConfig, shape: Shape)
                 n_windows = _fill_groups(vision.windows, b, n_windows, windows, at)
             if vision.corners is not None:
                 vision.corners[b, place], vision.corner_weights[b, place] = table_corners(visual.grid, config)
+            if vision.motion is not None and visual.before is not None:
+                vision.motion.before[b, place], vision.motion.moves[b, place] = visual.before, True
             at = place.stop
+        if vision.motion is not None:
+            _link(vision.motion.following[b], row.visuals)
     return vision
+
+
+def _no_motion(patches: np.ndarray) -> Motion:
+    count, total, _ = patches.shape
+    none = np.full((count, total), total, np.int32)
+    return Motion(np.zeros_like(patches), np.zeros((count, total), bool), none)
+
+
+def _link(following: np.ndarray, visuals: Sequence[Visual]) -> None:
+    """Writes for every patch of a row's clips the one at the same place a temporal patch later."""
+    at, last = 0, None
+    for visual in visuals:
+        t, h, w = visual.grid
+        size = len(visual.patches) // t
+        if visual.before is not None:
+            inside = np.arange(at, at + size * (t - 1))
+            following[inside] = inside + size
+            # A clip may be written as one visual a temporal patch (Qwen3-VL): those of the same size follow each other.
+            if last is not None and t == 1 and last == (h, w):
+                following[at - size : at] = np.arange(at, at + size)
+        last = (h, w) if visual.before is not None and t == 1 else None
+        at += len(visual.patches)
 
 
 def _empty_groups(count: int, patches: int, groups: int, size: int) -> Groups:

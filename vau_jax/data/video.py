@@ -37,6 +37,7 @@ class VideoOptions:
     resized_width: int | None = None
     video_start: float | None = None  # seconds
     video_end: float | None = None
+    lead: int = 0  # frames more, before the others: for what looks at differences
 
     @classmethod
     def from_item(cls, item: Mapping[str, Any], default: "VideoOptions | None" = None) -> "VideoOptions":
@@ -209,7 +210,7 @@ class _Frames:
 
     def _allocate(self, height: int, width: int) -> np.ndarray:
         count = len(self.numbers)
-        size = frame_size(height, width, count, self.options, self.factor, self.multiple)
+        size = frame_size(height, width, count - self.options.lead, self.options, self.factor, self.multiple)
         if count * size[0] * size[1] * 3 > MAX_CLIP_BYTES:
             raise VideoError(f"{count} frames of {size[1]}x{size[0]} are more than {MAX_CLIP_BYTES} bytes", "too large")
         return np.empty((count, *size, 3), np.uint8)
@@ -240,7 +241,7 @@ def choose(starts: np.ndarray, end: float, options: VideoOptions, multiple: int)
     if not begin < stop:
         raise VideoError(f"video_start {options.video_start} is not before the end, {stop - first:.2f} s", "empty")
     inside = int(np.sum((starts >= begin) & (starts < stop)))
-    count = frame_count(stop - begin, inside, options, multiple)
+    count = frame_count(stop - begin, inside, options, multiple) + options.lead
     times = begin + np.arange(count) * (stop - begin) / count
     numbers = np.clip(np.searchsorted(starts, times + 1e-4, side="right") - 1, 0, len(starts) - 1)
     return numbers, stop - begin

@@ -1,7 +1,7 @@
 """The sizes of a model, read from a Hugging Face config.json, and those of the published models."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,17 @@ from vau_jax.models.layers import ACTIVATIONS
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+MOTION_FILE = "motion_prompt.json"  # beside a model's config: its Video Motion Prompt, where it has one
+
+
+@dataclass(frozen=True)
+class Motion:
+    """The form of a Video Motion Prompt in front of the tower; see motion_prompt.py."""
+
+    signed: bool = True
+    order: str = "rgb"
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class VisionConfig:
     tokens_per_second: float = 0.0  # M-RoPE time positions a second of video; 0: one a temporal patch
     image_mean: tuple[float, ...] = CLIP_MEAN  # of pixels in 0..1, by channel
     image_std: tuple[float, ...] = CLIP_STD
+    motion: Motion | None = None
 
     @property
     def head_dim(self) -> int:
@@ -129,7 +141,25 @@ def load(folder: str | Path) -> QwenVLConfig:
         raise InputError(
             f"model folder {folder} has no config.json: give a Hugging Face model folder or a run's workdir"
         )
-    return from_hf(read_json(path), str(path), processor_settings(folder, "image"))
+    config = from_hf(read_json(path), str(path), processor_settings(folder, "image"))
+    return with_motion(config, read_motion(folder))
+
+
+def read_motion(folder: str | Path) -> Motion | None:
+    """The form of a folder's motion prompt, None without one. Raises InputError for a damaged file."""
+    path = Path(folder) / MOTION_FILE
+    if not path.is_file():
+        return None
+    raw = read_json(path)
+    try:
+        return Motion(bool(raw["signed"]), str(raw["order"]))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} lacks {error}: expected m, n, signed and order") from error
+
+
+def with_motion(config: QwenVLConfig, motion: Motion | None) -> QwenVLConfig:
+    """The same model with (or without) a Video Motion Prompt."""
+    return replace(config, vision=replace(config.vision, motion=motion))
 
 
 def processor_settings(folder: str | Path, kind: str) -> dict[str, Any]:

@@ -67,9 +67,15 @@ def init(key: jax.Array, kernels: dict[str, tuple[int, ...]], lora: LoRA, dtype:
 
 
 def merge(params: dict[str, Any], adapters: dict[str, Any], lora: LoRA) -> dict[str, Any]:
-    """The parameters with the adapters added in, in float32 and rounded once to the kernels' dtype; nested trees."""
+    """The parameters with the adapters added in, in float32 and rounded once to the kernels' dtype; nested trees.
+
+    What is trained whole beside adapters, a motion prompt's numbers, takes the parameters' place.
+    """
+    if not isinstance(params, dict):
+        return adapters
     if set(adapters) == {"a", "b"}:
         kernel, factors = params["kernel"], (adapters[name].astype(jnp.float32) for name in ("a", "b"))
         change = jnp.einsum("...ir,...ro->...io", *factors) * lora.scale
         return {**params, "kernel": (kernel.astype(jnp.float32) + change).astype(kernel.dtype)}
-    return {name: merge(tree, adapters[name], lora) if name in adapters else tree for name, tree in params.items()}
+    whole = {name: tree for name, tree in adapters.items() if name not in params}
+    return whole | {n: merge(tree, adapters[n], lora) if n in adapters else tree for n, tree in params.items()}

@@ -11,9 +11,12 @@ draws frames, differences, attention and prompted frames over time.
 """
 
 import argparse
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +24,9 @@ from PIL import Image
 
 from vau_jax.data import video
 from vau_jax.data.decoders import VideoError
-from vau_jax.files import InputError, exit_on_input_error
+from vau_jax.files import InputError, exit_on_input_error, read_json, write_text
+from vau_jax.models.config import MOTION_FILE, Motion, VisionConfig
+from vau_jax.types import Vision
 
 GREY = (0.299, 0.587, 0.114)  # weights of R, G, B
 ORDERS = ("rgb", "bgr")
@@ -30,6 +35,9 @@ PUBLISHED = {  # (m, n) that the paper's authors learned
     "hmdb51": (0.2646, -0.6615),
     "ucf_crime": (0.8916, -0.2543),
 }
+
+
+STARTS = PUBLISHED | {"identity": (0.9, -2.0)}  # what stands still has the weight 0.999
 
 
 def slope(m: jax.Array | float) -> jax.Array:
@@ -79,6 +87,75 @@ def motion_prompt(
     variation = jnp.mean(changes**2) if changes.shape[1] else jnp.zeros((), exact.dtype)
     prompted = (attention[..., None] * exact[:, 1:]).astype(frames.dtype)
     return prompted, attention, variation
+
+
+# --- In front of a vision tower -----------------------------------------------------------------------------------
+
+
+class MotionPrompt(nn.Module):
+    """The layer on patches. Its numbers m and n are adapters where there are such, else parameters; a model that has
+    neither is the one before it got a motion prompt."""
+
+    config: VisionConfig
+
+    def _numbers(self) -> tuple[jax.Array, jax.Array] | None:
+        for collection in ("lora", "params"):
+            if self.has_variable(collection, "m"):
+                m, n = (self.get_variable(collection, name) for name in ("m", "n"))
+                return m.astype(jnp.float32), n.astype(jnp.float32)
+        return None
+
+    def __call__(self, vision: Vision) -> jax.Array | None:
+        """float32 [B, P, depth, size^2]: weights of the patches' pixels; 1 where nothing can move."""
+        c, numbers = self.config, self._numbers()
+        if numbers is None:
+            return None
+        grey = jnp.asarray(GREY if c.motion.order == "rgb" else GREY[::-1], jnp.float32)
+        now, before = (
+            jnp.einsum("bpcx,c->bpx", x.reshape(*x.shape[:2], c.in_channels, -1).astype(jnp.float32) / 255, grey)
+            for x in (vision.patches, vision.motion.before)
+        )
+        difference = (now - before).reshape(*now.shape[:2], c.temporal_patch_size, -1)
+        attention = attention_of(difference if c.motion.signed else jnp.abs(difference), *numbers)
+        return jnp.where(vision.motion.moves[..., None, None], attention, 1.0)
+
+    def variation(self, vision: Vision) -> jax.Array:
+        """The mean of (A_{t+1} - A_t)^2 over all neighbouring frames of the clips; 0 without any."""
+        weights = self(vision)
+        if weights is None:
+            return jnp.float32(0)
+        inside = jnp.diff(weights, axis=2)
+        linked = vision.motion.following < weights.shape[1]
+        index = jnp.minimum(vision.motion.following, weights.shape[1] - 1)[..., None]
+        across = jnp.take_along_axis(weights[:, :, 0], index, axis=1) - weights[:, :, -1]
+        moves = vision.motion.moves[..., None]
+        total = jnp.sum(jnp.where(moves[..., None], inside**2, 0)) + jnp.sum(jnp.where(linked[..., None], across**2, 0))
+        pixels = weights.shape[-1]
+        count = jnp.sum(moves) * inside.shape[2] * pixels + jnp.sum(linked) * pixels
+        return total / jnp.maximum(count, 1)
+
+
+def start(name: str) -> tuple[float, float]:
+    """(m, n) to begin from: one of STARTS. Raises InputError for another name."""
+    if name not in STARTS:
+        raise InputError(f"motion.start={name!r} is unknown: expected one of {', '.join(STARTS)}")
+    return STARTS[name]
+
+
+def read_file(folder: str | Path) -> dict[str, float]:
+    """The numbers m and n of a model folder's MOTION_FILE. Raises InputError for a damaged one."""
+    path = Path(folder) / MOTION_FILE
+    raw = read_json(path)
+    try:
+        return {"m": float(raw["m"]), "n": float(raw["n"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} has no numbers m and n: {error}") from error
+
+
+def write_file(folder: str | Path, motion: Motion, numbers: Mapping[str, Any]) -> None:
+    """MOTION_FILE of a model folder."""
+    values = {name: float(numbers[name]) for name in ("m", "n")}
+    write_text(Path(folder) / MOTION_FILE, json.dumps({**values, "signed": motion.signed, "order": motion.order}))
 
 
 # --- A picture of it ----------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 
 from vau_jax.models import attention, rope
 from vau_jax.models.attention import Keys
-from vau_jax.models.config import QwenVLConfig
+from vau_jax.models.config import QwenVLConfig, with_motion
 from vau_jax.models.layers import UNIT_NORMAL, Dense, RMSNorm, SwiGLU
 from vau_jax.models.lora import LoRA
+from vau_jax.models.motion_prompt import MotionPrompt
 from vau_jax.models.vision import VisionTower
 from vau_jax.types import Batch, Completions, Features, Groups, KVCache, Params, Variables, Vision
 
@@ -150,6 +151,8 @@ class QwenVL(nn.Module):
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=UNIT_NORMAL)
         self.visual = VisionTower(c.vision, self.dtype, self.lora, self.remat, self.unroll)
         self.decoder = Decoder(c, self.dtype, self.attention, self.lora, self.remat, self.unroll, self.mesh)
+        if c.vision.motion:
+            self.motion_prompt = MotionPrompt(c.vision)
         if not c.tie_word_embeddings:
             self.lm_head = self.param("lm_head", UNIT_NORMAL, (c.vocab_size, c.hidden_size))
 
@@ -159,7 +162,13 @@ class QwenVL(nn.Module):
 
     def see(self, batch: Batch) -> Features:
         """The visual features of a batch that has visual input."""
-        return batch.vision if isinstance(batch.vision, Features) else self.visual(batch.vision)
+        if isinstance(batch.vision, Features):
+            return batch.vision
+        return self.visual(batch.vision, self.motion_prompt(batch.vision) if self.config.vision.motion else None)
+
+    def motion_variation(self, batch: Batch) -> jax.Array:
+        """How much the motion prompt's weights change over time, see MotionPrompt."""
+        return self.motion_prompt.variation(batch.vision)
 
     def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Token embeddings [B, T, D] with visual features in the places of visual tokens, and `Packed.deep`."""
@@ -201,7 +210,11 @@ class QwenVL(nn.Module):
 
 
 def init(config: QwenVLConfig, key: jax.Array) -> Params:
-    """Random float32 parameters as Hugging Face draws them: normal(initializer_range), norms one, biases zero."""
+    """Random float32 parameters as Hugging Face draws them: normal(initializer_range), norms one, biases zero.
+
+    Those of a motion prompt are not among them: they come from its own file, or from where training begins.
+    """
+    config = with_motion(config, None)
     v = config.vision
     n = v.spatial_merge_size**2
     groups = Groups(jnp.arange(n)[None, None], jnp.arange(n)[None])

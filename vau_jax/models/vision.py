@@ -101,7 +101,7 @@ class Merger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """`Vision` to `Features`."""
+    """`Vision` to `Features`; `weights` [B, P, depth, size^2] of a motion prompt weigh the normalised pixels."""
 
     config: VisionConfig
     dtype: Any
@@ -110,10 +110,13 @@ class VisionTower(nn.Module):
     unroll: int = 1
 
     @nn.compact
-    def __call__(self, vision: Vision) -> Features:
+    def __call__(self, vision: Vision, weights: jax.Array | None = None) -> Features:
         c = self.config
-        pixels = normalise(vision.patches, c).astype(self.dtype)
-        x = Dense(c.hidden_size, self.dtype, bias=c.patch_bias, name="patch_embed")(pixels)  # [B, P, D]
+        pixels = normalise(vision.patches, c)
+        if weights is not None:
+            by_channel = pixels.reshape(*pixels.shape[:2], c.in_channels, -1)
+            pixels = (by_channel * weights.reshape(*weights.shape[:2], 1, -1)).reshape(pixels.shape)
+        x = Dense(c.hidden_size, self.dtype, bias=c.patch_bias, name="patch_embed")(pixels.astype(self.dtype))
         if c.position_grid:
             table = self.param("pos_embed", UNIT_NORMAL, (c.position_grid**2, c.hidden_size))
             corners = jnp.take(table.astype(self.dtype), vision.corners, axis=0)  # [B, P, 4, D]
