@@ -11,8 +11,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,6 +22,13 @@ import benchmarks.torchvision_operators  # noqa: F401 - before anything of trans
 from tests.small_models import FAMILIES, make_model
 from vau_jax.data import synthetic
 from vau_jax.vlm import VideoLM
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """A process may hold 65,530 pieces of memory, and every compiled program takes some: none outlives its module."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
