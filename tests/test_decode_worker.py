@@ -26,7 +26,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seconds of decoding: every frame of it is wanted at full size."""
-    return clips.write(tmp_path_factory.mktemp("clips") / "slow.mp4", count=600, size=(1280, 720))
+    return clips.write(tmp_path_factory.mktemp("clips") / "slow.mp4", count=300, size=(1280, 720))
 
 
 EVERY_FRAME = VideoOptions(fps=20.0, max_pixels=1280 * 720, total_pixels=10**9)
@@ -79,7 +79,7 @@ def test_a_worker_that_died_between_videos_costs_none(clip: Path) -> None:
 
 
 def test_no_video_takes_more_memory_than_allowed(clip: Path, slow: Path) -> None:
-    """600 frames of 1280 x 720 are 1.7 GB, and a worker may have 0.5."""
+    """300 frames of 1280 x 720 are 0.8 GB, and a worker may have 0.5."""
     pool = DecoderPool(1, memory=2**29)
     with pytest.raises(VideoError, match="more memory") as caught:
         pool.read(slow, EVERY_FRAME, 28, 2)

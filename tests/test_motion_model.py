@@ -200,16 +200,6 @@ def test_with_adapters_alone_the_numbers_are_among_them(model_folder: Path, data
     np.testing.assert_allclose(again.logits(batch), expected, atol=1e-6)
 
 
-def test_a_resumed_run_has_the_same_numbers(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
-    for name, stops in (("straight", (2,)), ("resumed", (1, 2))):
-        for steps in stops:
-            c = small("srvau_r1_sft", model_folder, dataset)
-            c.steps = steps
-            run(c, tmp_path / name)
-    straight, resumed = (VideoLM.load(tmp_path / name).params["motion_prompt"] for name in ("straight", "resumed"))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool(a == b), straight, resumed))
-
-
 def test_an_unknown_start_is_named(family_folder: Path) -> None:
     with pytest.raises(InputError, match=r"motion\.start='none'"):
         VideoLM.load(family_folder).with_motion(motion("none"))
