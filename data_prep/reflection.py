@@ -369,14 +369,18 @@ def _examples(config: ConfigDict) -> list[Example]:
 
 
 def _right(config: ConfigDict, example: Example, draft: Draft) -> bool:
-    return draft.score >= (config.keep.tiou if example.task == "grounding" else 1.0)
+    return draft.score >= _right_from(config, example)
+
+
+def _right_from(config: ConfigDict, example: Example) -> float:
+    """The score from which a draft counts as right."""
+    return config.keep.tiou if example.task == "grounding" else 1.0
 
 
 def _choose(config: ConfigDict, example: Example, drafts: list[Draft]) -> Draft:
     """A wrong draft in about keep.wrong_share of the questions that have both kinds."""
     rng = np.random.default_rng([config.seed, 1, *hashlib.sha256(example.name.encode()).digest()])
-    right_from = config.keep.tiou if example.task == "grounding" else 1.0
-    return pick(drafts, right_from, bool(rng.random() < config.keep.wrong_share))
+    return pick(drafts, _right_from(config, example), bool(rng.random() < config.keep.wrong_share))
 
 
 def _drafts(config: ConfigDict, workdir: Path, examples: list[Example]) -> list[tuple[Example, list[Draft]]]:

@@ -29,7 +29,7 @@ def golden(name: str) -> np.ndarray:
     return np.moveaxis(np.asarray(GOLDEN[name]), 1, -1)
 
 
-def test_the_published_code_gives_the_same(rng: np.random.Generator) -> None:
+def test_the_published_code_gives_the_same() -> None:
     with jax.enable_x64(True):
         prompted, _, variation = motion_prompt(
             jnp.asarray(golden("x")), GOLDEN["m"], GOLDEN["n"], order="bgr", **UPSTREAM

@@ -254,7 +254,7 @@ def detect_source(video: str) -> Source:
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise InputError(f"annotation file {path} does not exist: give a CSV or JSONL file with --config.data.csv")
+        raise InputError(f"annotation file {path} does not exist: give a CSV or JSONL file of annotations")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

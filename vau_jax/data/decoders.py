@@ -1,13 +1,14 @@
 """Decoders of video files: which frames a file has, and the pictures of chosen ones. Two libraries, the same pictures.
 
 PyAV comes first: it is told which pictures nobody asked for and no other refers to, and leaves out what lies between
-the frames that are wanted and the next key frame, so that it is faster; it reads AV1, transport streams and damaged
-packets. decord 0.6.0 gives the same pictures where it reads a file from its beginning; after a seek it gives others
-where pictures lead their key frame (open groups, MPEG-4 with B frames), so it is asked last, for what PyAV cannot.
+the frames that are wanted and the next key frame, so that far-apart frames come faster; it reads AV1, transport
+streams and damaged packets. decord 0.6.0 gives the same pictures where it reads a file from its beginning; after a
+seek it gives others where pictures lead their key frame (open groups, MPEG-4 with B frames), so it is asked last, for
+what PyAV cannot.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,16 +189,23 @@ def with_skipping(path: Path, index: Index, numbers: frozenset[int]) -> Iterator
     needed = index.packets_for(numbers)
     wanted = {int(index.stamps[n]): n for n in numbers}
     with _open(path) as (container, stream):
-        decoder, busy = _Decoder(stream), False
-        for needs, packet in zip(needed, _packets(container, stream), strict=False):
-            frames = []
-            if needs:
-                frames = decoder.send(packet, packet.pts in wanted)
-            elif busy:
-                frames = decoder.drain()
-            busy = needs
-            yield from (decoder.picture(frame, wanted[frame.pts]) for frame in frames if frame.pts in wanted)
-        yield from (decoder.picture(frame, wanted[frame.pts]) for frame in decoder.drain() if frame.pts in wanted)
+        decoder = _Decoder(stream)
+        for frame in _needed(decoder, zip(needed, _packets(container, stream), strict=False), wanted):
+            if frame.pts in wanted:
+                yield decoder.picture(frame, wanted[frame.pts])
+
+
+def _needed(
+    decoder: _Decoder, packets: Iterable[tuple[bool, av.Packet]], wanted: Container[int]
+) -> Iterator[av.VideoFrame]:
+    busy = False
+    for needs, packet in packets:
+        if needs:
+            yield from decoder.send(packet, packet.pts in wanted)
+        elif busy:
+            yield from decoder.drain()
+        busy = needs
+    yield from decoder.drain()
 
 
 def from_beginning(path: Path, index: Index, numbers: frozenset[int]) -> Iterator[Picture]:
