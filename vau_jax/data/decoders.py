@@ -228,7 +228,8 @@ def by_decord(path: Path, index: Index, numbers: frozenset[int]) -> Iterator[Pic
     order = sorted(numbers)
     for first in range(0, len(order), DECORD_FRAMES):
         some = order[first : first + DECORD_FRAMES]
-        yield from (Picture(n, image, False) for n, image in zip(some, reader.get_batch(some).asnumpy(), strict=True))
+        # decord does not say which of its pictures a damaged file spoilt: what PyAV could not decode stays flagged.
+        yield from (Picture(n, image, True) for n, image in zip(some, reader.get_batch(some).asnumpy(), strict=True))
 
 
 def pictures(path: Path, index: Index, numbers: frozenset[int]) -> Iterator[Iterator[Picture]]:
