@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from vau_jax import parsing
 from vau_jax.data import prompts
 
 
@@ -51,9 +52,9 @@ def get_config() -> ConfigDict:
     c.data.reflection = ""  # JSONL of reflection records; empty: reasoning from the annotations
     c.data.source = "auto"  # rules for times: msad, ucf, ecva, or auto by file name
     c.data.protocol = "clean"  # clean: dirt mended; paper: as the published denominators
-    c.data.tasks = ("qa", "grounding", "classification")  # what is asked of each video
-    c.data.task_weights = ConfigDict({"qa": 1.0, "grounding": 1.0, "classification": 1.0})  # share in the mix
-    c.data.style = "think"  # completions: direct, think, or reflection
+    c.data.tasks = ("qa", "grounding", "classification")  # what is asked of each video; also: description
+    c.data.task_weights = ConfigDict({task: 1.0 for task in parsing.TASKS})  # share in the mix
+    c.data.style = "think"  # completions: direct, think, two_pass (think, draft, think again), or reflection
     c.data.wording = "full"  # prompts: full says the grammar, short asks only
     c.data.templates = ""  # JSON with prompts in your words, see data_prep/README.md
     c.data.max_examples = 0  # use only the first so many (video, task) pairs; 0: all
@@ -103,7 +104,12 @@ def get_config() -> ConfigDict:
     c.rollout.max_draws = 1  # above 1, groups with equal rewards are replaced, in so many draws of a batch at most
     c.rollout.reward_threads = 4  # that call user_rewards
 
-    c.rewards = ConfigDict({"format": 1.0, "accuracy": 1.0, "tiou": 0.0, "reflection": 0.0})  # weights; 0: off
+    c.rewards = ConfigDict()  # weights; 0: off
+    c.rewards.format = 1.0  # the grammar is kept
+    c.rewards.accuracy = 1.0  # of the final answer
+    c.rewards.tiou = 0.0  # temporal IoU of the final interval, grounding
+    c.rewards.reflection = 0.0  # its form, and its effect from draft to final answer
+    c.rewards.judge = 0.0  # marks of config.judge, descriptions
     c.user_rewards = ()  # your own: (("package.module:function", weight), ...), see vau_jax/user_rewards.py
 
     c.grpo = ConfigDict()
@@ -130,4 +136,24 @@ def get_config() -> ConfigDict:
     c.checkpoint.every = 100  # steps between checkpoints; the last step is always one
     c.checkpoint.keep = 2  # the newest so many
 
+    c.judge = endpoint()  # marks descriptions, where rewards.judge has a weight
+    c.judge.temperature = 0.0  # the same marks each time
+
     return c.lock()  # a misspelt field in another config fails and names the nearest
+
+
+def endpoint() -> ConfigDict:
+    """The fields of a model behind an OpenAI-compatible chat endpoint."""
+    c = ConfigDict()
+    c.url = ""  # such as http://localhost:8000/v1
+    c.model = ""  # its name there
+    c.key_variable = "OPENAI_API_KEY"  # environment variable that holds the key
+    c.concurrency = 8  # questions at once
+    c.seconds = 120.0  # to wait for an answer
+    c.retries = 6  # with growing pauses, after rate limits, server errors, timeouts
+    c.temperature = 0.7  # of its sampling; 0: the likeliest
+    c.max_tokens = 1024  # of an answer
+    c.json_mode = True  # ask for JSON by response_format; some servers do not know it
+    c.price_prompt = 0.0  # of a million tokens
+    c.price_completion = 0.0  # likewise, in the same currency
+    return c

@@ -14,9 +14,13 @@ def get_config(mode: str = "") -> ConfigDict:
     quick = mode == "quick"
     c = ConfigDict()
     c.seed = 0  # of weights, data order and sampling; the videos are the same for all seeds
+    c.stages = ("sft", "rft")  # training, in this order; rft alone begins from the model's start
+    c.shared = ""  # folder of videos and frames that several runs use; empty: the workdir
+    c.style = "reflection"  # completions: think, two_pass, or reflection
+    c.motion = base.get_config().motion  # the same for all stages
     c.videos = ConfigDict({"train": 60, "val": 0, "test": 24} if quick else {"train": 3000, "val": 0, "test": 240})
-
     c.video_seed = 0
+    c.camera_shake = True  # cameras are not still
     c.eval_batch_size = 24 if quick else 48
 
     c.model = ConfigDict()
@@ -71,7 +75,6 @@ def stage(name: str) -> ConfigDict:
     c.dtype = "float32"
     c.remat = False
     c.unroll = 4
-    c.data.style = "reflection"
     c.data.wording = "short"
     c.data.max_frames = 24
     c.data.budget = "model"

@@ -3,7 +3,6 @@
 from ml_collections import ConfigDict
 
 from configs import base
-from vau_jax import chat
 
 
 def get_config() -> ConfigDict:
@@ -21,7 +20,7 @@ def get_config() -> ConfigDict:
     c.student.batch_size = 8
     c.student.dtype = train.dtype
 
-    c.teacher = chat.defaults()  # writes reflection and revision; url empty: by rule from the annotation
+    c.teacher = base.endpoint()  # writes reflection and revision; url empty: by rule from the annotation
     c.teacher.frames = 0  # pictures of the video that the teacher sees; 0: text alone
 
     c.keep = ConfigDict()

@@ -161,12 +161,6 @@ def pick(drafts: Sequence[Draft], right_from: float, prefer_wrong: bool) -> Draf
 # --- 2. Reflection ------------------------------------------------------------------------------------------------
 
 
-def facts(row: Row) -> str:
-    """What the annotation says of the video, a line each."""
-    lines = [f"Description: {row.description}"] if row.description else []
-    return "\n".join([*lines, *(f"{title}: {text}" for title, text in row.reasoning.items())])
-
-
 def teacher_messages(example: Example, draft: Draft, right: bool, frames: np.ndarray | None) -> list[Message]:
     """The teacher's prompt: what is known of the video, the question, the draft, and whether it is right."""
     row, task = example.row, example.task
@@ -183,22 +177,18 @@ def teacher_messages(example: Example, draft: Draft, right: bool, frames: np.nda
     )
     verdict = "The first answer is right." if right else f"The first answer is wrong; the right one is: {truth}"
     text = (
-        f"What can be seen:\n{facts(row)}\n\nQuestion:\n{asked}\n\nFirst reasoning:\n{draft.think or '(none)'}\n\n"
-        f"First answer: {drafted}\n{verdict}"
+        f"What can be seen:\n{prompts.facts(row)}\n\nQuestion:\n{asked}\n\n"
+        f"First reasoning:\n{draft.think or '(none)'}\n\nFirst answer: {drafted}\n{verdict}"
     )
     content = text if frames is None else [*chat.frames_content(frames), {"type": "text", "text": text}]
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
 
 def read_reply(text: str) -> tuple[str, str] | None:
-    """(reflect, revise) of a teacher's JSON, also inside a fence of backticks; None where it is something else."""
-    fenced = re.search(r"```(?:json)?\s*(.*?)```", text, re.DOTALL)
-    try:
-        found = json.loads(fenced.group(1) if fenced else text)
-        reflect, revise = found["reflect"].strip(), found["revise"].strip()
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        return None
-    return reflect, revise
+    """(reflect, revise) of a teacher's JSON; None where it is something else."""
+    found = chat.json_object(text) or {}
+    reflect, revise = found.get("reflect"), found.get("revise")
+    return (reflect.strip(), revise.strip()) if isinstance(reflect, str) and isinstance(revise, str) else None
 
 
 def reflection_by_rule(example: Example, draft: Draft, right: bool) -> tuple[str, str]:
@@ -244,7 +234,7 @@ def fault(example: Example, record: Reflection, keep: ConfigDict) -> str:
             return f"{name} gives away that the answer was known"
     if any(parsing.TAG.search(text) for text in (record.think, record.reflect, record.revise)):
         return "a text holds a tag"
-    whole = "".join(span.text for span in prompts.completion(row, task, record))
+    whole = "".join(span.text for span in prompts.completion(row, task, "reflection", record))
     parsed = parsing.parse([whole], task, "strict", reflection=True)
     target = parsing.targets([(task, row.answer, row.anomaly_class, row.interval)])
     if not parsed.form[0]:
@@ -255,7 +245,7 @@ def fault(example: Example, record: Reflection, keep: ConfigDict) -> str:
         return "the reflection rejects a right draft"
     if not record.draft_is_right and not DOUBT.search(record.reflect):
         return "the reflection finds nothing wrong in a wrong draft"
-    if not _words(record.reflect) & _words(f"{facts(row)} {row.key_object}"):
+    if not _words(record.reflect) & _words(f"{prompts.facts(row)} {row.key_object}"):
         return "the reflection names no evidence"
     return ""
 
@@ -320,6 +310,11 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     config = config.copy_and_resolve_references()
     config.data.shuffle_options, config.data.reflection = False, ""
+    if unfit := [task for task in config.data.tasks if task not in parsing.VERIFIABLE]:
+        raise InputError(
+            f"data.tasks has {unfit[0]}: reflection needs tasks with an answer to check, expected some of "
+            f"{', '.join(parsing.VERIFIABLE)}"
+        )
     examples = _examples(config)
     drafted = _drafts(config, workdir, examples)
     chosen = [(e, _choose(config, e, drafts)) for e, drafts in drafted if drafts]
@@ -330,7 +325,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         return {}
     written, teacher = _reflections(config, workdir, chosen)
     accepted, rejected = [], Counter()
-    likeness, reasons = {task: Likeness(config.keep.likeness) for task in parsing.TASKS}, []
+    likeness, reasons = {task: Likeness(config.keep.likeness) for task in parsing.VERIFIABLE}, []
     for (example, draft), (texts, error) in zip(chosen, written, strict=True):
         reason, record = error, None
         if texts:

@@ -2,12 +2,13 @@
 
     python -m launch.demo --config=configs/demo.py[:quick] --workdir=DIR
 
-DIR/data: videos and annotations, DIR/model: the model's start, DIR/frames: decoded frames, DIR/sft and DIR/rft: runs,
-DIR/eval: scores, DIR/report.md: the result.
+DIR/data: videos and annotations, DIR/frames: decoded frames (both in config.shared where that is set), DIR/model: the
+model's start, DIR/sft and DIR/rft: runs, DIR/eval: scores, DIR/report.md: the result.
 """
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,30 +16,47 @@ from ml_collections import ConfigDict
 
 from configs import eval as eval_config
 from data_prep import cache_frames, random_model
-from vau_jax import cli, evaluate, report, train
+from vau_jax import cli, evaluate, parsing, report, train
 from vau_jax.data import annotations, prompts, synthetic
-from vau_jax.files import read_json, write_text
+from vau_jax.files import InputError, read_json, write_text
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """All stages; each skips what is done already, so a second call is quick and a killed one goes on."""
-    jax.config.update("jax_compilation_cache_dir", str(Path(workdir).resolve() / "compiled"))
+    check(config)
+    jax.config.update("jax_compilation_cache_dir", str(shared(config, workdir).resolve() / "compiled"))
     stages = {
-        "videos": lambda: synthetic.make_dataset(workdir / "data", dict(config.videos), config.video_seed),
+        "videos": lambda: make_videos(config, workdir),
         "model": lambda: make_model(config, workdir),
         "frames": lambda: decode_videos(config, workdir),
         "evaluate init": lambda: evaluate_stage(config, workdir, "init"),
-        "sft": lambda: train.run(train_config(config, workdir, "sft"), workdir / "sft"),
-        "evaluate sft": lambda: evaluate_stage(config, workdir, "sft"),
-        "rft": lambda: train.run(train_config(config, workdir, "rft"), workdir / "rft"),
-        "evaluate rft": lambda: evaluate_stage(config, workdir, "rft"),
     }
+    for name in config.stages:
+        stages[name] = partial(train.run, train_config(config, workdir, name), workdir / name)
+        stages[f"evaluate {name}"] = partial(evaluate_stage, config, workdir, name)
     for number, (name, stage) in enumerate(stages.items(), start=1):
         print(f"--- {number}/{len(stages)} {name}", flush=True)
         began = time.monotonic()
         stage()
         print(f"--- {name} took {time.monotonic() - began:.0f} s", flush=True)
     print(report.write([workdir], workdir / "report.md"), flush=True)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for stages that cannot follow each other."""
+    if tuple(config.stages) not in (("sft",), ("rft",), ("sft", "rft")):
+        raise InputError(f"stages={tuple(config.stages)}: expected ('sft',), ('rft',) or ('sft', 'rft')")
+
+
+def shared(config: ConfigDict, workdir: Path) -> Path:
+    """Where videos, frames and compiled programs are."""
+    return Path(config.shared) if config.shared else workdir
+
+
+def make_videos(config: ConfigDict, workdir: Path) -> None:
+    """Renders DIR/data unless it is there from the same settings."""
+    folder = shared(config, workdir) / "data"
+    synthetic.make_dataset(folder, dict(config.videos), config.video_seed, shake=config.camera_shake)
 
 
 def make_model(config: ConfigDict, workdir: Path) -> None:
@@ -50,7 +68,12 @@ def make_model(config: ConfigDict, workdir: Path) -> None:
         return
     sizes = dict(config.model.text), dict(config.model.vision)
     random_model.write(
-        folder, demo_texts(workdir / "data"), config.model.vocab_size, *sizes, config.model.pixels, config.seed
+        folder,
+        demo_texts(shared(config, workdir) / "data"),
+        config.model.vocab_size,
+        *sizes,
+        config.model.pixels,
+        config.seed,
     )
     write_text(stamp, json.dumps(request))
 
@@ -59,30 +82,36 @@ def demo_texts(data: Path) -> list[str]:
     """What the tokenizer learns from: questions, options, answers and reasoning of the training split."""
     rows, _ = annotations.load(data / "train.csv")
     reflections = prompts.load_reflections(data / "train_reflection.jsonl")
-    texts = [prompts.question(row, task, "reflection", "short") for row in rows for task in row.tasks]
+    texts = [prompts.question(row, task, "reflection", "short") for row in rows for task in parsing.VERIFIABLE]
     for reflection in reflections.values():
         texts += [reflection.think, reflection.reflect, reflection.revise]
     return texts
 
 
 def train_config(config: ConfigDict, workdir: Path, stage: str) -> ConfigDict:
-    """The config of SFT (from DIR/model) or RFT (from DIR/sft)."""
+    """The config of SFT (from DIR/model) or RFT (from DIR/sft, where there is SFT)."""
     c = config[stage].copy_and_resolve_references()
     c.seed = config.seed
     c.model = str(workdir / "model")
-    c.init_from = str(workdir / "sft") if stage == "rft" else ""
-    data = workdir / "data"
+    c.init_from = str(workdir / "sft") if stage == "rft" and "sft" in config.stages else ""
+    c.motion, c.data.style = config.motion, config.style
+    data = shared(config, workdir) / "data"
     c.data.csv, c.data.videos = str(data / "train.csv"), str(data / "videos")
-    c.data.reflection, c.data.cache = str(data / "train_reflection.jsonl"), str(workdir / "frames")
+    c.data.reflection, c.data.cache = str(data / "train_reflection.jsonl"), str(frames(config, workdir))
     return c
 
 
+def frames(config: ConfigDict, workdir: Path) -> Path:
+    """The folder of decoded frames; a motion prompt takes one more of each video."""
+    return shared(config, workdir) / ("frames_motion" if config.motion.enabled else "frames")
+
+
 def decode_videos(config: ConfigDict, workdir: Path) -> None:
-    """Fills DIR/frames, which all stages read."""
+    """Fills the folder of frames, which all stages read."""
     for split in ("train", "test"):
         c = train_config(config, workdir, "rft")
-        c.data.csv, c.data.reflection = str(workdir / "data" / f"{split}.csv"), ""
-        cache_frames.run(c, workdir / "frames")
+        c.data.csv, c.data.reflection = str(shared(config, workdir) / "data" / f"{split}.csv"), ""
+        cache_frames.run(c, frames(config, workdir))
 
 
 def evaluate_stage(config: ConfigDict, workdir: Path, stage: str) -> None:
@@ -90,7 +119,8 @@ def evaluate_stage(config: ConfigDict, workdir: Path, stage: str) -> None:
     for blind in (False, True) if stage != "init" else (False,):
         c = eval_config.get_config()
         c.data = train_config(config, workdir, "sft").data
-        c.data.csv, c.data.reflection, c.data.augment = str(workdir / "data" / "test.csv"), "", False
+        c.data.csv, c.data.reflection = str(shared(config, workdir) / "data" / "test.csv"), ""
+        c.data.augment = False
         c.checkpoint = str(workdir / ("model" if stage == "init" else stage))
         c.dtype, c.batch_size, c.blind = "float32", config.eval_batch_size, blind
         c.name = f"{stage} blind" if blind else stage

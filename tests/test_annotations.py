@@ -45,7 +45,7 @@ def one(tmp_path: Path, source: str = "auto", protocol: str = "clean", **row: st
 def test_a_clean_row_is_read_whole(tmp_path: Path) -> None:
     row, notes = one(tmp_path)
     assert (row.answer, row.anomaly_class, row.interval) == ("A", "Assault", (4.0, 35.0))
-    assert row.tasks == ("qa", "grounding", "classification")
+    assert row.tasks == ("qa", "grounding", "classification", "description")
     assert list(row.reasoning) == list(annotations.SECTIONS)
     assert (row.reasoning["Location"], row.reasoning["Conclusion"]) == ("street", "a fight")
     assert notes == []

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import base
 from tests.chat_server import Answer, pictures, serve
 from vau_jax import chat
 from vau_jax.chat import Chat
@@ -15,7 +16,7 @@ from vau_jax.files import InputError
 
 
 def config(url: str, **changes: Any) -> ConfigDict:
-    c = chat.defaults()
+    c = base.endpoint()
     c.update({"url": url, "model": "m", "seconds": 5.0, **changes})
     return c
 

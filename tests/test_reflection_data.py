@@ -77,7 +77,7 @@ def test_drafts_are_scored_as_training_scores_them(task: str, value: dict[str, A
     assert reflection.score(ROW, task, value) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("task", parsing.TASKS)
+@pytest.mark.parametrize("task", parsing.VERIFIABLE)
 def test_drafts_by_rule_are_wrong_as_often_as_asked(task: str) -> None:
     drafts = [
         reflection.drafts_by_rule(Example(replace(ROW, video=f"{i}.mp4"), task, Path()), 0.7, 0)[0] for i in range(400)
@@ -193,7 +193,7 @@ def test_records_are_what_training_reads(config: ConfigDict, tmp_path: Path) -> 
     assert len(examples) == len(records(tmp_path))
     for example in examples:
         row, task = example.row, example.task
-        text = "".join(span.text for span in prompts.completion(row, task, example.reflection))
+        text = "".join(span.text for span in prompts.completion(row, task, "reflection", example.reflection))
         parsed = parsing.parse([text], task, "strict", reflection=True)
         target = parsing.targets([(task, row.answer, row.anomaly_class, row.interval)])
         assert parsed.form[0] and float(rewards.task_score(parsed.final, target)[0]) > 0.95

@@ -214,7 +214,7 @@ def judged(scorer: tuple, texts: list[str], **changed: Any) -> tuple[rollout.Rol
     with c.unlocked():
         c.update_from_flattened_dict(changed)
     r = rollout.Rollout(c, r.model, r.processor)
-    return r, r.judge(host, written(r, texts))
+    return r, r.read(host, written(r, texts))
 
 
 def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, capsys: pytest.CaptureFixture) -> None:

@@ -31,7 +31,7 @@ def test_annotations_are_clean(dataset: Path) -> None:
     rows, audit = annotations.load(dataset / "train.csv")
     assert audit.entries == []
     assert {row.anomaly_class for row in rows} == set(synthetic.KINDS)
-    assert all(len(row.tasks) == 3 and len(row.reasoning) == 6 for row in rows)
+    assert all(len(row.tasks) == 4 and len(row.reasoning) == 6 for row in rows)
 
 
 def test_an_anomaly_is_seen_inside_its_interval_and_not_outside() -> None:

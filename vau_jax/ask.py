@@ -22,7 +22,7 @@ from vau_jax.data.pipeline import video_options
 from vau_jax.files import InputError, exit_on_input_error, read_json
 from vau_jax.vlm import DTYPES, VideoLM
 
-TASKS = {"qa": "qa", "ground": "grounding", "classify": "classification", "describe": None}
+TASKS = {"qa": "qa", "ground": "grounding", "classify": "classification", "describe": "description"}
 
 
 def answer(
@@ -50,7 +50,7 @@ def answer(
     batch = vlm.encode([[{"role": "user", "content": [item, {"type": "text", "text": text}]}]])
     length = max_new_tokens or data.get("max_completion_tokens", 1024)
     completion = vlm.generate(batch, max_new_tokens=length, temperature=0.0).text[0][0]
-    reflection = data.get("style") == "reflection"
+    reflection = data.get("style") in prompts.WITH_DRAFT
     return read(completion, task, options, reflection), completion
 
 
@@ -64,7 +64,7 @@ def _run_settings(model: Path) -> ConfigDict:
 
 def _words(task: str, question: str, options: tuple[str, ...], data: ConfigDict) -> str:
     """The user's text."""
-    if TASKS[task] is None:
+    if task == "describe" and "description" not in data.get("tasks", ()):
         return question or "Describe what happens in the video."
     row = Row("", "msad", question, options, None, None, None, "", "", {})
     words = prompts.load_words(data.templates) if data.get("templates") else prompts.WORDS
@@ -74,8 +74,8 @@ def _words(task: str, question: str, options: tuple[str, ...], data: ConfigDict)
 
 def read(completion: str, task: str, options: tuple[str, ...], reflection: bool) -> str:
     """What to print: the answer that the completion holds, or the completion where there is none."""
-    if TASKS[task] is None:
-        return completion.strip()
+    if task == "describe":
+        return parsing.TAG.sub("\n", completion).strip()
     final = parsing.parse([completion], TASKS[task], "lenient", reflection).final
     found = ""
     if task == "qa" and final.choice[0] >= 0:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -38,12 +39,13 @@ class Reply:
 
 
 class Chat:
-    """An endpoint, by `config` (see `defaults`); `cache` is the JSONL of its answers."""
+    """An endpoint, by `config` (see `endpoint` in configs/base.py); `cache` is the JSONL of its answers, if they
+    are to be kept."""
 
-    def __init__(self, config: ConfigDict, cache: str | os.PathLike) -> None:
+    def __init__(self, config: ConfigDict, cache: str | os.PathLike | None) -> None:
         if not config.url or not config.model:
             raise InputError(f"an endpoint needs url and model, found url={config.url!r} and model={config.model!r}")
-        self.config, self.cache = config, Path(cache)
+        self.config, self.cache = config, Path(cache) if cache else None
         self.client = openai.OpenAI(
             base_url=config.url,
             api_key=os.environ.get(config.key_variable, "none"),
@@ -51,7 +53,7 @@ class Chat:
             max_retries=config.retries,
         )
         self.lock = threading.Lock()
-        self.answers = _read_answers(self.cache)
+        self.answers = _read_answers(self.cache) if self.cache else {}
         self.tokens: Counter[str] = Counter()  # used by this object: "prompt" and "completion"
 
     @property
@@ -115,25 +117,19 @@ class Chat:
             self.tokens["prompt"] += used.prompt_tokens if used else 0
             self.tokens["completion"] += used.completion_tokens if used else 0
             self.answers[key] = text
-            _append(self.cache, {"key": key, "text": text})
+            if self.cache:
+                _append(self.cache, {"key": key, "text": text})
         return text
 
 
-def defaults() -> ConfigDict:
-    """The fields of an endpoint's config."""
-    c = ConfigDict()
-    c.url = ""  # such as http://localhost:8000/v1
-    c.model = ""  # its name there
-    c.key_variable = "OPENAI_API_KEY"  # environment variable that holds the key
-    c.concurrency = 8  # questions at once
-    c.seconds = 120.0  # to wait for an answer
-    c.retries = 6  # after rate limits, server errors, timeouts
-    c.temperature = 0.7
-    c.max_tokens = 1024  # of an answer
-    c.json_mode = True  # ask for JSON by response_format; some servers do not know it
-    c.price_prompt = 0.0  # of a million tokens
-    c.price_completion = 0.0
-    return c
+def json_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that an answer is, also inside a fence of backticks; None where it is something else."""
+    fenced = re.search(r"```(?:json)?\s*(.*?)```", text, re.DOTALL)
+    try:
+        found = json.loads(fenced.group(1) if fenced else text)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def frames_content(frames: np.ndarray) -> list[Message]:

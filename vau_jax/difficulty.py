@@ -7,6 +7,7 @@ twice; kinds above `easy` get noisy or dropped frames, kinds below `hard` a line
 
 from dataclasses import replace
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax.data.pipeline import EASY, HARD, Collator, Example, HostBatch
@@ -43,7 +44,7 @@ class Difficulty:
         """Takes in the mean score of each group."""
         scores = draw.final_score.reshape(len(draw.host.examples), -1).mean(1)
         for item, score in zip(draw.host.examples, scores, strict=True):
-            if item.failure is None:
+            if item.failure is None and np.isfinite(score):  # descriptions have no score
                 name = kind(item.example)
                 before = self.accuracy.get(name, float(score))
                 self.accuracy[name] = before + (float(score) - before) / self.config.memory

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax import cli, metrics, parsing, rewards, sampling
-from vau_jax.data import pipeline
+from vau_jax.data import pipeline, prompts
 from vau_jax.data.pipeline import Example, HostBatch
 from vau_jax.files import read_json, write_text
 from vau_jax.metric_writer import Progress
@@ -45,7 +45,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         "protocol": config.data.protocol,
         "excluded": [vars(entry) for entry in audit.entries if entry.action == "excluded"],
         "failed": sum(record["failure"] is not None for record in predictions),
-        **score(predictions, config.data.style == "reflection"),
+        **score(predictions, config.data.style in prompts.WITH_DRAFT),
     }
     write_text(done, json.dumps(result, indent=1))
     write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
@@ -145,7 +145,7 @@ def score(records: list[dict[str, Any]], reflection: bool) -> dict[str, Any]:
         mine, true = metrics.select(lenient, rows), metrics.select(target, rows)
         result["tasks"][task] = metrics.TASK_METRICS[task](mine, true)
         result["baselines"][task] = metrics.baselines(true, task)
-        if reflection:
+        if reflection and task in parsing.VERIFIABLE:
             draft, final = (np.asarray(rewards.task_score(a, true)) for a in (mine.draft, mine.final))
             words = metrics.estimate(lenient.reflect_words[rows])
             result["reflection"][task] = {**metrics.reflection(draft, final), "words": words}

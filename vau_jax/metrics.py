@@ -70,6 +70,11 @@ def classification(parsed: Parsed, target: Target) -> dict[str, Any]:
     }
 
 
+def description(parsed: Parsed, target: Target) -> dict[str, Any]:
+    """Share that keeps the grammar: what a description is worth, a judge says."""
+    return {"form": estimate(np.asarray(parsed.form))}
+
+
 def macro_f1(label: np.ndarray, truth: np.ndarray) -> float | None:
     """Unweighted mean of the F1 of every class that occurs in `truth`."""
     scores = []
@@ -122,6 +127,7 @@ TASK_METRICS: dict[str, Callable[[Parsed, Target], dict[str, Any]]] = {
     "qa": question_answering,
     "grounding": grounding,
     "classification": classification,
+    "description": description,
 }
 
 
@@ -131,6 +137,8 @@ def baselines(target: Target, task: str) -> dict[str, Any]:
         return {"majority_letter": majority(np.asarray(target.choice))}
     if task == "classification":
         return {"majority_class": majority(np.asarray(target.label))}
+    if task == "description":
+        return {}
     known = np.asarray(target.kind) == INTERVAL
     return {"best_constant_interval": best_constant_interval(np.asarray(target.interval)[known])}
 

@@ -15,7 +15,8 @@ from vau_jax.data.annotations import LABELS, Interval
 from vau_jax.files import InputError
 from vau_jax.types import Target, pytree
 
-TASKS = ("qa", "grounding", "classification")
+TASKS = ("qa", "grounding", "classification", "description")
+VERIFIABLE = TASKS[:3]  # those with an answer that is right or wrong
 UNKNOWN, NORMAL, INTERVAL = 0, 1, 2  # kinds of interval: none given, "no anomaly", seconds
 TAG = re.compile(r"<(/?)(think|draft|reflect|revise|answer|glue)>")
 PLAIN_ORDER = ("think", "answer")
@@ -112,7 +113,7 @@ def _stack(answers: list[_Answer]) -> Answers:
 
 def strict_sections(text: str, task: str, reflection: bool) -> dict[str, str] | None:
     """Tag -> content when the text keeps the grammar exactly, else None."""
-    order = REFLECTION_ORDER if reflection else PLAIN_ORDER
+    order = REFLECTION_ORDER if reflection and task in VERIFIABLE else PLAIN_ORDER
     order = (*order, "glue") if task == "grounding" else order
     sections, at = {}, 0
     tags = list(TAG.finditer(text))
@@ -156,6 +157,8 @@ def _strict(text: str, sections: dict[str, str] | None, task: str) -> tuple[_Ans
 
 def _value(text: str, task: str) -> _Answer:
     """The value inside <answer> or <draft>: spaces around it, its case and a full stop behind it do not matter."""
+    if task not in VERIFIABLE:
+        return _Answer()
     text = text.strip().removesuffix(".").strip()
     if task == "qa":
         return _Answer(choice="ABCD".index(text)) if re.fullmatch("[A-D]", text) else _Answer()
@@ -218,7 +221,7 @@ def _lenient(text: str, sections: dict[str, str] | None, task: str) -> tuple[_An
 
 def _lenient_value(text: str, task: str) -> _Answer:
     exact = _value(text, task)
-    if exact != _Answer():
+    if exact != _Answer() or task not in VERIFIABLE:
         return exact
     if task == "qa":
         letters = {match.group(1) for match in _LETTER.finditer(text)}

@@ -33,6 +33,9 @@ ROWS = (
         ("baselines", "classification", "majority_class"),
     ),
     ("Classification, normal or not", ("tasks", "classification", "binary"), None),
+    ("Corrected by reflection, QA", ("reflection", "qa", "corrected"), None),
+    ("Broken by reflection, QA", ("reflection", "qa", "broken"), None),
+    ("Gain by reflection, temporal IoU", ("reflection", "grounding", "gain"), None),
     ("Mean total reward", ("rewards", "total"), None),
 )
 CURVES = {

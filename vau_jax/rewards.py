@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vau_jax.parsing import INTERVAL, NORMAL, TASKS, Answers, Parsed
 from vau_jax.types import Target
 
-QA, GROUNDING, CLASSIFICATION = range(len(TASKS))
+QA, GROUNDING = TASKS.index("qa"), TASKS.index("grounding")
 
 REFLECT_WORDS = (3, 150)  # a reflection shorter or longer than this has no form
 MOST_COPIED = 0.5  # and none that repeats more of the first reasoning
@@ -52,7 +52,7 @@ def reflection_reward(parsed: Parsed, target: Target) -> jax.Array:
 
 
 def correctness(answers: Answers, target: Target) -> jax.Array:
-    """1 where the answer to the example's own task is there and right, else 0."""
+    """1 where the answer to the example's own task is there and right, else 0; 0 for descriptions."""
     choice = (answers.choice == target.choice) & (answers.choice >= 0)
     label = (answers.label == target.label) & (answers.label >= 0)
     anomaly = answers.anomaly == jnp.where(target.kind == NORMAL, 0, 1)

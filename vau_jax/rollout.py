@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax import grpo, parsing, sampling
-from vau_jax.data.pipeline import Collator, HostBatch
+from vau_jax import grpo, judge, parsing, sampling
+from vau_jax.chat import Chat
+from vau_jax.data import prompts
+from vau_jax.data.pipeline import Collator, Example, HostBatch
 from vau_jax.data.processor import Processor
 from vau_jax.files import InputError
+from vau_jax.judge import Judge
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.rewards import REWARDS, task_score
 from vau_jax.types import Batch, Completions, Sampled, Target, Variables
@@ -32,10 +36,10 @@ class Draw:
     rewards: np.ndarray  # float32 [N, R]; NaN where a reward is absent, or the completion does not count
     total: np.ndarray  # float32 [N]: weighted sum, NaN where the completion does not count
     ended: np.ndarray  # bool [N]: with an end token, not at the limit
-    draft_score: np.ndarray  # float32 [N]
-    final_score: np.ndarray  # float32 [N]
+    draft_score: np.ndarray  # float32 [N]; NaN for descriptions, which are neither right nor wrong
+    final_score: np.ndarray  # float32 [N], likewise
     reflect_words: np.ndarray  # int32 [N]: words of the reflection
-    errors: list[str | None]  # N: what failed in a user's reward
+    errors: list[str | None]  # N: what failed in a user's reward, or in the judge's
 
     @property
     def counts(self) -> np.ndarray:
@@ -56,14 +60,15 @@ class Rollout:
     config: ConfigDict
     model: QwenVL
     processor: Processor
+    judge_cache: Path | None = None  # JSONL of the judge's answers, so that none is paid for twice
 
     def __post_init__(self) -> None:
         c = self.config
-        unknown = [name for name in c.rewards if name not in REWARDS]
+        unknown = [name for name in c.rewards if name not in (*REWARDS, "judge")]
         if unknown:
             raise InputError(
-                f"rewards {', '.join(unknown)} are unknown: expected some of {', '.join(REWARDS)}; a function of your "
-                "own goes into config.user_rewards"
+                f"rewards {', '.join(unknown)} are unknown: expected some of {', '.join(REWARDS)}, judge; a function "
+                "of your own goes into config.user_rewards"
             )
         if c.rollout.num_generations < 2:
             raise InputError(
@@ -71,9 +76,11 @@ class Rollout:
                 "group needs at least 2"
             )
         self.user = UserRewards(c.user_rewards, c.rollout.reward_threads)
-        self.built_in = tuple(name for name, weight in c.rewards.items() if weight)
+        self.built_in = tuple(name for name, weight in c.rewards.items() if weight and name in REWARDS)
+        self.judge = Judge(Chat(c.judge, self.judge_cache)) if c.rewards.get("judge") else None
         weights = {name: c.rewards[name] for name in self.built_in}
         weights |= {"overlong": 1.0} if c.grpo.overlong_buffer else {}
+        weights |= {"judge": c.rewards.judge} if self.judge else {}
         weights |= dict(zip(self.user.names, self.user.weights, strict=True))
         self.weights = weights  # name -> weight, in the order of the columns of Draw.rewards
         self.score = jax.jit(self._score)
@@ -96,21 +103,24 @@ class Rollout:
             top_k=c.top_k,
         )
 
-    def judge(self, host: HostBatch, sampled: Sampled) -> Draw:
+    def read(self, host: HostBatch, sampled: Sampled) -> Draw:
         """Reads and scores what was sampled (numpy)."""
         c, g = self.config, self.config.rollout.num_generations
         texts = [text for group in decode_text(self.processor, sampled.tokens, sampled.mask) for text in group]
         examples = [item.example for item in host.examples for _ in range(g)]
-        parsed = parsing.parse(texts, [e.task for e in examples], "strict", c.data.style == "reflection")
+        parsed = parsing.parse(texts, [e.task for e in examples], "strict", c.data.style in prompts.WITH_DRAFT)
         target = jax.tree.map(lambda x: np.repeat(x, g, axis=0), host.target)
         columns, draft_score, final_score = jax.device_get(self.score(parsed, target))
         if c.grpo.overlong_buffer:
             lengths = sampled.mask.sum(-1).reshape(-1)
             penalty = grpo.overlong_penalty(lengths, c.data.max_completion_tokens, c.grpo.overlong_buffer)
             columns = np.column_stack([columns, np.asarray(penalty)])
-        own, errors = self.user(texts, examples)
-        rewards = np.column_stack([columns, own]).astype(np.float32)
         readable = np.repeat([item.failure is None for item in host.examples], g)
+        own, errors = self.user(texts, examples)
+        if self.judge:
+            marks, errors = self._marks(texts, examples, readable, errors)
+            columns = np.column_stack([columns, marks])
+        rewards = np.column_stack([columns, own]).astype(np.float32)
         rewards[~readable | np.asarray([error is not None for error in errors])] = np.nan
         total = np.nan_to_num(rewards) @ np.asarray(list(self.weights.values()), np.float32)
         self._show(errors, examples)
@@ -127,17 +137,33 @@ class Rollout:
             errors=errors,
         )
 
+    def _marks(
+        self, texts: list[str], examples: list[Example], readable: np.ndarray, errors: list[str | None]
+    ) -> tuple[np.ndarray, list[str | None]]:
+        """The judge's marks float32 [N] in [0, 1], NaN for all but descriptions, and what failed so far and here."""
+        marks, errors = np.full(len(texts), np.nan, np.float32), list(errors)
+        asked = [i for i, example in enumerate(examples) if example.task == "description" and readable[i]]
+        found = self.judge.marks([(examples[i].row, parsing.TAG.sub(" ", texts[i])) for i in asked])
+        for i, (given, error) in zip(asked, found, strict=True):
+            if given is None:
+                errors[i] = errors[i] or f"judge: {error}"
+            else:
+                marks[i] = judge.total(given)
+        return marks, errors
+
     def _score(self, parsed: parsing.Parsed, target: Target) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The built-in rewards [N, R], and the scores [N] of drafts and final answers."""
         rewards = [REWARDS[name](parsed, target) for name in self.built_in]
         columns = jnp.stack(rewards, axis=1) if rewards else jnp.zeros((len(parsed.task), 0))
-        return columns, task_score(parsed.draft, target), task_score(parsed.final, target)
+        known = target.task < len(parsing.VERIFIABLE)
+        scores = (jnp.where(known, task_score(a, target), jnp.nan) for a in (parsed.draft, parsed.final))
+        return columns, *scores
 
     def _show(self, errors: Sequence[str | None], examples: Sequence[Any]) -> None:
-        """Prints the first failures of users' rewards; all are counted in the metrics."""
+        """Prints the first failures of rewards; all are counted in the metrics."""
         for error, example in zip(errors, examples, strict=True):
             if error is not None and self.shown_errors < 5:
-                print(f"warning: user reward failed for {example.name}: {error}", flush=True)
+                print(f"warning: a reward failed for {example.name}: {error}", flush=True)
                 self.shown_errors += 1
 
     def completions(self, draw: Draw) -> Completions:
@@ -187,15 +213,17 @@ class Rollout:
             "length/max": lengths.max(),
             "length/truncated": 1 - ended.mean(),
             "length/ended_mean": _mean(lengths[ended]),
-            "draft_score": joined["draft_score"].mean(),
-            "final_score": joined["final_score"].mean(),
+            "draft_score": _mean(joined["draft_score"]),
+            "final_score": _mean(joined["final_score"]),
             "rewards/failed": sum(error is not None for draw in draws for error in draw.errors),
         }
         for name, column in zip(self.weights, joined["rewards"].T, strict=True):
             metrics |= {f"rewards/{name}": _mean(column), f"rewards/{name}_std": _std(column)}
-        for task in sorted(set(tasks)):
+        if self.judge:
+            metrics |= {"judge/tokens": self.judge.chat.tokens.total(), "judge/cost": self.judge.chat.cost}
+        for task in sorted(set(tasks) & set(parsing.VERIFIABLE)):
             metrics[f"final_score/{task}"] = joined["final_score"][tasks == task].mean()
-        if self.config.data.style == "reflection":
+        if self.config.data.style in prompts.WITH_DRAFT:
             metrics |= _reflection(joined, tasks)
         return metrics
 
@@ -221,12 +249,15 @@ class Rollout:
 
 def _reflection(joined: dict[str, np.ndarray], tasks: np.ndarray) -> dict[str, float]:
     """How often the answer after reflection is better than, as good as, or worse than the draft, and its length."""
-    gain = joined["final_score"] - joined["draft_score"]
+    known = np.isin(tasks, parsing.VERIFIABLE)
+    gain, tasks = (joined["final_score"] - joined["draft_score"])[known], tasks[known]
+    if not len(gain):
+        return {}
     found = {
         "reflection/corrected": (gain > 0).mean(),
         "reflection/kept": (gain == 0).mean(),
         "reflection/broken": (gain < 0).mean(),
-        "reflection/words": joined["reflect_words"].mean(),
+        "reflection/words": joined["reflect_words"][known].mean(),
     }
     if (tasks == "grounding").any():
         found["reflection/tiou_gain"] = gain[tasks == "grounding"].mean()

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vau_jax import checkpoint, cli, grpo, optim, rollout, sharding, update
-from vau_jax.data import pipeline
+from vau_jax.data import pipeline, prompts
 from vau_jax.data.pipeline import HostBatch
 from vau_jax.difficulty import Difficulty
 from vau_jax.files import InputError, read_json, write_text
@@ -41,7 +41,7 @@ ADAPTER_STREAM = 2**31 - 2  # no step number: the key of fresh adapters and the 
 class Trainer:
     """Everything of a run that is set up once: model, state, data, compiled functions."""
 
-    def __init__(self, config: ConfigDict) -> None:
+    def __init__(self, config: ConfigDict, workdir: Path | None = None) -> None:
         check(config)
         self.config = config
         self.mesh = sharding.make_mesh(config.mesh)
@@ -66,7 +66,8 @@ class Trainer:
         )
         # Unrolled layers pay in the update; in the sampler's loop their weights would be copied at every token.
         sampler = self.model.clone(unroll=1)
-        self.rollout = Rollout(config, sampler, self.processor) if config.stage == "rft" else None
+        judged = workdir / "judge.jsonl" if workdir else None
+        self.rollout = Rollout(config, sampler, self.processor, judged) if config.stage == "rft" else None
         trained, self.base = start.params, None
         if self.lora:
             trained, self.base = self._fresh_adapters(start.params), start.params
@@ -233,7 +234,7 @@ class Trainer:
                 sampled = self.rollout.sample(self.variables, batch, jax.random.fold_in(key, len(draws)))
                 sampled = jax.device_get(sampled)
             with clock("reward"):
-                draws.append(self.rollout.judge(host, sampled))
+                draws.append(self.rollout.read(host, sampled))
                 self.difficulty.learn(draws[-1])
             varied = [(d, p) for d, draw in enumerate(draws) for p in np.flatnonzero(draw.varied)]
             if len(varied) >= self.config.batch_size or len(draws) >= self.config.rollout.max_draws:
@@ -318,8 +319,10 @@ def check(config: ConfigDict) -> None:
     for name, value in counts.items():
         if value < 1:
             raise InputError(f"{name}={value}: expected at least 1")
-    if c.stage == "sft" and c.data.style == "reflection" and not c.data.reflection:
-        raise InputError("SFT with data.style=reflection needs the records to learn from: set config.data.reflection")
+    if c.stage == "sft" and c.data.style in prompts.WITH_DRAFT and not c.data.reflection:
+        raise InputError(
+            f"SFT with data.style={c.data.style} needs the records to learn from: set config.data.reflection"
+        )
     if c.batch_size % c.micro_batches:
         raise InputError(f"micro_batches={c.micro_batches} does not divide batch_size={c.batch_size}")
 
@@ -332,7 +335,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     if (checkpoints.latest() or 0) >= config.steps:
         print(f"{config.stage}: {config.steps} steps are done already ({workdir})", flush=True)
         return workdir
-    trainer = Trainer(config)
+    trainer = Trainer(config, workdir)
     checkpoint.copy_model_files(trainer.processor.folder, workdir)
     if motion := trainer.processor.config.vision.motion:
         motion_prompt.write_file(workdir / checkpoint.MODEL_FOLDER, motion, trainer.state.params["motion_prompt"])
@@ -366,6 +369,10 @@ MAY_CHANGE = (
     "data.workers",
     "data.video_seconds",
     "data.cache",
+    "judge.url",
+    "judge.concurrency",
+    "judge.seconds",
+    "judge.retries",
 )
 
 

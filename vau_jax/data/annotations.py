@@ -109,11 +109,12 @@ class Row:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks this row can serve: "qa", "grounding", "classification"."""
+        """The tasks this row can serve: "qa", "grounding", "classification", "description"."""
         usable = {
             "qa": self.answer is not None and bool(self.options),
             "grounding": self.interval is not None,
             "classification": self.anomaly_class is not None,
+            "description": bool(self.description and self.reasoning),
         }
         return tuple(task for task, yes in usable.items() if yes)
 

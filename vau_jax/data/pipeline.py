@@ -111,7 +111,7 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]
             continue
         for task in (task for task in config.tasks if task in row.tasks):
             reflection = reflections.get((row.video, task))
-            if config.reflection and reflection is None:
+            if config.reflection and reflection is None and task in parsing.VERIFIABLE:
                 audit.note(row, "excluded", task, "no reflection record")
                 continue
             examples.append(Example(row, task, path, reflection))
@@ -194,10 +194,8 @@ class Loader:
 
     def _target(self, example: Example, order: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of the right completion, end token last, and the weight of each in the SFT loss."""
-        reflection = example.reflection if self.config.style == "reflection" else None
-        spans = prompts.completion(example.row, example.task, reflection, order, self.config.section_weights)
-        if self.config.style == "direct":
-            spans = spans[-1:]
+        c = self.config
+        spans = prompts.completion(example.row, example.task, c.style, example.reflection, order, c.section_weights)
         weight_of_character = np.concatenate([np.full(len(span.text), span.weight) for span in spans])
         encoded = self.processor.tokenizer(
             "".join(span.text for span in spans), add_special_tokens=False, return_offsets_mapping=True

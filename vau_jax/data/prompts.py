@@ -4,6 +4,8 @@ A completion follows the grammar that `vau_jax.parsing` reads:
 
     <think>…</think><answer>…</answer>[<glue>[s, e]</glue>]
     <think>…</think><draft>…</draft><reflect>…</reflect><revise>…</revise><answer>…</answer>[<glue>…</glue>]
+
+with style "reflection"; "two_pass" is the same with nothing inside <reflect>.
 """
 
 import json
@@ -14,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vau_jax.data.annotations import LABELS, Interval, Row
+from vau_jax.data.annotations import LABELS, SECTIONS, Interval, Row
 from vau_jax.files import InputError, read_json
 
-STYLES = ("reflection", "think", "direct")
+STYLES = ("reflection", "two_pass", "think", "direct")
+WITH_DRAFT = ("reflection", "two_pass")
 WORDINGS = ("full", "short")
 
 
@@ -25,7 +28,8 @@ WORDINGS = ("full", "short")
 class Words:
     """Every text that a user's prompt is made of.
 
-    `{question}`, `{options}` (a line each, `A. ...`) and `{labels}` in a text are replaced by what they name.
+    `{question}`, `{options}` (a line each, `A. ...`), `{labels}` and `{sections}` in a text are replaced by what they
+    name.
     """
 
     forms: dict[str, str]  # by style: how the completion is to be laid out
@@ -41,10 +45,16 @@ WORDS = Words(
             "against the video inside <reflect></reflect>, reason once more inside <revise></revise>, and give the "
             "final answer inside <answer></answer>."
         ),
+        "two_pass": (
+            "First reason inside <think></think> and give a first answer inside <draft></draft>. Leave "
+            "<reflect></reflect> empty, reason a second time inside <revise></revise>, and give the final answer "
+            "inside <answer></answer>."
+        ),
         "think": "Reason inside <think></think>, then give the answer inside <answer></answer>.",
         "direct": "Give the answer alone, inside <answer></answer>.",
     },
     asks={
+        "description": ("The reasoning describes what is seen. The answer has a line for each of these: {sections}."),
         "qa": "The answer is the letter of the right option.",
         "grounding": (
             "The answer is Anomaly or Normal; add the time of the anomaly in seconds as <glue>[start, end]</glue>, or "
@@ -56,11 +66,13 @@ WORDS = Words(
         "qa": "{question}\n{options}",
         "grounding": "Does this surveillance video show something abnormal, and when?",
         "classification": "Which kind of abnormal event does this surveillance video show, if any?",
+        "description": "Describe this surveillance video, and explain what in it is abnormal, if anything.",
     },
     short_questions={
         "qa": "{question}\n{options}",
         "grounding": "When is the anomaly?",
         "classification": "Which kind is it?",
+        "description": "What happens, and why?",
     },
 )
 
@@ -115,16 +127,28 @@ def load_reflections(path: str | os.PathLike) -> dict[tuple[str, str], Reflectio
     return records
 
 
+def style_of(task: str, style: str) -> str:
+    """The style of a task's completions: descriptions have nothing to draft."""
+    return "think" if task == "description" and style in WITH_DRAFT else style
+
+
 def question(row: Row, task: str, style: str, wording: str, words: Words = WORDS) -> str:
     """The user's text for a row and task; `wording` "short" leaves out the instructions on form."""
     if wording == "short":
         text = words.short_questions[task]
     else:
-        text = f"{words.questions[task]}\n{words.asks[task]} {words.forms[style]}"
+        text = f"{words.questions[task]}\n{words.asks[task]} {words.forms[style_of(task, style)]}"
     options = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", row.options, strict=False))
     values = {"question": row.question, "options": options, "labels": ", ".join(LABELS)}
+    values["sections"] = ", ".join(SECTIONS)
     # One pass, so that what a row says is never taken for a place to fill in.
-    return re.sub(r"\{(question|options|labels)\}", lambda place: values[place[1]], text)
+    return re.sub(r"\{(question|options|labels|sections)\}", lambda place: values[place[1]], text)
+
+
+def facts(row: Row) -> str:
+    """What the annotation says of the video, a line each."""
+    lines = [f"Description: {row.description}"] if row.description else []
+    return "\n".join([*lines, *(f"{title}: {text}" for title, text in row.reasoning.items())])
 
 
 def hint(row: Row, task: str) -> str:
@@ -155,6 +179,8 @@ def final_answer(row: Row, task: str) -> str:
         return row.answer or ""
     if task == "classification":
         return row.anomaly_class or ""
+    if task == "description":
+        return "\n".join(f"{title}: {text}" for title, text in row.reasoning.items())
     return "Normal" if row.interval == "normal" else "Anomaly"
 
 
@@ -181,23 +207,32 @@ SECTION_WEIGHTS = {"think": 1.0, "draft": 1.0, "wrong_draft": 0.0, "reflect": 1.
 def completion(
     row: Row,
     task: str,
+    style: str,
     reflection: Reflection | None,
     order: Sequence[int] = (0, 1, 2, 3),
     weights: Mapping[str, float] = SECTION_WEIGHTS,
 ) -> list[Span]:
     """The right completion for a row whose options are already in `order`, in pieces weighted by section.
 
-    Without a record the reasoning comes from the annotation. A wrong draft has weight 0 unless `weights` say otherwise:
-    the model is to learn to correct, not to err.
+    Without a record the reasoning comes from the annotation, in one pass; a description's is the annotation's own, its
+    answer the six sections. With one, "think" has its first and its
+    revised reasoning in one pass, "two_pass" all but the reflection. A wrong draft has weight 0 unless `weights` say
+    otherwise: the model is to learn to correct, not to err.
     """
     answer = f"<answer>{final_answer(row, task)}</answer>"
     if task == "grounding":
         answer += f"<glue>{format_interval(row.interval)}</glue>"
+    if style == "direct":
+        return [Span(answer, weights["answer"])]
     if reflection is None:
-        return [Span(f"<think>{plain_reasoning(row)}</think>", weights["think"]), Span(answer, weights["answer"])]
+        think = row.description if task == "description" else plain_reasoning(row)
+        return [Span(f"<think>{think}</think>", weights["think"]), Span(answer, weights["answer"])]
     think, reflect, revise = (
         text.replace("{check}", check(row)) for text in (reflection.think, reflection.reflect, reflection.revise)
     )
+    if style == "think":
+        return [Span(f"<think>{think} {revise}</think>", weights["think"]), Span(answer, weights["answer"])]
+    reflect = "" if style == "two_pass" else reflect
     return [
         Span(f"<think>{think}</think><draft>", weights["think"]),
         Span(draft_answer(reflection.draft, order), weights["draft" if reflection.draft_is_right else "wrong_draft"]),

@@ -158,14 +158,14 @@ def background(layout: int, width: int, height: int) -> np.ndarray:
 class Painter:
     """Draws the frames of one scene; all random choices are made once, so a frame depends on its time alone."""
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: Scene, shake: bool = True) -> None:
         rng = np.random.default_rng([scene.seed, 3])
         self.scene, self.rng = scene, rng
         self.base = background(scene.layout, scene.width, scene.height)
         self.ground = scene.height * rng.uniform(0.72, 0.92)
         self.noise = rng.normal(0, rng.uniform(2, 7), (6, scene.height, scene.width, 1)).astype(np.float32)
         self.light = rng.uniform(0.85, 1.15)
-        self.shake = rng.uniform(0, 1.5)
+        self.shake = rng.uniform(0, 1.5) * shake
         self.walkers = [
             (rng.uniform(0, scene.width), rng.uniform(-9, 9), rng.uniform(0.66, 0.98) * scene.height, DULL[i])
             for i in rng.integers(0, len(DULL), rng.integers(1, 4))
@@ -287,9 +287,9 @@ EVENTS = {
 }
 
 
-def frames(scene: Scene) -> Iterator[np.ndarray]:
-    """Yields every frame of the scene in order, uint8 [H, W, 3]."""
-    painter = Painter(scene)
+def frames(scene: Scene, shake: bool = True) -> Iterator[np.ndarray]:
+    """Yields every frame of the scene in order, uint8 [H, W, 3]; without `shake` by a camera that is still."""
+    painter = Painter(scene, shake)
     for index in range(round(scene.duration * scene.fps)):
         yield painter.frame(index / scene.fps)
 
@@ -411,10 +411,10 @@ def split_scenes(split: str, count: int, seed: int) -> list[Scene]:
     ]
 
 
-def _render(task: tuple[Scene, Path]) -> None:
-    scene, path = task
+def _render(task: tuple[Scene, Path, bool]) -> None:
+    scene, path, shake = task
     if not path.exists():
-        encode(path, frames(scene), scene.fps)
+        encode(path, frames(scene, shake), scene.fps)
 
 
 def _write_annotations(folder: Path, split: str, scenes: list[Scene]) -> None:
@@ -429,14 +429,21 @@ def _write_annotations(folder: Path, split: str, scenes: list[Scene]) -> None:
     write_text(folder / f"{split}_reflection.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
-def make_dataset(folder: str | os.PathLike, counts: dict[str, int], seed: int = 0, workers: int | None = None) -> Path:
+def make_dataset(
+    folder: str | os.PathLike, counts: dict[str, int], seed: int = 0, workers: int | None = None, shake: bool = True
+) -> Path:
     """Renders `counts` clips a split into `folder`/videos and writes `folder`/{split}.csv and {split}_reflection.jsonl.
 
     Clips that exist are kept, so a killed call goes on where it was; a finished folder made from the same arguments
     is left alone. Returns the folder.
     """
     folder = Path(folder)
-    request = {"counts": counts, "seed": seed, "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+    request = {
+        "counts": counts,
+        "seed": seed,
+        "shake": shake,
+        "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    }
     done = folder / "done.json"
     if done.exists() and json.loads(done.read_text()) == request:
         print(f"videos: {sum(counts.values())} clips are there already ({folder})")
@@ -449,7 +456,7 @@ def make_dataset(folder: str | os.PathLike, counts: dict[str, int], seed: int = 
             old.unlink()
     write_text(started, json.dumps(request))
     scenes = {split: split_scenes(split, count, seed) for split, count in counts.items()}
-    tasks = [(scene, videos / f"{scene.name}.mp4") for group in scenes.values() for scene in group]
+    tasks = [(scene, videos / f"{scene.name}.mp4", shake) for group in scenes.values() for scene in group]
     progress = Progress("videos", len(tasks))
     with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for index, _ in enumerate(pool.map(_render, tasks, chunksize=16)):

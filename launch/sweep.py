@@ -1,0 +1,165 @@
+"""Runs the trials of a sweep and tabulates them.
+
+    python launch/sweep.py --config=configs/sweeps/X.py --workdir=DIR [--jobs=N] [--dry-run]
+
+Each trial has a folder in DIR, named by what tells it from the others, with its output in log.txt. Finished trials are
+skipped, killed ones go on where their program can. DIR/sweep.md is the table: means over seeds.
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # called by its path, this file's folder stands there instead
+
+from vau_jax.files import InputError, exit_on_input_error, read_json, write_text  # noqa: E402
+from vau_jax.report import ROWS, escape, lookup, markdown  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One call of the sweep's program."""
+
+    name: str
+    group: str  # the name without the seed
+    folder: Path
+    command: list[str]
+
+    @property
+    def finished(self) -> bool:
+        done = self.folder / "done.json"
+        return done.exists() and read_json(done) == self.command[1:]
+
+    def run(self) -> bool:
+        """Calls the program unless it is finished; whether it ended well."""
+        if self.finished:
+            print(f"{self.name}: is finished", flush=True)
+            return True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        print(f"{self.name}: begins", flush=True)
+        with (self.folder / "log.txt").open("a") as log:
+            code = subprocess.run(  # noqa: S603  what the sweep file names
+                self.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False
+            ).returncode
+        if code:
+            last = (self.folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
+            print(f"{self.name}: FAILED with code {code}: {''.join(last)} ({self.folder / 'log.txt'})", flush=True)
+            return False
+        write_text(self.folder / "done.json", json.dumps(self.command[1:]))
+        print(f"{self.name}: took {time.monotonic() - began:.0f} s", flush=True)
+        return True
+
+
+def load(path: Path) -> ModuleType:
+    """A sweep's module. Raises InputError for a file that is no sweep."""
+    if not path.is_file():
+        known = ", ".join(str(p.relative_to(ROOT)) for p in sorted((ROOT / "configs/sweeps").glob("[a-z]*.py")))
+        raise InputError(f"--config={path} does not exist: expected a sweep such as {known}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    lacking = [name for name in ("PROGRAM", "CONFIG", "get_hyper") if not hasattr(module, name)]
+    if lacking:
+        raise InputError(f"{path} lacks {', '.join(lacking)}: see configs/sweeps/__init__.py")
+    return module
+
+
+def trials(sweep: ModuleType, workdir: Path) -> list[Trial]:
+    """The sweep's trials. Raises InputError when two of them are the same."""
+    settings = sweep.get_hyper()
+    values = defaultdict(set)
+    for trial in settings:
+        for field in {field for other in settings for field in other}:
+            values[field].add(json.dumps(trial.get(field)))
+    found = []
+    for trial in settings:
+        told = {field: value for field, value in trial.items() if len(values[field]) > 1 and field != "shared"}
+        name = _name(told)
+        options = [f"--config.{field}={_text(value, workdir)}" for field, value in trial.items()]
+        command = [sys.executable, "-m", sweep.PROGRAM, f"--config={sweep.CONFIG}", f"--workdir={workdir / name}"]
+        group = _name({field: value for field, value in told.items() if field != "seed"})
+        found.append(Trial(name, group, workdir / name, command + options))
+    if len({trial.name for trial in found}) < len(found):
+        raise InputError("two trials of the sweep have the same settings")
+    return found
+
+
+def _name(settings: dict[str, Any]) -> str:
+    joined = ",".join(f"{field.removesuffix('.enabled')}={_short(value)}" for field, value in settings.items())
+    return re.sub(r"[^\w.,=+-]+", "-", joined) or "only"
+
+
+def _short(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _text(value: Any, workdir: Path) -> str:
+    return str(value).replace("{sweep}", str(workdir))
+
+
+def table(found: Sequence[tuple[str, Path]]) -> str:
+    """Of (group, folder) pairs: a row for every group and evaluation, mean ± standard deviation (ddof 1) over its
+    folders of each number of `report.ROWS`, and how many folders there are."""
+    groups: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for group, folder in found:
+        for path in sorted(folder.glob("eval/*/metrics.json"), key=lambda p: p.stat().st_mtime_ns):
+            result = read_json(path)
+            groups[group, result["name"]].append(result)
+    cells = {
+        key: [[e["value"] for r in results if (e := lookup(r, path))] for _, path, _ in ROWS]
+        for key, results in groups.items()
+    }
+    shown = [i for i in range(len(ROWS)) if any(row[i] for row in cells.values())]
+    lines = [["trials", "evaluation", "n", *(ROWS[i][0] for i in shown)]]
+    for (group, name), row in cells.items():
+        n = str(len(groups[group, name]))
+        lines.append([escape(group), escape(name), n, *(_cell(row[i]) for i in shown)])
+    return markdown(lines)
+
+
+def _cell(values: list[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread}" if values else "-"
+
+
+def run(config: Path, workdir: Path, jobs: int, dry_run: bool) -> int:
+    """Runs what is not finished, `jobs` at a time, and writes the table; the exit code: 1 when a trial failed."""
+    found = trials(load(config), workdir)
+    if dry_run:
+        print("\n".join(" ".join(trial.command) for trial in found))
+        return 0
+    with ThreadPoolExecutor(jobs) as pool:
+        well = list(pool.map(Trial.run, found))
+    text = table([(trial.group, trial.folder) for trial in found])
+    write_text(workdir / "sweep.md", text + "\n")
+    print(text, flush=True)
+    return 0 if all(well) else 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the trials of a sweep")
+    parser.add_argument("--config", type=Path, required=True, metavar="configs/sweeps/X.py")
+    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at once")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    args = parser.parse_args()
+    sys.exit(run(args.config, args.workdir, args.jobs, args.dry_run))
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)
