@@ -13,10 +13,12 @@ def get_config() -> ConfigDict:
     c.data.style = "think"  # of the student's first answer
     c.dry_run = 0  # print so many of the teacher's prompts and stop
 
-    c.student = ConfigDict()  # answers first
-    c.student.checkpoint = ""  # run or model folder; empty: drafts are made by rule from the annotation
+    c.student = base.endpoint()  # answers first; neither url nor checkpoint: drafts by rule from the annotation
+    c.student.checkpoint = ""  # run or model folder, which goes before url
     c.student.samples = 4  # answers of each question
     c.student.temperature = 1.0
+    c.student.json_mode = False
+    c.student.frames = 16  # pictures of the video that a student behind url sees
     c.student.batch_size = 8
     c.student.dtype = train.dtype
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import sweep
 from vau_jax.files import read_json
 from vau_jax.metric_writer import read_metrics
 from vau_jax.vlm import VideoLM
@@ -111,8 +112,7 @@ def test_the_readmes_python_runs(finished: tuple[Path, str]) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_the_table_over_seeds(finished: tuple[Path, str]) -> None:
+def test_a_sweep_tabulates_it(finished: tuple[Path, str]) -> None:
     workdir, _ = finished
-    args = [sys.executable, "-m", "launch.seeds", str(workdir), str(workdir)]
-    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert re.search(r"QA accuracy +\| \d\.\d\d ± 0\.00", done.stdout), done.stderr
+    table = sweep.table([("demo", workdir), ("demo", workdir)])
+    assert re.search(r"\| demo +\| rft blind +\| 2 \| \d\.\d\d ± 0\.00 \|", table)

@@ -32,7 +32,7 @@ def processor(model_folder: Path) -> Processor:
 def config(dataset: Path) -> ConfigDict:
     c = demo.stage("sft").data
     c.csv, c.videos = str(dataset / "train.csv"), str(dataset / "videos")
-    c.reflection = str(dataset / "train_reflection.jsonl")
+    c.reflection, c.style = str(dataset / "train_reflection.jsonl"), "reflection"
     c.max_completion_tokens = 400
     return c
 

@@ -13,8 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import reflection as reflection_config
-from data_prep import reflection
-from data_prep.reflection import Draft
+from data_prep import drafts, reflection, teacher
+from data_prep.drafts import Draft
 from tests.chat_server import Answer, pictures, serve
 from vau_jax import parsing, rewards
 from vau_jax.data import pipeline, prompts
@@ -74,17 +74,15 @@ def reply(reflect: str = GOOD, revise: str = REVISED) -> Answer:
     ],
 )
 def test_drafts_are_scored_as_training_scores_them(task: str, value: dict[str, Any], expected: float) -> None:
-    assert reflection.score(ROW, task, value) == pytest.approx(expected, abs=1e-6)
+    assert drafts.score(ROW, task, value) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("task", parsing.VERIFIABLE)
 def test_drafts_by_rule_are_wrong_as_often_as_asked(task: str) -> None:
-    drafts = [
-        reflection.drafts_by_rule(Example(replace(ROW, video=f"{i}.mp4"), task, Path()), 0.7, 0)[0] for i in range(400)
-    ]
-    wrong = np.mean([draft.score < 0.5 for draft in drafts])
+    made = [drafts.by_rule(Example(replace(ROW, video=f"{i}.mp4"), task, Path()), 0.7, 0)[0] for i in range(400)]
+    wrong = np.mean([draft.score < 0.5 for draft in made])
     assert abs(wrong - 0.7) < 0.07
-    assert all(draft.score in (0.0, 1.0) or 0 < draft.score < 0.5 for draft in drafts)
+    assert all(draft.score in (0.0, 1.0) or 0 < draft.score < 0.5 for draft in made)
 
 
 @pytest.mark.parametrize(
@@ -97,12 +95,12 @@ def test_drafts_by_rule_are_wrong_as_often_as_asked(task: str) -> None:
     ],
 )
 def test_a_students_completion_becomes_a_draft(task: str, text: str, value: dict[str, Any]) -> None:
-    draft = reflection.read_draft(text, replace(QA, task=task))
+    draft = drafts.read(text, replace(QA, task=task))
     assert (draft.think, draft.value) == ("smoke", value)
 
 
 def test_a_completion_without_an_answer_is_no_draft() -> None:
-    assert reflection.read_draft("<think>hm</think>", QA) is None
+    assert drafts.read("<think>hm</think>", QA) is None
 
 
 def test_a_video_model_as_student(config: ConfigDict, model_folder: Path, tmp_path: Path) -> None:
@@ -118,6 +116,36 @@ def test_a_video_model_as_student(config: ConfigDict, model_folder: Path, tmp_pa
     before = (tmp_path / "drafts.jsonl").read_bytes()
     assert reflection.run(config, tmp_path) == card
     assert (tmp_path / "drafts.jsonl").read_bytes() == before
+
+
+def test_a_student_behind_an_endpoint(config: ConfigDict, tmp_path: Path) -> None:
+    """It sees pictures, answers every question some times, and is paid once; questions without answer are counted."""
+    config.data.tasks, config.data.max_examples = ("classification",), 6
+    config.student.update({"samples": 2, "frames": 3, "concurrency": 2, "retries": 0, "model": "student"})
+    asked: list[str] = []
+
+    def script(request: dict[str, Any], number: int) -> Answer:
+        first = json.dumps(request["messages"])
+        asked.append(first)
+        place = list(dict.fromkeys(asked)).index(first)
+        if place == 4:
+            return Answer(status=400, body=b"{}")
+        answer = ("Fire", "Normal")[request["seed"] % 2] if place != 5 else "I cannot tell"
+        return Answer(f"<think>It looks so.</think><answer>{answer}</answer>")
+
+    with serve(script) as server:
+        config.student.url = server.url
+        card = reflection.run(config, tmp_path)
+        assert [len(pictures(request)) for request in server.requests] == [3] * 12
+        assert "taken at 0.0, " in server.requests[0]["messages"][0]["content"][3]["text"]
+        reflection.run(config, tmp_path)
+        assert len(server.requests) == 14  # the question that had no answer is asked again
+    assert card["questions"] == 6 and card["with_a_draft"] == 4 and card["student"] == "student"
+    assert card["rejected"]["the student did not answer"] == 1
+    assert card["rejected"]["no answer in the student's texts"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "drafts.jsonl").read_text().splitlines()]
+    values = [sorted(draft["value"]["label"] for draft in line["drafts"]) for line in lines]
+    assert sorted(values) == [[], *[["Fire", "Normal"]] * 4]
 
 
 # --- What is kept -------------------------------------------------------------------------------------------------
@@ -256,7 +284,7 @@ def test_the_teacher_may_see_frames(config: ConfigDict, tmp_path: Path) -> None:
 
 
 def test_the_teachers_prompt_says_draft_and_truth() -> None:
-    system, user = reflection.teacher_messages(QA, Draft("A yard.", {"choice": "A"}, 0.0), False, None)
+    system, user = teacher.messages(QA, Draft("A yard.", {"choice": "A"}, 0.0), False, [])
     assert "JSON" in system["content"]
     for text in ("A. a fight", "First answer: A", "the right one is: B", "A yard.", "Flames rise from a parked truck"):
         assert text in user["content"]

@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +68,11 @@ class Chat:
         asked = [c.model, c.temperature, c.max_tokens, attempt, list(messages)]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
-    def ask(self, messages: Sequence[Message], check: Callable[[str], str] = lambda text: "") -> Reply:
-        """An answer that `check` has nothing to say against, or after some attempts why there is none."""
+    def ask(self, messages: Sequence[Message], check: Callable[[str], str] = lambda text: "", sample: int = 0) -> Reply:
+        """An answer that `check` has nothing to say against, or after some attempts why there is none; another one for
+        each `sample`."""
         complaint = ""
-        for attempt in range(ATTEMPTS):
+        for attempt in range(sample * ATTEMPTS, (sample + 1) * ATTEMPTS):
             try:
                 text = self._answer(messages, attempt)
             except (openai.OpenAIError, ValueError) as error:  # ValueError: an answer that is no whole JSON
@@ -82,15 +83,19 @@ class Chat:
         return Reply(error=complaint)
 
     def ask_all(
-        self, questions: Sequence[Sequence[Message]], check: Callable[[str], str] = lambda text: ""
+        self,
+        questions: Iterable[Sequence[Message]],
+        check: Callable[[str], str] = lambda text: "",
+        samples: int = 1,
     ) -> Iterator[tuple[int, Reply]]:
-        """(number of the question, its reply) as they come, config.concurrency asked at once."""
+        """(number of the question, a reply) as they come, `samples` to a question, config.concurrency asked at once.
+        Questions are taken as they are needed, so that those with pictures need not all be in memory."""
+        asked = ((number, sample, q) for number, q in enumerate(questions) for sample in range(samples))
         waiting: dict[Future[Reply], int] = {}
         with ThreadPoolExecutor(self.config.concurrency) as pool:
-            numbers = iter(range(len(questions)))
             while True:
-                for number in numbers:
-                    waiting[pool.submit(self.ask, questions[number], check)] = number
+                for number, sample, question in asked:
+                    waiting[pool.submit(self.ask, question, check, sample)] = number
                     if len(waiting) >= 2 * self.config.concurrency:
                         break
                 if not waiting:

@@ -13,17 +13,18 @@ from vau_jax.files import InputError, exit_on_input_error
 
 def main(run: Callable[[ConfigDict, Path], Any]) -> None:
     """Reads the flags and calls run(config, workdir); a user's mistake is one line and exit code 2."""
+    exit_on_input_error(lambda: run(*parse()))
+
+
+def parse() -> tuple[ConfigDict, Path]:
+    """(config, workdir) of this program's command line. Raises InputError."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "a config file, see configs/", flag_values=values, lock_config=True)
     flags.DEFINE_string("workdir", None, "where the run writes everything", flag_values=values)
-    exit_on_input_error(lambda: run(*_parse(values, sys.argv)))
-
-
-def _parse(values: flags.FlagValues, argv: list[str]) -> tuple[ConfigDict, Path]:
     logging.set_verbosity(logging.WARNING)
     sys.path.insert(0, "")  # config files import configs.base from the current folder
     try:
-        rest = values(argv)
+        rest = values(sys.argv)
         config, workdir = values["config"].value, values["workdir"].value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         raise InputError(_last_line(error)) from error

@@ -1,0 +1,222 @@
+"""First answers for reflection records: by a model of ours, by a model behind an endpoint, or by rule."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vau_jax import files, parsing, rewards, sampling
+from vau_jax.chat import Chat, Message, frames_content
+from vau_jax.data import pipeline, prompts, video
+from vau_jax.data.annotations import LABELS, Row
+from vau_jax.data.decoders import VideoError
+from vau_jax.data.pipeline import Example
+from vau_jax.metric_writer import Progress
+from vau_jax.vlm import VideoLM, decode_text
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A first answer: why, what (in the form of `Reflection.draft`), and its score."""
+
+    think: str
+    value: dict[str, Any]
+    score: float  # in [0, 1], as training scores it
+
+
+Drafted = tuple[Example, list[Draft], str]  # and, where there are no drafts, why
+
+
+def make(config: ConfigDict, workdir: Path, examples: list[Example]) -> list[Drafted]:
+    """Drafts of every example; a student's are kept in drafts.jsonl and made once for the same settings."""
+    student = config.student
+    if not (student.checkpoint or student.url):
+        return [(e, by_rule(e, config.keep.wrong_share, config.seed), "") for e in examples]
+    path = workdir / "drafts.jsonl"
+    settings = hashlib.sha256(f"{student}{config.data}{config.seed}".encode()).hexdigest()
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    whole = [json.loads(line) for line in lines if line.endswith("\n")]
+    known = {r["example"]: r for r in whole if r["settings"] == settings}
+    todo = [example for example in examples if example.name not in known]
+    progress = Progress("drafts", len(examples), start=len(known))
+    files.write_text(path, "".join(json.dumps(record) + "\n" for record in known.values()))
+    asked = (by_model if student.checkpoint else by_endpoint)(config, workdir, todo) if todo else ()
+    with path.open("a", encoding="utf-8") as file:
+        for example, drafts, reason in asked:
+            record = {"settings": settings, "example": example.name, "drafts": [asdict(d) for d in drafts]}
+            known[example.name] = record | {"reason": reason}
+            if not reason.startswith(UNANSWERED):  # such a question is asked again by the next call
+                file.write(json.dumps(known[example.name]) + "\n")
+                file.flush()
+            progress.show(len(known))
+    found = [known[example.name] for example in examples]
+    return [(e, [Draft(**d) for d in r["drafts"]], r["reason"]) for e, r in zip(examples, found, strict=True)]
+
+
+# --- A student ----------------------------------------------------------------------------------------------------
+
+UNANSWERED = "the student did not answer"
+
+
+def by_model(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iterator[Drafted]:
+    """The answers of config.student.checkpoint, student.samples to a question, its options in the row's own order."""
+    s = config.student
+    vlm = VideoLM.load(s.checkpoint, s.dtype)
+    batches = pipeline.eval_batches(examples, vlm.processor, config.data, s.batch_size, config.seed, blind=False)
+    key = jax.random.key(config.seed)
+    for number, host in enumerate(batches):
+        out = sampling.sample(
+            vlm.variables,
+            host.batch,
+            jax.random.fold_in(key, number),
+            s.temperature,
+            model=vlm.model,
+            num_generations=s.samples,
+            max_new_tokens=config.data.max_completion_tokens,
+            end_tokens=vlm.processor.end_tokens,
+        )
+        texts = decode_text(vlm.processor, np.asarray(out.tokens), np.asarray(out.mask))
+        left = examples[number * s.batch_size : (number + 1) * s.batch_size]
+        for item, example, found in zip(host.examples, left, texts, strict=False):
+            yield _read(example, [] if item.failure else found, f"the video cannot be read: {item.failure}")
+
+
+def by_endpoint(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iterator[Drafted]:
+    """The answers of the model behind config.student.url, student.samples to a question; texts are kept in
+    student.jsonl, so that none is paid for twice."""
+    s, words = config.student, _words(config)
+    student = Chat(s, workdir / "student.jsonl")
+    asked: list[Example] = []
+    unread: list[Drafted] = []
+
+    def questions() -> Iterator[list[Message]]:
+        for example in examples:
+            try:
+                shown = pictures(example, s.frames)
+            except VideoError as error:
+                unread.append((example, [], f"the video cannot be read: {error}"))
+                continue
+            asked.append(example)
+            text = prompts.question(example.row, example.task, config.data.style, config.data.wording, words)
+            yield [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+
+    texts: dict[int, list[str]] = {}
+    errors: dict[int, str] = {}
+    replies: dict[int, int] = {}
+    for number, reply in student.ask_all(questions(), samples=s.samples):
+        replies[number] = replies.get(number, 0) + 1
+        if reply.error:
+            errors[number] = reply.error
+        else:
+            texts.setdefault(number, []).append(reply.text)
+        if replies[number] == s.samples:
+            yield _read(asked[number], texts.pop(number, []), f"{UNANSWERED}: {errors.get(number)}")
+    yield from unread
+
+
+def _words(config: ConfigDict) -> prompts.Words:
+    return prompts.load_words(config.data.templates) if config.data.templates else prompts.WORDS
+
+
+def _read(example: Example, texts: Sequence[str], reason: str) -> Drafted:
+    """The drafts in a student's texts; `reason` is why there are no texts, where there are none."""
+    drafts = [draft for text in texts if (draft := read(text, example))]
+    return example, drafts, "" if drafts else "no answer in the student's texts" if texts else reason
+
+
+def pictures(example: Example, count: int) -> list[Message]:
+    """`count` frames of a video as content of a message, and when they were taken; nothing for 0. Raises VideoError."""
+    if not count:
+        return []
+    options = video.VideoOptions(nframes=count, min_pixels=64 * 64, max_pixels=512 * 512)
+    clip = video.read(example.path, options, factor=2, multiple=1)
+    times = ", ".join(f"{time:.1f}" for time in clip.times)
+    return [
+        *frames_content(clip.frames),
+        {"type": "text", "text": f"The pictures are frames of one video, taken at {times} s."},
+    ]
+
+
+def read(text: str, example: Example) -> Draft | None:
+    """A completion as a draft; None where no answer can be read."""
+    row, task = example.row, example.task
+    final = parsing.parse([text], task, "lenient").final
+    if task == "qa" and final.choice[0] >= 0:
+        value = {"choice": "ABCD"[final.choice[0]]}
+    elif task == "classification" and final.label[0] >= 0:
+        value = {"label": LABELS[final.label[0]]}
+    elif task == "grounding" and final.kind[0] != parsing.UNKNOWN:
+        found = final.kind[0] == parsing.INTERVAL
+        value = {"interval": tuple(round(float(t), 1) for t in final.interval[0]) if found else None}
+    else:
+        return None
+    think = parsing.loose_sections(text).get("think", "").strip()
+    return Draft(parsing.TAG.sub("", think), value, score(row, task, value))
+
+
+# --- By rule ------------------------------------------------------------------------------------------------------
+
+
+def by_rule(example: Example, wrong_share: float, seed: int) -> list[Draft]:
+    """One draft, wrong in `wrong_share` of cases, reasoned from what the annotation says of the place and the event."""
+    row, task = example.row, example.task
+    rng = np.random.default_rng([seed, *hashlib.sha256(example.name.encode()).digest()])
+    wrong = rng.random() < wrong_share
+    think = first_sentence(row.reasoning.get("Location") or row.description or "The video has been watched.")
+    if task == "qa":
+        value = {"choice": str(rng.choice([c for c in "ABCD" if c != row.answer])) if wrong else row.answer}
+    elif task == "classification":
+        value = {
+            "label": str(rng.choice([k for k in LABELS if k != row.anomaly_class])) if wrong else row.anomaly_class
+        }
+    elif not wrong:
+        value = {"interval": None if row.interval == "normal" else row.interval}
+    else:
+        value = {"interval": _other_interval(row, rng)}
+    return [Draft(think, value, score(row, task, value))]
+
+
+def _other_interval(row: Row, rng: np.random.Generator) -> tuple[float, float] | None:
+    """An interval that overlaps the true one too little, or "no anomaly" for an abnormal video."""
+    if row.interval == "normal":
+        start = round(float(rng.uniform(0, 10)), 1)
+        return start, round(start + float(rng.uniform(2, 8)), 1)
+    start, end = row.interval
+    length = end - start
+    if rng.random() < 0.3:
+        return None
+    moved = start - 0.8 * length if start > 0.8 * length and rng.random() < 0.5 else start + 0.8 * length
+    return round(moved, 1), round(moved + length, 1)
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first full stop that ends a sentence, tags taken out."""
+    text = " ".join(parsing.TAG.sub("", text).split())
+    match = re.match(r".+?[.!?](?=\s|$)", text)
+    found = match[0] if match else text
+    return found if found.endswith((".", "!", "?")) or not found else f"{found}."
+
+
+# --- Scores -------------------------------------------------------------------------------------------------------
+
+
+def score(row: Row, task: str, value: dict[str, Any]) -> float:
+    """A draft's task score, by the parser and the reward of training."""
+    answer = prompts.draft_answer(value, range(4))
+    text = f"<think></think><draft>{answer}</draft><reflect></reflect><revise></revise><answer></answer><glue></glue>"
+    parsed = parsing.parse([text], task, "lenient", reflection=True)
+    target = parsing.targets([(task, row.answer, row.anomaly_class, row.interval)])
+    return float(rewards.task_score(parsed.draft, target)[0])
+
+
+def pick(drafts: Sequence[Draft], right_from: float, prefer_wrong: bool) -> Draft:
+    """One of a question's drafts: a wrong one where one is preferred and there is one, else a right one."""
+    fitting = [draft for draft in drafts if (draft.score < right_from) == prefer_wrong]
+    return (fitting or list(drafts))[0]

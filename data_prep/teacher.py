@@ -1,0 +1,119 @@
+"""Who reflects on a first answer: a model behind an endpoint, told draft and truth, or rules."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from data_prep.drafts import Draft, first_sentence, pictures
+from vau_jax.chat import Chat, Message, json_object
+from vau_jax.data import prompts
+from vau_jax.data.annotations import Row
+from vau_jax.data.decoders import VideoError
+from vau_jax.data.pipeline import Example
+from vau_jax.metric_writer import Progress
+
+Written = tuple[tuple[str, str] | None, str]  # texts, or why there are none
+
+
+def reflect(
+    config: ConfigDict, workdir: Path, chosen: list[tuple[Example, Draft, bool]]
+) -> tuple[list[Written], dict[str, Any]]:
+    """(reflect, revise) for every draft (with its example, and whether it is right), and what the card says of the
+    teacher. Its answers are kept in answers.jsonl, so that none is paid for twice."""
+    if not config.teacher.url:
+        return [(by_rule(*one), "") for one in chosen], {"kind": "rules: composed from the annotation, no model"}
+    teacher = Chat(config.teacher, workdir / "answers.jsonl")
+    written: list[Written] = [(None, "")] * len(chosen)
+    numbers: list[int] = []
+
+    def questions() -> Iterator[list[Message]]:
+        for number, (example, draft, right) in enumerate(chosen):
+            try:
+                shown = pictures(example, config.teacher.frames)
+            except VideoError as error:
+                written[number] = (None, f"the video cannot be read: {error}")
+                continue
+            numbers.append(number)
+            yield messages(example, draft, right, shown)
+
+    progress = Progress("teacher", len(chosen))
+    for done, (index, reply) in enumerate(teacher.ask_all(questions(), _complaint), start=1):
+        error = f"the teacher did not answer: {reply.error}" if reply.error else ""
+        written[numbers[index]] = (None if error else read_reply(reply.text), error)
+        progress.show(done, f"{teacher.tokens.total()} tokens, cost {teacher.cost:.2f}")
+    template = json.dumps(messages(*_blank(), []))
+    card = {
+        "kind": "model",
+        "url": config.teacher.url,
+        "model": config.teacher.model,
+        "temperature": config.teacher.temperature,
+        "prompt_hash": hashlib.sha256(template.encode()).hexdigest()[:16],
+        "tokens_this_call": dict(teacher.tokens),
+        "cost_this_call": teacher.cost,
+    }
+    return written, card
+
+
+def _blank() -> tuple[Example, Draft, bool]:
+    """An example without words, so that the prompt around it can be told from others."""
+    row = Row("", "msad", "", ("",) * 4, "A", None, None, "", "", {})
+    return Example(row, "qa", Path()), Draft("", {"choice": "B"}, 0.0), False
+
+
+def messages(example: Example, draft: Draft, right: bool, shown: list[Message]) -> list[Message]:
+    """The teacher's prompt: what is known of the video, the question, the draft, and whether it is right;
+    after the pictures `shown`."""
+    row, task = example.row, example.task
+    asked = prompts.question(row, task, "direct", "short")
+    drafted, truth = prompts.draft_answer(draft.value, range(4)), prompts.final_answer(row, task)
+    if task == "grounding":
+        truth = f"{truth} {prompts.format_interval(row.interval)}"
+    system = (
+        "You train a model of surveillance videos to check its own first answers. Write as that model, in the first "
+        "person, as someone who has seen the video and nothing else. Never mention an annotation, a label, a hint or "
+        "a known solution. Answer with a JSON object of two texts: reflect, which says in one to four sentences what "
+        "in the video shows that the first answer is wrong, or confirms it with what can be seen; and revise, which "
+        "reasons once more in one to five sentences towards the final answer without naming its letter or tags."
+    )
+    verdict = "The first answer is right." if right else f"The first answer is wrong; the right one is: {truth}"
+    text = (
+        f"What can be seen:\n{prompts.facts(row)}\n\nQuestion:\n{asked}\n\n"
+        f"First reasoning:\n{draft.think or '(none)'}\n\nFirst answer: {drafted}\n{verdict}"
+    )
+    content = [*shown, {"type": "text", "text": text}] if shown else text
+    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+
+
+def read_reply(text: str) -> tuple[str, str] | None:
+    """(reflect, revise) of a teacher's JSON; None where it is something else."""
+    found = json_object(text) or {}
+    reflect, revise = found.get("reflect"), found.get("revise")
+    return (reflect.strip(), revise.strip()) if isinstance(reflect, str) and isinstance(revise, str) else None
+
+
+def _complaint(answer: str) -> str:
+    return "" if read_reply(answer) else "the teacher's answer is no JSON with reflect and revise"
+
+
+def by_rule(example: Example, draft: Draft, right: bool) -> tuple[str, str]:
+    """(reflect, revise) composed from the annotation's sections."""
+    row = example.row
+    evidence = first_sentence(row.reasoning.get("Key Evidence") or row.description or row.key_object)
+    why = first_sentence(row.reasoning.get("Detailed Explanation") or row.description)
+    end = first_sentence(row.reasoning.get("Conclusion") or row.description)
+    said = _in_words(row, draft.value)
+    if right:
+        return f"I answered {said}. What can be seen agrees with it: {evidence}", f"{why} {end}"
+    return f"I answered {said}, but that does not fit what can be seen: {evidence}", f"{why} {end}"
+
+
+def _in_words(row: Row, value: dict[str, Any]) -> str:
+    if "choice" in value:
+        return f'"{row.options["ABCD".index(value["choice"])]}"'
+    if "label" in value:
+        return value["label"]
+    return "that nothing is abnormal" if value["interval"] is None else "{:.1f} to {:.1f} s".format(*value["interval"])

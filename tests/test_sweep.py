@@ -1,0 +1,106 @@
+"""Sweeps: their trials, what is run, skipped and gone on with, and the table at the end."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import sweeps
+from launch import sweep
+from vau_jax import cli
+from vau_jax.files import InputError
+
+ROOT = Path(__file__).parents[1]
+SWEEPS = sorted(path for path in (ROOT / "configs" / "sweeps").glob("[a-z]*.py"))
+HEAD = """
+from configs.sweeps import over, product, zipped
+PROGRAM, CONFIG = "tests.sweep_program", "tests/sweep_program.py"
+"""
+
+
+def call(file: Path, workdir: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/sweep.py", f"--config={file}", f"--workdir={workdir}", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def written(folder: Path, body: str) -> Path:
+    file = folder / "my_sweep.py"
+    file.write_text(f"{HEAD}def get_hyper():\n    return {body}\n")
+    return file
+
+
+def test_products_and_zips() -> None:
+    a, b = sweeps.over("a", (1, 2)), sweeps.over("b", "xy")
+    assert sweeps.product(a, b) == [{"a": i, "b": j} for i in (1, 2) for j in "xy"]
+    assert sweeps.zipped(a, b) == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+    with pytest.raises(ValueError, match="longer"):
+        sweeps.zipped(a, sweeps.over("b", "xyz"))
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
+def test_a_sweep_of_the_project_sets_fields_that_its_config_has(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its program's own reading of the flags accepts every trial."""
+    module = sweep.load(file)
+    importlib.import_module(module.PROGRAM)
+    found = sweep.trials(module, tmp_path)
+    assert len({trial.folder for trial in found}) == len(found) > 2
+    for trial in found:
+        monkeypatch.setattr(sys, "argv", trial.command[2:])
+        config, workdir = cli.parse()
+        assert workdir == trial.folder
+        assert any(f"seed={config.seed}" in part for part in trial.name.split(","))
+
+
+def test_trials_are_run_once_and_tabulated(tmp_path: Path) -> None:
+    file = written(tmp_path, 'product([{"options": (3, 4)}], over("seed", (0, 1, 2)), over("skill", (0.2, 0.5)))')
+    done = call(file, tmp_path / "runs", "--jobs=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs" / "seed=1,skill=0.5" / "done.json").is_file()
+    table = (tmp_path / "runs" / "sweep.md").read_text()
+    assert "| skill=0.2 | only       | 3 | 0.30 ± 0.10 |" in table
+    assert "| skill=0.5 | only       | 3 | 0.60 ± 0.10 |" in table
+    again = call(file, tmp_path / "runs")
+    assert again.stdout.count("is finished") == 6 and "begins" not in again.stdout
+
+
+def test_a_trial_that_fails_is_told_and_gone_on_with(tmp_path: Path) -> None:
+    flag = tmp_path / "broken"
+    flag.touch()
+    file = written(tmp_path, f'zipped(over("seed", (0, 1)), over("broken", ("", {str(flag)!r})))')
+    first = call(file, tmp_path / "runs")
+    assert first.returncode == 1
+    assert f"FAILED with code 2: error: broken={flag}: it is" in first.stdout
+    assert "| 1 | 0.00" in first.stdout.splitlines()[-1]
+    flag.unlink()
+    second = call(file, tmp_path / "runs")
+    assert second.returncode == 0 and second.stdout.count("is finished") == 1
+
+
+def test_a_dry_run_prints_commands_alone(tmp_path: Path) -> None:
+    file = written(tmp_path, 'over("seed", (0, 1))')
+    done = call(file, tmp_path / "runs", "--dry-run")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and lines[1].endswith(f"--workdir={tmp_path}/runs/seed=1 --config.seed=1")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ('over("seed", (1, 1))', "two trials of the sweep have the same settings"),
+        (None, "lacks PROGRAM, CONFIG, get_hyper"),
+        ("", "configs/sweeps/motion.py"),
+    ],
+)
+def test_what_is_no_sweep_is_said(body: str | None, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "my_sweep.py"
+    if body:
+        written(tmp_path, body)
+    elif body is None:
+        file.write_text("x = 1\n")
+    with pytest.raises(InputError, match=words):
+        sweep.trials(sweep.load(file), tmp_path)
