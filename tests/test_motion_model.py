@@ -86,6 +86,21 @@ def test_the_variation_is_the_layers(prompted: VideoLM) -> None:
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
+def test_two_clips_of_one_row_are_not_one(prompted: VideoLM) -> None:
+    """The attention of the second clip's first frame is not set beside that of the first clip's last."""
+    shots = frames(prompted, 5), frames(prompted, 5, seed=1)
+    config = prompted.processor.config.vision
+    content = [{"type": "video"}, {"type": "video"}, {"type": "text", "text": "What happens?"}]
+    text = prompted.processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    visuals = [encode_visual(shot, config, 0.5, 0.5 * np.arange(5)) for shot in shots]
+    batch = collate([prompted.processor.encode_text(text, visuals)], config)
+    found = prompted.model.apply(prompted.variables, batch, method="motion_variation")
+    expected = np.mean([float(layer(prompted, shot)[2]) for shot in shots])
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
 def test_gradients_reach_both_numbers_through_the_whole_model(prompted: VideoLM) -> None:
     batch = encoded(prompted, frames(prompted))
 

@@ -35,6 +35,7 @@ class Visual:
     time_step: float = 1.0  # M-RoPE time positions from one temporal patch to the next
     times: tuple[float, ...] | None = None  # seconds at the middle of each temporal patch; None: a still image
     before: np.ndarray | None = None  # uint8 [P, patch_dim]: the same one frame earlier, for a motion prompt
+    goes_on: bool = False  # it is the next temporal patch of the clip that the visual before it belongs to
 
     @property
     def token_count(self) -> int:
@@ -158,7 +159,8 @@ def one_by_one(visual: Visual) -> list[Visual]:
     """A clip as its temporal patches, one still image each."""
     t, h, w = visual.grid
     befores = [None] * t if visual.before is None else np.split(visual.before, t)
-    return [Visual(p, (1, h, w), before=b) for p, b in zip(np.split(visual.patches, t), befores, strict=True)]
+    parts = zip(np.split(visual.patches, t), befores, strict=True)
+    return [Visual(p, (1, h, w), before=b, goes_on=i > 0) for i, (p, b) in enumerate(parts)]
 
 
 # --- Tokens and positions -----------------------------------------------------------------------------------------
@@ -446,17 +448,13 @@ def _no_motion(patches: np.ndarray) -> Motion:
 
 def _link(following: np.ndarray, visuals: Sequence[Visual]) -> None:
     """Writes for every patch of a row's clips the one at the same place a temporal patch later."""
-    at, last = 0, None
+    at = 0
     for visual in visuals:
-        t, h, w = visual.grid
-        size = len(visual.patches) // t
+        size = len(visual.patches) // visual.grid[0]
         if visual.before is not None:
-            inside = np.arange(at, at + size * (t - 1))
-            following[inside] = inside + size
-            # A clip may be written as one visual a temporal patch (Qwen3-VL): those of the same size follow each other.
-            if last is not None and t == 1 and last == (h, w):
-                following[at - size : at] = np.arange(at, at + size)
-        last = (h, w) if visual.before is not None and t == 1 else None
+            first = at - size if visual.goes_on else at
+            linked = np.arange(first, at + len(visual.patches) - size)
+            following[linked] = linked + size
         at += len(visual.patches)
 
 
