@@ -132,9 +132,12 @@ def test_a_wrong_draft_on_purpose_never_pays() -> None:
     assert all(values["C", "C"] > values[d, "C"] for d in "ABD")
 
 
-@pytest.mark.parametrize("text", ["", "hm", " ".join(["word"] * 151)], ids=["empty", "one word", "endless"])
-def test_a_reflection_without_form_earns_nothing(text: str) -> None:
-    assert reward("reflection", reflected("C", "C", text), C, reflection=True) == 0.0
+@pytest.mark.parametrize(
+    ("words", "share"), [(0, 0.0), (1, 1 / 3), (3, 1.0), (100, 1.0), (125, 0.5), (150, 0.0), (400, 0.0)]
+)
+def test_a_reflection_is_worth_less_when_it_is_too_short_or_too_long(words: int, share: float) -> None:
+    text = " ".join(["word"] * words)
+    assert reward("reflection", reflected("C", "C", text), C, reflection=True) == pytest.approx(0.75 * share)
 
 
 def test_a_reflection_copied_from_the_first_reasoning_earns_nothing() -> None:
@@ -219,7 +222,7 @@ def random_batch(rng: np.random.Generator, n: int) -> tuple[parsing.Parsed, Targ
     return parsed, Target(parsed.task, final.choice, final.label, final.kind, final.interval)
 
 
-RANGES = {"format": (0, 1), "accuracy": (0, 1), "tiou": (0, 1), "reflection": (-0.25, 0.75)}
+RANGES = {"format": (0, 1), "accuracy": (0, 1), "tiou": (0, 1), "reflection": (0, 0.75)}
 
 
 @pytest.mark.parametrize("name", rewards.REWARDS)

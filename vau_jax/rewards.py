@@ -11,8 +11,12 @@ from vau_jax.types import Target
 
 QA, GROUNDING = TASKS.index("qa"), TASKS.index("grounding")
 
-REFLECT_WORDS = (3, 150)  # a reflection shorter or longer than this has no form
-MOST_COPIED = 0.5  # and none that repeats more of the first reasoning
+REFLECT_WORDS = (
+    3,
+    100,
+    150,
+)  # of a reflection: from the first to the second number is best, the third is worth nothing
+MOST_COPIED = 0.5  # a reflection that repeats more of the first reasoning has no form
 
 
 def format_reward(parsed: Parsed, target: Target) -> jax.Array:
@@ -31,7 +35,7 @@ def tiou_reward(parsed: Parsed, target: Target) -> jax.Array:
 
 
 def reflection_reward(parsed: Parsed, target: Target) -> jax.Array:
-    """How well the reflection did, in [-0.25, 0.75]: 0.25 for its form, and its effect in [-0.25, 0.5].
+    """How well the reflection did, in [0, 0.75]: 0.25 for its form, its effect in [-0.25, 0.5], times its length.
 
     With d and f the scores of draft and final answer (0 or 1, for grounding the temporal IoU):
 
@@ -39,16 +43,16 @@ def reflection_reward(parsed: Parsed, target: Target) -> jax.Array:
 
     A right draft that is kept earns 0.5, a wrong one that is corrected 0.25, a wrong one that is kept 0, a right one
     that is broken -0.25. More f always pays, and for any f the best draft is one that scores the same: a wrong draft on
-    purpose loses. The form counts when there are REFLECT_WORDS words, at most MOST_COPIED of them copied; without form
-    the whole is 0.
+    purpose loses. The factor for the length is 1 between the first two REFLECT_WORDS and falls evenly, to 0 without a
+    word and at the third. Without form, or with more than MOST_COPIED of it copied, the whole is 0.
     This is our own formula; its parts follow SRPO (arXiv 2506.01713), whose correction bonus could be gamed.
     """
     draft, final = task_score(parsed.draft, target), task_score(parsed.final, target)
     effect = 0.25 * final + 0.25 * final * draft + 0.25 * jnp.minimum(final - draft, 0.0)
-    low, high = REFLECT_WORDS
-    formed = parsed.form & (parsed.reflect_words >= low) & (parsed.reflect_words <= high)
-    formed = formed & (parsed.reflect_copied <= MOST_COPIED)
-    return jnp.where(formed, 0.25 + effect, 0.0).astype(jnp.float32)
+    few, many, most = REFLECT_WORDS
+    length = jnp.minimum(parsed.reflect_words / few, (most - parsed.reflect_words) / (most - many))
+    formed = parsed.form & (parsed.reflect_copied <= MOST_COPIED)
+    return jnp.where(formed, jnp.clip(length, 0.0, 1.0) * (0.25 + effect), 0.0).astype(jnp.float32)
 
 
 def correctness(answers: Answers, target: Target) -> jax.Array:

@@ -1,7 +1,7 @@
 """What reflection is worth, on the demo's videos: each way of training with the same facts and the same budget.
 
 Completions in one pass, in two passes without reflection, and with reflection; the last also without SFT, and its
-first stage alone is SFT without RFT. docs/reflection.md has the table, and the plan for a model of 3 billion weights.
+first stage alone is SFT without RFT. launch/README.md has the table, and the plan for a model of 3 billion weights.
 """
 
 from configs.sweeps import Trials, over, product
