@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "VENV": str(Path(sys.prefix))}
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return {**inherited, "JAX_PLATFORMS": "cpu", "VENV": str(Path(sys.prefix))}
 
 
 def demo(workdir: Path) -> subprocess.CompletedProcess:

@@ -1,5 +1,7 @@
 """Scores against independent code and hand-worked cases."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -104,6 +106,15 @@ intervals = st.tuples(st.floats(0, 100), st.floats(0, 100)).map(sorted)
 
 @settings(max_examples=200, deadline=None)
 @given(intervals, intervals)
+def test_the_hull_that_vau_r1_divides_by_gives_the_same(a: list[float], b: list[float]) -> None:
+    inner = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
+    hull = max(a[1], b[1]) - min(a[0], b[0])
+    expected = inner / hull if hull > 0 else 0.0
+    assert float(metrics.temporal_iou(np.asarray(a), np.asarray(b))) == pytest.approx(expected, abs=1e-9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(intervals, intervals)
 def test_temporal_iou_is_symmetric_and_bounded(a: list[float], b: list[float]) -> None:
     forth, back = (float(metrics.temporal_iou(np.asarray(x), np.asarray(y))) for x, y in ((a, b), (b, a)))
     assert forth == pytest.approx(back)
@@ -117,6 +128,94 @@ def test_best_constant_interval_beats_every_other(rng: np.random.Generator) -> N
     for guess in np.sort(rng.integers(0, 24, (200, 2)) / 2, axis=1):
         assert metrics.temporal_iou(guess[None].astype(float), truth).mean() <= best["value"] + 1e-9
     assert metrics.temporal_iou(np.asarray([best["answer"]]), truth).mean() == pytest.approx(best["value"])
+
+
+# --- Several answers, orders, frames, runs ------------------------------------------------------------------------
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(rng: np.random.Generator) -> None:
+    """Brute force over all choices of k of the n answers."""
+    right = rng.random((7, 6)) < 0.4
+    for k in (1, 2, 4, 6):
+        chosen = [list(c) for c in itertools.combinations(range(6), k)]
+        expected = np.mean([[right[i, c].any() for c in chosen] for i in range(7)])
+        assert metrics.pass_at(right, k)["value"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "texts", "winner"),
+    [
+        ("qa", ["A", "B", "B"], 1),
+        ("qa", ["A", "?", "B"], 0),
+        ("qa", ["?", "?", "C"], 2),
+        ("classification", ["Fire", "Normal", "fire"], 0),
+        ("grounding", ["[0, 4]", "[1, 5]", "[2, 6]"], 1),
+        ("grounding", ["[0, 4]", "[-1, -1]", "[-1, -1]"], 1),
+    ],
+)
+def test_the_vote_goes_to_the_answer_that_others_agree_with(task: str, texts: list[str], winner: int) -> None:
+    form = "<answer>Anomaly</answer><glue>{}</glue>" if task == "grounding" else "<answer>{}</answer>"
+    parsed = parsing.parse([form.format(t).replace("Anomaly", "") for t in texts] * 2, task, "lenient")
+    assert metrics.vote(parsed.final, task, 3).tolist() == [winner, winner]
+
+
+def test_sensitivity_to_the_order_of_options() -> None:
+    found = metrics.option_order(np.asarray([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool))
+    assert found["accuracy"]["value"] == pytest.approx(5 / 12) and found["accuracy"]["n"] == 3
+    assert found["by_order"] == pytest.approx([2 / 3, 1 / 3, 1 / 3, 1 / 3])
+    assert (found["always"]["value"], found["never"]["value"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+
+
+def test_confusion_equals_scikit_learn(rng: np.random.Generator) -> None:
+    from sklearn.metrics import confusion_matrix
+
+    truth, said = rng.integers(0, 5, 300), rng.integers(-1, 5, 300)
+    found = metrics.confusion(said, truth)
+    assert found["labels"] == list(LABELS[:5])
+    expected = confusion_matrix(truth, np.where(said < 0, 5, said), labels=range(6))[:5]
+    assert found["counts"] == expected.tolist()
+
+
+def test_frame_scores_and_their_area(rng: np.random.Generator) -> None:
+    """Of one answer, and of several, which give scores between; beside counting pairs of instants."""
+    assert metrics.frame_scores([(1.0, 2.0)], 3.0, rate=2.0).tolist() == [0, 0, 1, 1, 0, 0]
+    assert metrics.frame_scores([(1.0, 2.0), None], 2.0, rate=2.0).tolist() == [0, 0, 0.5, 0.5]
+    scores = [rng.integers(0, 4, 30) / 3 for _ in range(4)]
+    labels = [rng.random(30) < 0.3 for _ in range(4)]
+    found = metrics.frame_level(scores, labels)
+    s, y = np.concatenate(scores), np.concatenate(labels)
+    pairs = s[y][:, None] - s[~y][None]
+    assert found["auc"] == pytest.approx(np.mean((pairs > 0) + 0.5 * (pairs == 0)))
+    assert (found["instants"], found["videos"]) == (120, 4) and 0 < found["ap"] < 1
+    assert metrics.frame_level(scores, [np.zeros(30)] * 4)["auc"] is None
+
+
+def test_paired_differences_find_what_is_there_and_nothing_else(rng: np.random.Generator) -> None:
+    a = rng.random(200)
+    better = metrics.paired(a, a + 0.1 + 0.2 * rng.normal(size=200))
+    assert better["p"] < 1e-3 and better["low"] > 0 and better["n"] == 200
+    chances = [metrics.paired(a, a + 0.2 * rng.normal(size=200), resamples=400, seed=i)["p"] for i in range(200)]
+    assert 0.01 <= np.mean(np.asarray(chances) < 0.05) <= 0.10
+    assert metrics.paired(a, a)["p"] == 1.0
+
+
+def test_the_paired_p_value_is_the_signed_rank_tests_kin(rng: np.random.Generator) -> None:
+    """Beside scipy's own permutation test of the mean."""
+    a = rng.random(30)
+    b = a + 0.08 + 0.2 * rng.normal(size=30)
+    exact = stats.permutation_test((b - a,), np.mean, permutation_type="samples", n_resamples=10000, rng=1)
+    assert metrics.paired(a, b)["p"] == pytest.approx(exact.pvalue, abs=0.01)
+
+
+def test_the_papers_grounding_is_over_readable_answers() -> None:
+    """By hand: [4, 8] beside [2, 6] is 2 of 6; "?" is left out, and in the clean protocol 0."""
+    texts = ["[2.0, 6.0]", "[4.0, 8.0]", "?"]
+    parsed = parsing.parse([grounded(t)["completion"] for t in texts], "grounding", "lenient")
+    target = parsing.targets([("grounding", None, "Fire", (2.0, 6.0))] * 3)
+    paper, clean = (metrics.grounding(parsed, target, protocol) for protocol in ("paper", "clean"))
+    assert paper["mIoU"]["n"] == 2 and paper["mIoU"]["value"] == pytest.approx((1 + 1 / 3) / 2)
+    assert clean["mIoU"]["n"] == 3 and clean["mIoU"]["value"] == pytest.approx((1 + 1 / 3) / 3)
+    assert (clean["start_error"]["value"], clean["end_error"]["value"], clean["start_error"]["n"]) == (1.0, 1.0, 2)
 
 
 def test_majority_is_the_commonest_answer() -> None:

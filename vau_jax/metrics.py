@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from vau_jax.data.annotations import LABELS
-from vau_jax.parsing import INTERVAL, NORMAL, Parsed
+from vau_jax.parsing import INTERVAL, NORMAL, UNKNOWN, Answers, Parsed
 from vau_jax.types import Target
 
 THRESHOLDS = (0.3, 0.5, 0.7)
@@ -27,8 +28,28 @@ def estimate(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> dict[s
     return {"value": float(values.mean()), "n": len(values), "low": float(low), "high": float(high)}
 
 
+def paired(a: np.ndarray, b: np.ndarray, resamples: int = 10000, seed: int = 0) -> dict[str, Any]:
+    """{"difference", "low", "high", "p", "n"}: mean of b - a over the same examples, its 95% bootstrap interval, and
+    the two-sided p-value that signs of differences are random (by permutation, never below 1 / (resamples + 1))."""
+    difference = np.asarray(b, np.float64) - np.asarray(a, np.float64)
+    if not len(difference):
+        return {"difference": None, "low": None, "high": None, "p": None, "n": 0}
+    found = estimate(difference, seed=seed)
+    rng, size, hits, done = np.random.default_rng(seed), abs(difference.sum()), 0, 0
+    while done < resamples:  # in pieces: a thousand rows of signs at a time
+        count = min(1000, resamples - done)
+        sums = rng.choice([-1.0, 1.0], (count, len(difference))) @ difference
+        hits, done = hits + int((np.abs(sums) >= size - 1e-9).sum()), done + count
+    p = (1 + hits) / (1 + resamples)
+    return {"difference": found["value"], "low": found["low"], "high": found["high"], "p": p, "n": len(difference)}
+
+
 def temporal_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of intervals [..., 2] and [..., 2] in seconds; 0 where both are empty."""
+    """Intersection over union of intervals [..., 2] and [..., 2] in seconds; 0 where both are empty.
+
+    VAU-R1's code divides by the hull, from the first start to the last end: of intervals that overlap it is the union,
+    and else the result is 0 either way.
+    """
     inner = np.maximum(0.0, np.minimum(a[..., 1], b[..., 1]) - np.maximum(a[..., 0], b[..., 0]))
     union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - inner
     return np.divide(inner, union, out=np.zeros_like(inner), where=union > 0)
@@ -40,21 +61,26 @@ def question_answering(parsed: Parsed, target: Target) -> dict[str, Any]:
     return {"accuracy": estimate(choice == truth), "unparsed": int((choice < 0).sum())}
 
 
-def grounding(parsed: Parsed, target: Target) -> dict[str, Any]:
-    """Mean IoU and recall over abnormal rows with a known interval; false alarms over normal videos.
+def grounding(parsed: Parsed, target: Target, protocol: str = "clean") -> dict[str, Any]:
+    """Mean IoU and recall over abnormal rows with a known interval; false alarms over normal videos; and by how many
+    seconds start and end are missed where both intervals are there.
 
     A normal video is a false alarm unless the answer says that there is no anomaly: an unreadable answer is one too.
+    With protocol "paper" unreadable answers are left out of IoU and recall.
     """
-    kind, known = np.asarray(target.kind), np.asarray(parsed.final.kind) == INTERVAL
-    iou = np.where(known, temporal_iou(np.asarray(parsed.final.interval), np.asarray(target.interval)), 0.0)[
-        kind == INTERVAL
-    ]
-    quiet = (np.asarray(parsed.final.kind) == NORMAL) & (np.asarray(parsed.final.anomaly) != 1)
+    kind, said = np.asarray(target.kind), np.asarray(parsed.final.kind)
+    interval, truth = np.asarray(parsed.final.interval, np.float64), np.asarray(target.interval, np.float64)
+    iou = np.where(said == INTERVAL, temporal_iou(interval, truth), 0.0)
+    iou = iou[(kind == INTERVAL) & ((said != UNKNOWN) | (protocol == "clean"))]
+    missed = np.abs(interval - truth)[(kind == INTERVAL) & (said == INTERVAL)]
+    quiet = (said == NORMAL) & (np.asarray(parsed.final.anomaly) != 1)
     return {
         "mIoU": estimate(iou),
         **{f"R@{t}": estimate(iou >= t) for t in THRESHOLDS},
         "false_alarms": estimate(~quiet[kind == NORMAL]),
-        "unparsed": int((np.asarray(parsed.final.kind) == 0).sum()),
+        "start_error": estimate(missed[:, 0]),
+        "end_error": estimate(missed[:, 1]),
+        "unparsed": int((said == UNKNOWN).sum()),
     }
 
 
@@ -66,6 +92,7 @@ def classification(parsed: Parsed, target: Target) -> dict[str, Any]:
         "multiclass": estimate(label == truth),
         "binary": estimate(binary),
         "macro_f1": macro_f1(label, truth),
+        "confusion": confusion(label, truth),
         "unparsed": int((label < 0).sum()),
     }
 
@@ -82,6 +109,74 @@ def macro_f1(label: np.ndarray, truth: np.ndarray) -> float | None:
         hits = np.sum((label == c) & (truth == c))
         scores.append(2 * hits / (np.sum(label == c) + np.sum(truth == c)))
     return float(np.mean(scores)) if scores else None
+
+
+def confusion(label: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """{"labels": names, "counts": [[...]]}: a row for each true class, a column for each class that was said, the last
+    one for answers that could not be read; only classes that occur."""
+    classes = sorted({*truth.tolist(), *label[label >= 0].tolist()})
+    counts = [[int(((truth == t) & (label == c)).sum()) for c in (*classes, -1)] for t in classes]
+    return {"labels": [LABELS[c] for c in classes], "counts": counts}
+
+
+# --- Several answers to a question --------------------------------------------------------------------------------
+
+
+def pass_at(right: np.ndarray, k: int) -> dict[str, Any]:
+    """Chance that one of k answers is right, estimated from n >= k of each question: bool [N, n] (arXiv 2107.03374)."""
+    n, wrong = right.shape[1], (~right).sum(1)
+    miss = [np.prod([(w - i) / (n - i) for i in range(k)]) if w >= k else 0.0 for w in wrong]
+    return estimate(1.0 - np.asarray(miss))
+
+
+def vote(answers: Answers, task: str, n: int) -> np.ndarray:
+    """int [N]: which of a question's n answers the others agree with most, the first of equals; answers are [N * n],
+    a question's one after the other. Letters and classes agree or not; intervals by their IoU."""
+    groups = jax.tree.map(lambda x: np.asarray(x).reshape(-1, n, *np.shape(x)[1:]), answers)
+    if task == "grounding":
+        kind = groups.kind
+        agree = temporal_iou(groups.interval[:, :, None], groups.interval[:, None])
+        agree = np.where((kind == INTERVAL)[:, :, None] & (kind == INTERVAL)[:, None], agree, 0.0)
+        agree += (kind == NORMAL)[:, :, None] & (kind == NORMAL)[:, None]
+    else:
+        value = groups.choice if task == "qa" else groups.label
+        agree = ((value[:, :, None] == value[:, None]) & (value >= 0)[:, :, None]).astype(np.float64)
+    return np.argmax(agree.sum(2), axis=1)
+
+
+def option_order(right: np.ndarray) -> dict[str, Any]:
+    """Of bool [N, R], each question with its options in R orders: accuracy over all, by order, and the share of
+    questions that are right in every order (or in none)."""
+    return {
+        "accuracy": estimate(right.mean(1)),
+        "by_order": [float(x) for x in right.mean(0)],
+        "always": estimate(right.all(1)),
+        "never": estimate(~right.any(1)),
+    }
+
+
+# --- Frames, as classic anomaly detection scores them -------------------------------------------------------------
+
+
+def frame_scores(intervals: Sequence[tuple[float, float] | None], duration: float, rate: float = 10.0) -> np.ndarray:
+    """Share of the intervals (None: no anomaly) that hold each instant, [duration * rate]: one answer gives 0 or 1,
+    several a score between."""
+    times = (np.arange(max(1, round(duration * rate))) + 0.5) / rate
+    inside = [(times >= i[0]) & (times < i[1]) if i else np.zeros(len(times), bool) for i in intervals]
+    return np.mean(inside, axis=0)
+
+
+def frame_level(scores: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Area under the ROC curve and average precision over the instants of all videos together; None where all are
+    normal, or none is."""
+    score, label = np.concatenate([*scores, []]), np.concatenate([*labels, []]) > 0
+    found: dict[str, Any] = {"auc": None, "ap": None, "instants": len(label), "videos": len(scores)}
+    if label.any() and not label.all():
+        found |= {"auc": float(roc_auc_score(label, score)), "ap": float(average_precision_score(label, score))}
+    return found
+
+
+# --- Reflection ---------------------------------------------------------------------------------------------------
 
 
 def reflection(draft: np.ndarray, final: np.ndarray) -> dict[str, Any]:
