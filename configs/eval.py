@@ -14,7 +14,10 @@ def get_config() -> ConfigDict:
     c.blind = False  # grey frames instead of the video
     c.seed = 0  # of the options' order, and of sampling
     c.temperature = 0.0  # 0: greedy
+    c.samples = 1  # completions of a question; several give pass@k and votes, and want a temperature
+    c.rotations = 1  # orders of the options that each multiple-choice question is asked with, up to 4
     c.batch_size = 8
     c.dtype = train.dtype
+    c.mesh = train.mesh
     c.data = train.data
     return c

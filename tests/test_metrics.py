@@ -10,7 +10,7 @@ from scipy import stats
 
 from vau_jax import metrics, parsing
 from vau_jax.data.annotations import LABELS
-from vau_jax.evaluate import score
+from vau_jax.scores import score
 
 
 def record(
@@ -23,7 +23,11 @@ def record(
 ) -> dict:
     return {
         "task": task,
-        "completion": completion,
+        "completions": [completion],
+        "source": "msad",
+        "rotation": 0,
+        "video": "a.mp4",
+        "duration": 10.0,
         "answer": answer,
         "anomaly_class": label,
         "interval": interval,
@@ -210,7 +214,7 @@ def test_the_paired_p_value_is_the_signed_rank_tests_kin(rng: np.random.Generato
 def test_the_papers_grounding_is_over_readable_answers() -> None:
     """By hand: [4, 8] beside [2, 6] is 2 of 6; "?" is left out, and in the clean protocol 0."""
     texts = ["[2.0, 6.0]", "[4.0, 8.0]", "?"]
-    parsed = parsing.parse([grounded(t)["completion"] for t in texts], "grounding", "lenient")
+    parsed = parsing.parse([grounded(t)["completions"][0] for t in texts], "grounding", "lenient")
     target = parsing.targets([("grounding", None, "Fire", (2.0, 6.0))] * 3)
     paper, clean = (metrics.grounding(parsed, target, protocol) for protocol in ("paper", "clean"))
     assert paper["mIoU"]["n"] == 2 and paper["mIoU"]["value"] == pytest.approx((1 + 1 / 3) / 2)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vau_jax import evaluate, train
+from vau_jax import train
 from vau_jax.files import InputError, read_json
 from vau_jax.metric_writer import read_metrics
 from vau_jax.models import hf
@@ -82,26 +82,3 @@ def test_rft_begins_at_its_reference(model_folder: Path, dataset: Path, tmp_path
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step() -> None:
     with pytest.raises(InputError, match="loss is nan at step 7; the last good checkpoint is of step 5"):
         train.check_finite({"loss": float("nan"), "grad_norm": 1.0}, 7, 5)
-
-
-def test_evaluation_counts_a_broken_video_as_wrong(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
-    import shutil
-
-    shutil.copytree(dataset / "videos", tmp_path / "videos")
-    (tmp_path / "videos" / "test_00004.mp4").write_bytes(b"broken")
-    c = small("eval", model_folder, dataset, "test")
-    c.data.videos = str(tmp_path / "videos")
-    result = evaluate.run(c, tmp_path / "eval")
-    assert result["failed"] == 3
-    assert result["tasks"]["qa"]["accuracy"]["n"] == 12
-
-
-def test_evaluation_goes_on_after_the_examples_that_are_done(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
-    c = small("eval", model_folder, dataset, "test")
-    first = evaluate.run(c, tmp_path)
-    path = tmp_path / "predictions.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:10]) + lines[10][:20])
-    (tmp_path / "metrics.json").unlink()
-    assert evaluate.run(c, tmp_path) == first
-    assert sorted(path.read_text().splitlines()) == sorted(line.strip() for line in lines)

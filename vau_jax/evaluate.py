@@ -17,12 +17,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax import cli, metrics, parsing, rewards, sampling
+from vau_jax import cli, parsing, rewards, sampling, scores, sharding
 from vau_jax.data import pipeline, prompts
-from vau_jax.data.pipeline import Example, HostBatch
-from vau_jax.files import read_json, write_text
+from vau_jax.data.pipeline import Example, HostBatch, Loaded
+from vau_jax.files import InputError, read_json, write_text
 from vau_jax.metric_writer import Progress
-from vau_jax.types import Target
 from vau_jax.vlm import VideoLM, decode_text
 
 
@@ -35,7 +34,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     if done.exists() and read_json(done).get("fingerprint") == fingerprint:
         print(f"{config.name}: evaluated already ({workdir})", flush=True)
         return read_json(done)
+    check(config)
     examples, audit = pipeline.load_examples(config.data)
+    examples = [replace(e, rotation=r) for r in range(config.rotations) for e in examples if e.task == "qa" or not r]
     predictions = predict(config, workdir, examples, fingerprint)
     result = {
         "fingerprint": fingerprint,
@@ -44,12 +45,21 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         "blind": config.blind,
         "protocol": config.data.protocol,
         "excluded": [vars(entry) for entry in audit.entries if entry.action == "excluded"],
+        "examples": len(predictions),
         "failed": sum(record["failure"] is not None for record in predictions),
-        **score(predictions, config.data.style in prompts.WITH_DRAFT),
+        **scores.score(predictions, config.data.style in prompts.WITH_DRAFT, config.data.protocol),
     }
     write_text(done, json.dumps(result, indent=1))
     write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
     return result
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for settings that no evaluation can have."""
+    if config.samples < 1 or not 1 <= config.rotations <= 4:
+        raise InputError(f"samples={config.samples}, rotations={config.rotations}: expected at least 1, and 1 to 4")
+    if config.samples > 1 and config.temperature == 0:
+        raise InputError(f"samples={config.samples} at temperature=0 would all be alike: set temperature above 0")
 
 
 def _fingerprint(config: ConfigDict) -> str:
@@ -59,12 +69,14 @@ def _fingerprint(config: ConfigDict) -> str:
     return hashlib.sha256(f"{config.to_json_best_effort(sort_keys=True)}|{newest}".encode()).hexdigest()
 
 
-def predict(config: ConfigDict, workdir: Path, examples: list[Example], fingerprint: str) -> list[dict[str, Any]]:
+def predict(config: ConfigDict, workdir: Path, examples: list[Example], fingerprint: str) -> list[scores.Record]:
     """One record an example, from predictions.jsonl where it is there, else from the model."""
     path = workdir / "predictions.jsonl"
     records = _finished(path, fingerprint)
     todo = [example for example in examples if example.name not in records]
-    vlm = VideoLM.load(config.checkpoint, config.dtype) if todo else None
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_divisible(config.batch_size, mesh)
+    vlm = VideoLM.load(config.checkpoint, config.dtype, mesh) if todo else None
     progress = Progress(config.name, len(examples), start=len(records))
     with path.open("a", encoding="utf-8") as file:
         for host in _batches(todo, vlm, config) if vlm else ():
@@ -76,7 +88,7 @@ def predict(config: ConfigDict, workdir: Path, examples: list[Example], fingerpr
     return [records[example.name] for example in examples]
 
 
-def _finished(path: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
+def _finished(path: Path, fingerprint: str) -> dict[str, scores.Record]:
     """The whole records of an earlier call with the same settings; the file keeps only those."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["fingerprint"] == fingerprint]
@@ -93,66 +105,56 @@ def _batches(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Itera
         yield replace(host, examples=host.examples[: len(examples) - number * config.batch_size])
 
 
-def _answer(host: HostBatch, vlm: VideoLM, config: ConfigDict) -> Iterator[dict[str, Any]]:
+def _answer(host: HostBatch, vlm: VideoLM, config: ConfigDict) -> Iterator[scores.Record]:
     """Decodes a batch, greedily at temperature 0."""
     out = sampling.sample(
         vlm.variables,
-        host.batch,
+        jax.device_put(host.batch, sharding.examples(vlm.model.mesh)),
         jax.random.key(config.seed),
         config.temperature or 1.0,
         model=vlm.model,
-        num_generations=1,
+        num_generations=config.samples,
         max_new_tokens=config.data.max_completion_tokens,
         end_tokens=vlm.processor.end_tokens,
         greedy=config.temperature == 0,
     )
     texts = decode_text(vlm.processor, np.asarray(out.tokens), np.asarray(out.mask))
-    for item, text in zip(host.examples, texts, strict=False):
-        row = item.example.row
-        yield {
-            "example": item.example.name,
-            "video": row.video,
-            "task": item.example.task,
-            "prompt_hash": hashlib.sha256(item.prompt.encode()).hexdigest()[:16],
-            "answer": row.answer,
-            "anomaly_class": row.anomaly_class,
-            "interval": row.interval,
-            "completion": text[0],
-            "failure": item.failure,
-        }
+    for item, completions in zip(host.examples, texts, strict=False):
+        yield record(item, completions, config.data.style)
 
 
-def truth(records: list[dict[str, Any]]) -> Target:
-    """The targets of prediction records."""
-
-    def interval(value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    return parsing.targets([(r["task"], r["answer"], r["anomaly_class"], interval(r["interval"])) for r in records])
-
-
-def score(records: list[dict[str, Any]], reflection: bool) -> dict[str, Any]:
-    """Metrics by task, constant baselines, and the training rewards' means."""
-    texts = ["" if r["failure"] else r["completion"] for r in records]
-    tasks, target = [r["task"] for r in records], truth(records)
-    lenient = parsing.parse(texts, tasks, "lenient", reflection)
-    strict = parsing.parse(texts, tasks, "strict", reflection)
-    result: dict[str, Any] = {"tasks": {}, "baselines": {}, "reflection": {}}
-    for task in parsing.TASKS:
-        rows = np.flatnonzero(np.asarray(tasks) == task)
-        if not len(rows):
-            continue
-        mine, true = metrics.select(lenient, rows), metrics.select(target, rows)
-        result["tasks"][task] = metrics.TASK_METRICS[task](mine, true)
-        result["baselines"][task] = metrics.baselines(true, task)
-        if reflection and task in parsing.VERIFIABLE:
-            draft, final = (np.asarray(rewards.task_score(a, true)) for a in (mine.draft, mine.final))
-            words = metrics.estimate(lenient.reflect_words[rows])
-            result["reflection"][task] = {**metrics.reflection(draft, final), "words": words}
-    values = {name: np.asarray(f(strict, target)) for name, f in rewards.REWARDS.items()}
-    result["rewards"] = {name: metrics.estimate(value) for name, value in values.items()}
-    result["rewards"]["total"] = metrics.estimate(sum(values.values()))
-    return result
+def record(item: Loaded, completions: list[str], style: str) -> scores.Record:
+    """What predictions.jsonl says of an example."""
+    row, task, reflection = item.example.row, item.example.task, style in prompts.WITH_DRAFT
+    found: scores.Record = {
+        "example": item.example.name,
+        "video": row.video,
+        "source": row.source,
+        "task": task,
+        "rotation": item.example.rotation,
+        "question": prompts.question(row, task, "direct", "short"),
+        "prompt_hash": hashlib.sha256(item.prompt.encode()).hexdigest()[:16],
+        "target": prompts.target(row, task),
+        "answer": row.answer,
+        "anomaly_class": row.anomaly_class,
+        "interval": row.interval,
+        "duration": None if item.failure else round(row.duration or item.seconds, 3),
+        "key_object": row.key_object,
+        "reference": prompts.facts(row) if task == "description" else "",
+        "completions": completions,
+        "failure": item.failure,
+    }
+    lenient = parsing.parse(completions, task, "lenient", reflection)
+    strict = parsing.parse(completions, task, "strict", reflection)
+    target = scores.truth([found] * len(completions))
+    found["predictions"] = scores.said(lenient.final, task)
+    found["form"] = strict.form.tolist()
+    if task in parsing.VERIFIABLE:
+        found["scores"] = np.asarray(rewards.task_score(lenient.final, target)).round(4).tolist()
+    if reflection and task in parsing.VERIFIABLE:
+        found["drafts"] = scores.said(lenient.draft, task)
+        found["draft_scores"] = np.asarray(rewards.task_score(lenient.draft, target)).round(4).tolist()
+    return found
 
 
 if __name__ == "__main__":

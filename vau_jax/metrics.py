@@ -1,6 +1,6 @@
 """Numbers for question answering, grounding and classification, each with n and a 95% interval; numpy only."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -95,11 +95,6 @@ def classification(parsed: Parsed, target: Target) -> dict[str, Any]:
         "confusion": confusion(label, truth),
         "unparsed": int((label < 0).sum()),
     }
-
-
-def description(parsed: Parsed, target: Target) -> dict[str, Any]:
-    """Share that keeps the grammar: what a description is worth, a judge says."""
-    return {"form": estimate(np.asarray(parsed.form))}
 
 
 def macro_f1(label: np.ndarray, truth: np.ndarray) -> float | None:
@@ -216,14 +211,6 @@ def best_constant_interval(intervals: np.ndarray, step: float = 0.5) -> dict[str
             winner = int(np.argmax(iou.mean(1)))
             best, best_iou = (float(start), float(ends[winner])), iou[winner]
     return {**estimate(best_iou), "answer": list(best)}
-
-
-TASK_METRICS: dict[str, Callable[[Parsed, Target], dict[str, Any]]] = {
-    "qa": question_answering,
-    "grounding": grounding,
-    "classification": classification,
-    "description": description,
-}
 
 
 def baselines(target: Target, task: str) -> dict[str, Any]:

@@ -43,10 +43,11 @@ class Example:
     task: str
     path: Path
     reflection: Reflection | None = None
+    rotation: int = 0  # places that the options are moved by, after they are shuffled
 
     @property
     def name(self) -> str:
-        return f"{self.row.video}/{self.task}"
+        return f"{self.row.video}/{self.task}" + (f"/{self.rotation}" if self.rotation else "")
 
 
 class Prompt(NamedTuple):
@@ -69,6 +70,7 @@ class Loaded:
     reason: str = ""  # the same in a word, for counting
     damage: str = ""  # what of the video could not be decoded, where the rest is used
     cached: bool = False  # the frames came from the cache
+    seconds: float = 0.0  # length of the clip
     variants: dict[str, Prompt] = field(default_factory=dict)  # other prompts, by the level of difficulty they are for
 
 
@@ -146,6 +148,7 @@ class Loader:
     def __call__(self, example: Example, rng: np.random.Generator) -> Loaded:
         clip, cached, failure = self._clip(example)
         order = tuple(rng.permutation(4)) if self.config.shuffle_options else (0, 1, 2, 3)
+        order = order[example.rotation :] + order[: example.rotation]
         example = replace(example, row=prompts.shuffle_options(example.row, order))
         if self.augment and not failure:
             clip = augment(clip, rng)
@@ -163,6 +166,7 @@ class Loader:
             reason=failure.reason if failure else "",
             damage=clip.damage,
             cached=cached,
+            seconds=clip.duration,
             variants=self._variants(example, clip, rng) if self.config.difficulty.enabled else {},
         )
 
@@ -395,7 +399,8 @@ def eval_batches(
     loader = make_loader(processor, config, augment=False, blind=blind)
 
     def load(example: Example) -> Loaded:
-        return loader(example, np.random.default_rng([seed, *hashlib.sha256(example.name.encode()).digest()]))
+        name = replace(example, rotation=0).name
+        return loader(example, np.random.default_rng([seed, *hashlib.sha256(name.encode()).digest()]))
 
     padded = examples + examples[-1:] * (-len(examples) % batch_size)  # one shape, one program
     batches = grain.MapDataset.source(padded).map(load).batch(batch_size, batch_fn=Collator(processor, config))

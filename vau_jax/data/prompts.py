@@ -184,6 +184,13 @@ def final_answer(row: Row, task: str) -> str:
     return "Normal" if row.interval == "normal" else "Anomaly"
 
 
+def target(row: Row, task: str) -> str:
+    """The right answer as text: with the interval, for grounding."""
+    found = final_answer(row, task)
+    known = task == "grounding" and isinstance(row.interval, tuple)
+    return f"{found} {format_interval(row.interval)}" if known else found
+
+
 def draft_answer(draft: dict[str, Any], order: Sequence[int]) -> str:
     """What stands inside <draft>; a letter moves with its option."""
     if "choice" in draft:

@@ -1,0 +1,188 @@
+"""Evaluation: what is asked, written and counted; several samples, several orders of the options, several devices."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_train import small
+from vau_jax import evaluate, scores
+from vau_jax.data import pipeline
+from vau_jax.data.processor import Processor
+from vau_jax.files import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_evaluation_counts_a_broken_video_as_wrong(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset / "videos", tmp_path / "videos")
+    (tmp_path / "videos" / "test_00004.mp4").write_bytes(b"broken")
+    c = small("eval", model_folder, dataset, "test")
+    c.data.videos = str(tmp_path / "videos")
+    result = evaluate.run(c, tmp_path / "eval")
+    assert result["failed"] == 3
+    assert result["tasks"]["qa"]["accuracy"]["n"] == 12
+
+
+def test_evaluation_goes_on_after_the_examples_that_are_done(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    c = small("eval", model_folder, dataset, "test")
+    first = evaluate.run(c, tmp_path)
+    path = tmp_path / "predictions.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:10]) + lines[10][:20])
+    (tmp_path / "metrics.json").unlink()
+    assert evaluate.run(c, tmp_path) == first
+    assert sorted(path.read_text().splitlines()) == sorted(line.strip() for line in lines)
+
+
+# --- Records ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder: Path, dataset: Path) -> dict[str, pipeline.Loaded]:
+    """An anomalous test clip as each task asks of it."""
+    c = small("eval", model_folder, dataset, "test")
+    c.data.tasks = ("qa", "grounding", "classification", "description")
+    examples, _ = pipeline.load_examples(c.data)
+    video = next(e.row.video for e in examples if isinstance(e.row.interval, tuple))
+    chosen = [e for e in examples if e.row.video == video]
+    batch = next(pipeline.eval_batches(chosen, Processor(model_folder), c.data, 4, seed=0, blind=False))
+    return {item.example.task: item for item in batch.examples}
+
+
+def right(item: pipeline.Loaded) -> str:
+    """A completion with the truth."""
+    row, task = item.example.row, item.example.task
+    value = {"qa": row.answer, "classification": row.anomaly_class, "grounding": "Anomaly"}.get(task, "It burns.")
+    glue = f"<glue>{list(row.interval)}</glue>" if task == "grounding" else ""
+    return f"<think>x</think><answer>{value}</answer>{glue}"
+
+
+@pytest.mark.parametrize("task", ["qa", "grounding", "classification"])
+def test_a_record_says_what_was_asked_answered_and_worth(task: str, loaded: dict[str, pipeline.Loaded]) -> None:
+    item = loaded[task]
+    found = evaluate.record(item, [right(item), "hm"], "think")
+    assert found["scores"] == [1.0, 0.0] and found["form"] == [True, False]
+    assert found["predictions"] == [found["target"], None]
+    assert 4 <= found["duration"] <= 12 and len(found["prompt_hash"]) == 16
+    assert json.loads(json.dumps(found)) == found | {"interval": list(found["interval"])}
+    options = item.example.row.options
+    assert all(f"{letter}. {text}" in found["question"] for letter, text in zip("ABCD", options, strict=True)) == (
+        task == "qa"
+    )
+
+
+def test_a_record_with_reflection_has_the_draft_too(loaded: dict[str, pipeline.Loaded]) -> None:
+    item = loaded["grounding"]
+    start, end = item.example.row.interval
+    text = right(item).replace(
+        "<answer>", f"<draft>Anomaly [{start}, {end + 1}]</draft><reflect>a b c</reflect><revise>r</revise><answer>"
+    )
+    found = evaluate.record(item, [text], "reflection")
+    assert found["drafts"] == [f"Anomaly [{start:.1f}, {end + 1:.1f}]"]
+    assert found["draft_scores"] == [pytest.approx((end - start) / (end + 1 - start), abs=1e-4)]
+    assert found["form"] == [True]
+
+
+def test_a_description_has_its_reference_and_no_score(loaded: dict[str, pipeline.Loaded]) -> None:
+    item = loaded["description"]
+    found = evaluate.record(item, [right(item)], "think")
+    assert "scores" not in found and found["predictions"] == [None]
+    assert item.example.row.description in found["reference"]
+
+
+def test_a_description_is_compared_by_words_with_the_annotation(loaded: dict[str, pipeline.Loaded]) -> None:
+    """The annotation's own text has every word; another has few."""
+    item = loaded["description"]
+    row = item.example.row
+    own = evaluate.record(item, [f"{evaluate.prompts.facts(row)} {row.key_object}"], "think")
+    other = evaluate.record(item, ["A dog sleeps."], "think")
+    high, low = (scores.score([r], reflection=False)["tasks"]["description"]["word_overlap"] for r in (own, other))
+    assert high["key_objects"]["value"] == 1.0 and high["rouge_l"]["value"] > 0.9
+    assert low["key_objects"]["value"] == 0.0 and low["rouge_l"]["value"] < 0.1
+
+
+# --- Runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_samples_and_rotations(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    """Two samples of everything; each question with its options in four orders, about the same frames."""
+    c = small("eval", model_folder, dataset, "test")
+    c.samples, c.rotations, c.temperature, c.data.max_examples = 2, 4, 1.0, 6
+    c.data.tasks = ("qa", "classification")
+    result = evaluate.run(c, tmp_path)
+    found = predictions(tmp_path)
+    assert len(found) == result["examples"] == 3 * 4 + 3
+    assert all(len(r["completions"]) == len(r["scores"]) == 2 for r in found)
+    assert any(r["completions"][0] != r["completions"][1] for r in found)
+    assert result["tasks"]["qa"]["accuracy"]["n"] == 3 == result["option_order"]["accuracy"]["n"]
+    assert result["samples"]["qa"]["pass"].keys() == {"1", "2"}
+    by_video: dict[str, list[dict]] = {}
+    for r in found:
+        if r["task"] == "qa":
+            by_video.setdefault(r["video"], []).append(r)
+    for group in by_video.values():
+        orders = [[line[3:] for line in r["question"].splitlines()[-4:]] for r in group]
+        assert [r["rotation"] for r in group] == [0, 1, 2, 3]
+        assert all(order == orders[0][i:] + orders[0][:i] for i, order in enumerate(orders))
+        answers = [order["ABCD".index(r["answer"])] for order, r in zip(orders, group, strict=True)]
+        assert len(set(answers)) == 1
+
+
+def test_votes_and_orders_are_counted_from_the_records(loaded: dict[str, pipeline.Loaded]) -> None:
+    item = loaded["qa"]
+    wrong = right(item).replace(f">{item.example.row.answer}<", f">{'ABCD'.replace(item.example.row.answer, '')[0]}<")
+    records = []
+    for rotation, texts in enumerate([[right(item), right(item), wrong], [wrong, wrong, right(item)]]):
+        turned = replace(item, example=replace(item.example, rotation=rotation))
+        records.append(evaluate.record(turned, texts, "think"))
+    result = scores.score(records, reflection=False)
+    qa = result["samples"]["qa"]
+    assert (qa["vote"]["value"], qa["pass"]["1"]["value"], qa["pass"]["2"]["value"]) == (1.0, pytest.approx(2 / 3), 1.0)
+    assert result["option_order"]["by_order"] == [1.0, 0.0]
+    assert result["tasks"]["qa"]["accuracy"]["n"] == 1
+
+
+def test_grounding_has_frame_level_scores(loaded: dict[str, pipeline.Loaded]) -> None:
+    item = loaded["grounding"]
+    perfect = scores.score([evaluate.record(item, [right(item)], "think")], reflection=False)["frames"]
+    assert perfect["auc"] == 1.0 and perfect["ap"] == 1.0 and perfect["left_out"] == 0
+    unseen = {**evaluate.record(item, [right(item)], "think"), "duration": None}
+    assert "frames" not in scores.score([unseen], reflection=False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({"samples": 2}, "set temperature above 0"), ({"samples": 0}, "at least 1"), ({"rotations": 5}, "1 to 4")],
+)
+def test_settings_that_cannot_be_are_said(
+    changed: dict[str, int], words: str, model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    c = small("eval", model_folder, dataset, "test")
+    c.update(changed)
+    with pytest.raises(InputError, match=words):
+        evaluate.run(c, tmp_path)
+
+
+def test_two_devices_predict_what_one_does(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    args = ["--config=configs/eval.py", f"--config.checkpoint={model_folder}", f"--config.data.csv={dataset}/test.csv"]
+    args += [f"--config.data.videos={dataset}/videos", "--config.dtype=float32", "--config.data.max_examples=8"]
+    args += ["--config.data.max_completion_tokens=8", "--config.data.max_frames=8", "--config.data.budget=model"]
+    texts = []
+    for count in (1, 2):
+        env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        command = [sys.executable, "-m", "vau_jax.evaluate", *args, f"--workdir={tmp_path / str(count)}"]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        texts.append([(r["example"], r["completions"]) for r in predictions(tmp_path / str(count))])
+    assert texts[0] == texts[1] and len(texts[0]) == 8
