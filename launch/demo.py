@@ -3,7 +3,7 @@
     python -m launch.demo --config=configs/demo.py[:quick] --workdir=DIR
 
 DIR/data: videos and annotations, DIR/frames: decoded frames (both in config.shared where that is set), DIR/model: the
-model's start, DIR/sft and DIR/rft: runs, DIR/eval: scores, DIR/report.md: the result.
+model's start, DIR/sft and DIR/rft: runs, DIR/eval: scores, DIR/report.html: the result.
 """
 
 import json
@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         began = time.monotonic()
         stage()
         print(f"--- {name} took {time.monotonic() - began:.0f} s", flush=True)
-    print(report.write([workdir], workdir / "report.md"), flush=True)
+    print(report.write([workdir], workdir / "report.html"), flush=True)
 
 
 def check(config: ConfigDict) -> None:

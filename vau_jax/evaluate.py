@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax import cli, parsing, rewards, sampling, scores, sharding
+from vau_jax.about import about
 from vau_jax.data import pipeline, prompts
 from vau_jax.data.pipeline import Example, HostBatch, Loaded
 from vau_jax.files import InputError, read_json, write_text
@@ -43,6 +44,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         "name": config.name,
         "checkpoint": str(config.checkpoint),
         "blind": config.blind,
+        "about": about(),
+        "settings": json.loads(config.to_json_best_effort()),
         "protocol": config.data.protocol,
         "excluded": [vars(entry) for entry in audit.entries if entry.action == "excluded"],
         "examples": len(predictions),

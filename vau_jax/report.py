@@ -1,23 +1,27 @@
-"""Runs to a report: one table of all evaluations, and curves of training.
+"""Runs to one page that works from a file: what was run, results, curves, and examples to look at.
 
-    python -m vau_jax.report DIR [DIR ...] --out=report.md
+    python -m vau_jax.report DIR [DIR ...] --out=report.html [--examples=1000]
+    python -m vau_jax.report --compare A B
 
-A DIR is searched for evaluations (metrics.json) and training runs (metrics.jsonl). Curves are written beside the
-report as PNG.
+A DIR is searched for evaluations (metrics.json) and training runs (metrics.jsonl). --compare prints the differences
+between two evaluations of the same examples, with p-values.
 """
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
+import jinja2
+import numpy as np
+from plotly.offline import get_plotlyjs
 
+from vau_jax import charts, gallery, metrics, parsing
 from vau_jax.files import InputError, exit_on_input_error, read_json, write_text
 from vau_jax.metric_writer import read_metrics
-
-matplotlib.use("Agg")
+from vau_jax.published import PUBLISHED
+from vau_jax.scores import Record
 
 # Row title, where the estimate stands in metrics.json, and the constant guess that stands beside it.
 ROWS = (
@@ -33,28 +37,37 @@ ROWS = (
         ("baselines", "classification", "majority_class"),
     ),
     ("Classification, normal or not", ("tasks", "classification", "binary"), None),
+    ("Description: words of key objects", ("tasks", "description", "word_overlap", "key_objects"), None),
     ("Corrected by reflection, QA", ("reflection", "qa", "corrected"), None),
     ("Broken by reflection, QA", ("reflection", "qa", "broken"), None),
     ("Gain by reflection, temporal IoU", ("reflection", "grounding", "gain"), None),
+    ("QA accuracy over orders of options", ("option_order", "accuracy"), None),
     ("Mean total reward", ("rewards", "total"), None),
 )
-CURVES = {
-    "rewards": ("reward", "rewards/format", "rewards/accuracy", "rewards/tiou", "rewards/reflection"),
-    "loss": ("loss",),
-    "policy": ("kl", "entropy", "sampler_logp_gap/max"),
-    "lengths": ("length/mean", "length/min", "length/max"),
-}
 
 
 def evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The metrics.json of every finished evaluation under the folders, oldest first."""
+    """The metrics.json of every finished evaluation under the folders, oldest first, each with its "folder"."""
     paths = sorted({p for f in folders for p in f.rglob("metrics.json")}, key=lambda p: p.stat().st_mtime_ns)
-    return [read_json(path) for path in paths]
+    return [{**read_json(path), "folder": path.parent} for path in paths]
+
+
+def read_predictions(folder: Path) -> list[Record]:
+    """An evaluation's records, those of turned options left out; none where the file is not there."""
+    path = folder / "predictions.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        return [record for record in map(json.loads, lines) if not record["rotation"]]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} has a line that is no record of this version: evaluate again") from error
+
+
+# --- Tables -------------------------------------------------------------------------------------------------------
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Title row, then one row a number: an evaluation a column, and what a constant guess reaches."""
-    lines = [["", *(escape(result["name"]) for result in results), "constant guess", "n"]]
+    lines = [["", *(result["name"] for result in results), "constant guess", "n"]]
     for title, path, guess in ROWS:
         found = [lookup(result, path) for result in results]
         if any(found):
@@ -84,52 +97,26 @@ def escape(text: str) -> str:
 
 
 def markdown(lines: list[list[str]]) -> str:
+    """Rows of text as a Markdown table, the first one its head; cells are escaped already where they must be."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *rows[1:]])
 
 
-def curves(run: Path, target: Path) -> list[Path]:
-    """Draws the training curves of a run as PNG files target_{kind}.png; kinds without data are left out."""
-    steps = read_metrics(run)
-    written = []
-    for kind, names in CURVES.items():
-        present = [name for name in names if any(name in step for step in steps)]
-        if not present:
-            continue
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.subplots()
-        for name in present:
-            points = [(step["step"], step[name]) for step in steps if step.get(name) is not None]
-            axes.plot(*zip(*points, strict=True), label=name)
-        axes.set(xlabel="step", title=f"{run.name}: {kind}")
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-        path = target.with_name(f"{target.name}_{kind}.png")
-        figure.savefig(path, dpi=120)
-        written.append(path)
-    return written
-
-
-def write(folders: Sequence[Path], out: Path) -> str:
-    """Writes the report to `out` and returns its table as text. Raises InputError when there is nothing to report."""
-    if out.suffix != ".md":
-        raise InputError(f"--out={out}: this report is written as Markdown, so the name must end in .md")
-    absent = [str(folder) for folder in folders if not folder.is_dir()]
-    results = evaluations(folders)
-    runs = sorted({p.parent for folder in folders for p in folder.rglob("metrics.jsonl")})
-    if absent or not (results or runs):
-        raise InputError(f"nothing to report: {', '.join(absent) or ', '.join(map(str, folders))} has no run")
-    protocols = sorted({result["protocol"] for result in results})
-    parts = ["# Report", f"Annotation protocol: {', '.join(protocols) or 'none'}. Values with 95% bootstrap intervals."]
-    text = markdown(table(results)) if results else "no evaluation yet"
-    parts.append(text)
-    parts += [f"- {escape(line)}" for line in exclusions(results)]
-    for run in runs:
-        pictures = curves(run, out.parent / f"curves_{run.name}")
-        parts += [f"## Training: {escape(run.name)}", *(f"![{p.stem}]({p.name})" for p in pictures)]
-    write_text(out, "\n\n".join(parts) + "\n")
-    return text
+def published(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Published numbers (percent), and beside them the evaluations of the same annotation files; empty without any."""
+    mine = [(result, charts.source_of(result)) for result in results]
+    mine = [(result, source) for result, source in mine if source]
+    if not mine:
+        return []
+    models = list(dict.fromkeys(name for numbers in PUBLISHED.values() for name in numbers))
+    lines = [["%", *(result["name"] for result, _ in mine), *models]]
+    for (source, title, path), numbers in PUBLISHED.items():
+        own = [lookup(result, path) if s == source else None for result, s in mine]
+        if any(own):
+            texts = [f"{100 * e['value']:.2f} [{100 * e['low']:.1f}, {100 * e['high']:.1f}]" if e else "" for e in own]
+            lines.append([title, *texts, *(f"{numbers[m]:.2f}" if m in numbers else "" for m in models)])
+    return lines if len(lines) > 1 else []
 
 
 def exclusions(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -138,12 +125,121 @@ def exclusions(results: Sequence[dict[str, Any]]) -> list[str]:
     return [f"excluded {video} ({what}): {reason}" for video, what, reason in sorted(entries)]
 
 
+# --- The page -----------------------------------------------------------------------------------------------------
+
+
+def write(folders: Sequence[Path], out: Path, examples: int = 1000) -> str:
+    """Writes the page to `out` and returns its table as text. Raises InputError when there is nothing to report."""
+    if out.suffix != ".html":
+        raise InputError(f"--out={out}: the report is one HTML page, so the name must end in .html")
+    absent = [str(folder) for folder in folders if not folder.is_dir()]
+    results = evaluations(folders)
+    runs = sorted({p.parent for folder in folders for p in folder.rglob("metrics.jsonl")})
+    if absent or not (results or runs):
+        raise InputError(f"nothing to report: {', '.join(absent) or ', '.join(map(str, folders))} has no run")
+    seen = [(result, read_predictions(result["folder"])) for result in results if not result["blind"]]
+    cards, strips = _cards(seen, examples)
+    lines = table(results) if results else []
+    steps = {run.name: read_metrics(run) for run in runs}
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("vau_jax"), autoescape=True, trim_blocks=True)
+    page = environment.get_template("report.html.jinja").render(
+        results=results,
+        runs=[_run(run, steps[run.name]) for run in runs],
+        table=lines,
+        published=published(results),
+        exclusions=exclusions(results),
+        charts=[*charts.curves(steps), *charts.results(seen)],
+        cards=cards,
+        total=sum(len(records) for _, records in seen),
+        strips=strips,
+        filters=_filters(cards),
+        plotly=get_plotlyjs(),
+    )
+    write_text(out, page)
+    return markdown([[escape(text) for text in lines[0]], *lines[1:]]) if lines else "no evaluation yet"
+
+
+def _cards(
+    seen: Sequence[tuple[dict[str, Any], list[Record]]], most: int
+) -> tuple[list[gallery.Card], dict[str, gallery.Strip]]:
+    """Cards of evaluations' records, `most` at most, and their strips by style class."""
+    chosen = gallery.choose([(result, record) for result, found in seen for record in found], most)
+    classes: dict[tuple[str, str], str] = {}
+    for result, record in chosen:
+        if folder := gallery.videos_of(result):
+            classes.setdefault((str(folder), record["video"]), f"strip{len(classes)}")
+    pictures = gallery.strips([Path(folder) / video for folder, video in classes])
+    strips = {name: picture for name, picture in zip(classes.values(), pictures, strict=True) if picture}
+    cards = []
+    for result, record in chosen:
+        name = classes.get((str(gallery.videos_of(result)), record["video"]), "")
+        cards.append(gallery.card(result["name"], record, name if name in strips else ""))
+    return cards, strips
+
+
+def _filters(cards: Sequence[gallery.Card]) -> dict[str, list[str]]:
+    """What the gallery can be filtered by, and the values that occur."""
+
+    def distinct(values: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys(values))
+
+    return {
+        "evaluation": distinct(card.evaluation for card in cards),
+        "task": distinct(card.task for card in cards),
+        "class": sorted(distinct(card.label for card in cards)),
+        "outcome": sorted(distinct(state for card in cards for state in card.states)),
+    }
+
+
+def _run(run: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page says of a training run."""
+    config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    about = read_json(run / "about.json") if (run / "about.json").is_file() else {}
+    seconds = [step["seconds/step"] for step in steps if "seconds/step" in step]
+    return {
+        "name": run.name,
+        "stage": config.get("stage", ""),
+        "model": config.get("init_from") or config.get("model", ""),
+        "steps": steps[-1]["step"] if steps else 0,
+        "step_seconds": f"{np.median(seconds):.2f}" if seconds else "",
+        "about": about,
+        "config": json.dumps(config, indent=1),
+    }
+
+
+# --- Two evaluations ----------------------------------------------------------------------------------------------
+
+
+def compare(a: Path, b: Path) -> str:
+    """A Markdown table of the differences, b - a, in the score of each task, over the examples that both have."""
+    both = [{r["example"]: r for r in read_predictions(folder)} for folder in (a, b)]
+    if not all(both):
+        raise InputError(f"{a if not both[0] else b} has no predictions.jsonl: give two folders of evaluations")
+    lines = [["score", "A", "B", "B - A", "95%", "p", "n"]]
+    for task in parsing.VERIFIABLE:
+        names = [n for n, r in both[0].items() if r["task"] == task and n in both[1]]
+        first, second = (np.asarray([found[n]["scores"][0] for n in names]) for found in both)
+        if names:
+            d = metrics.paired(first, second)
+            spread = f"[{d['low']:+.3f}, {d['high']:+.3f}]"
+            means = [f"{x.mean():.3f}" for x in (first, second)]
+            lines.append([task, *means, f"{d['difference']:+.3f}", spread, f"{d['p']:.4f}", str(d["n"])])
+    if len(lines) == 1:
+        raise InputError(f"{a} and {b} have no example in common")
+    alone = [len(found) - sum(n in other for n in found) for found, other in (both, both[::-1])]
+    return markdown(lines) + f"\n\nOnly in A: {alone[0]} examples, only in B: {alone[1]}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="runs to one report")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument("--out", type=Path, default=Path("report.md"))
+    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--examples", type=int, default=1000, help="most examples on the page")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="folders of two evaluations")
     args = parser.parse_args()
-    print(write(args.folders, args.out))
+    if not args.compare and not args.folders:
+        raise InputError("give folders of runs, or --compare A B")
+    print(compare(*args.compare) if args.compare else write(args.folders, args.out, args.examples))
 
 
 if __name__ == "__main__":

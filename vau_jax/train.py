@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vau_jax import checkpoint, cli, grpo, optim, rollout, sharding, update
+from vau_jax.about import about
 from vau_jax.data import pipeline, prompts
 from vau_jax.data.pipeline import HostBatch
 from vau_jax.difficulty import Difficulty
@@ -342,6 +343,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     if trainer.lora:
         checkpoint.write_adapter(workdir, checkpoint.Adapter(config.init_from or config.model, trainer.lora))
     write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
+    write_text(workdir / "about.json", json.dumps(about(), indent=1))
     done = trainer.resume(checkpoints)
     writer = MetricWriter(workdir, done)
     progress = Progress(config.stage, config.steps, start=done)

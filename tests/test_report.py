@@ -1,0 +1,274 @@
+"""The report's page, in Chromium: what it shows, that nothing in it is run or fetched, and that all can use it."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests import clips
+from vau_jax import gallery, report, scores
+from vau_jax.files import InputError
+
+CHROMIUM = shutil.which("chromium")
+HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
+SECTIONS = "<think>{think}</think><draft>{draft}</draft><reflect>It burns, I see.</reflect><revise>r</revise>"
+
+
+def record(number: int, task: str, said: str, drafted: str, **changed: Any) -> scores.Record:
+    """A record of a video with a fire from 2 to 6 s."""
+    text = SECTIONS.format(think=f"Smoke {HOSTILE}", draft=drafted) + f"<answer>{said}</answer>"
+    if task == "grounding":
+        text = text.replace(f"<answer>{said}", "<answer>Anomaly").replace("</answer>", f"</answer><glue>{said}</glue>")
+    target = {"qa": "B", "classification": "Fire", "grounding": "Anomaly [2.0, 6.0]"}[task]
+    found: scores.Record = {
+        "example": f"v{number}.mp4/{task}",
+        "video": f"v{number}.mp4",
+        "source": "msad",
+        "task": task,
+        "rotation": 0,
+        "question": f"What happens? {HOSTILE}",
+        "prompt_hash": "0",
+        "target": target,
+        "answer": "B",
+        "anomaly_class": "Fire",
+        "interval": [2.0, 6.0],
+        "duration": 10.0,
+        "key_object": "flames",
+        "reference": "",
+        "completions": [text],
+        "failure": None,
+        **changed,
+    }
+    final = scores.read([found], "lenient", True)
+    value = float(scores.rewards.task_score(final.final, scores.truth([found]))[0])
+    draft = float(scores.rewards.task_score(final.draft, scores.truth([found]))[0])
+    return found | {
+        "predictions": scores.said(final.final, task),
+        "drafts": scores.said(final.draft, task),
+        "scores": [value],
+        "draft_scores": [draft],
+    }
+
+
+def evaluation(folder: Path, records: list[scores.Record], name: str, videos: Path, csv: str = "test.csv") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    result = {
+        "name": name,
+        "checkpoint": f"runs/{HOSTILE}",
+        "blind": False,
+        "protocol": "clean",
+        "about": {"time": "now", "commit": "abc", "devices": "1 x cpu"},
+        "settings": {"data": {"csv": csv, "videos": str(videos)}},
+        "excluded": [{"video": HOSTILE, "what": "qa", "reason": "no question text"}],
+        "failed": 0,
+        **scores.score(records, reflection=True),
+    }
+    (folder / "metrics.json").write_text(json.dumps(result))
+    return folder
+
+
+RECORDS = [
+    record(0, "qa", "B", "A"),  # corrected
+    record(0, "grounding", "[2.0, 6.0]", "Anomaly [2.0, 6.0]"),
+    record(0, "classification", "Fire", "Fire"),
+    record(1, "qa", "C", "B"),  # broken
+    record(1, "grounding", "[5.0, 9.0]", "Anomaly [1.0, 5.0]"),  # broken
+    record(1, "classification", "???", "Fire"),  # broken and unreadable
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two evaluations and two runs, with texts that would like to be code."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "videos").mkdir()
+    clips.write(folder / "videos" / "v0.mp4", count=40)
+    evaluation(folder / "eval" / "a", RECORDS, f"first {HOSTILE}", folder / "videos")
+    evaluation(folder / "eval" / "b", RECORDS[:3], "second", folder / "videos", "test_msad.csv")
+    for run in ("sft", "rft"):
+        (folder / run).mkdir()
+        steps = [{"step": i, "loss": 1 / i, "reward": i, "seconds/step": 1.5} for i in range(1, 9)]
+        (folder / run / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+        (folder / run / "config.json").write_text(json.dumps({"stage": run, "model": HOSTILE}))
+    report.write([folder], folder / "report.html")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM:
+        pytest.skip("no chromium on PATH: install Debian's package")
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, folder: Path) -> Iterator[Page]:
+    """The page, opened from its file; whatever it logs or asks for is in `page.told`."""
+    page = browser.new_page()
+    page.told = []
+    page.on("console", lambda message: page.told.append(message.text))
+    page.on("pageerror", lambda error: page.told.append(str(error)))
+    page.on("request", lambda request: page.told.append(request.url[:99]))
+    page.goto(f"file://{folder}/report.html")
+    yield page
+    page.close()
+
+
+def shown(page: Page) -> list[str]:
+    return page.locator(".card:visible h3 span:first-child").all_text_contents()
+
+
+def test_it_works_from_a_file_without_errors_or_requests(page: Page, folder: Path) -> None:
+    for number, place in enumerate(page.locator("[data-chart]").all()):
+        place.scroll_into_view_if_needed()
+        page.wait_for_selector(f"[data-chart='{number}'] .main-svg")
+    assert [t for t in page.told if not t.startswith(("data:", "blob:", f"file://{folder}/report.html"))] == []
+
+
+def test_texts_of_models_and_files_stay_texts(page: Page) -> None:
+    for place in page.locator("[data-chart]").all():
+        place.scroll_into_view_if_needed()
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img").count() == 0
+    text = page.locator(".card").first.inner_text() + page.locator("#filters").inner_text()
+    assert text.count("<script>window.hacked = 1</script>") >= 2
+
+
+def test_the_table_says_what_the_metrics_say(page: Page) -> None:
+    rows = {r.split("\t")[0]: r.split("\t")[1:] for r in page.locator("table").first.inner_text().splitlines()}
+    assert rows["QA accuracy"][0].startswith("0.50 [") and rows["QA accuracy"][1].startswith("1.00 [")
+    assert rows["Grounding mIoU"][0].startswith("0.57 [")  # 1 and 1/7
+
+
+def test_published_numbers_stand_beside_the_same_data_alone(page: Page) -> None:
+    table = page.locator("section[aria-labelledby=published] table")
+    head, *rows = table.inner_text().splitlines()
+    assert "second" in head and "first" not in head
+    assert any(row.startswith("QA accuracy, MSAD\t100.00") and "89.58" in row for row in rows)
+    assert not any("ECVA" in row for row in rows)
+
+
+def test_filters_and_order(page: Page) -> None:
+    assert len(shown(page)) == 9
+    page.select_option("[name=task]", "grounding")
+    assert shown(page) == ["v0.mp4/grounding", "v1.mp4/grounding", "v0.mp4/grounding"]
+    page.select_option("[name=outcome]", "broken")
+    assert shown(page) == ["v1.mp4/grounding"]
+    assert page.locator("#count").inner_text() == "1 shown"
+    page.get_by_role("button", name="Show all").click()
+    page.wait_for_function("document.getElementById('count').textContent === '9 shown'")
+    page.select_option("[name=order]", "worst")
+    assert shown(page)[0].startswith("v1.mp4")
+    page.select_option("[name=outcome]", "corrected")
+    assert shown(page) == ["v0.mp4/qa", "v0.mp4/qa"]
+
+
+def test_a_card_has_frames_a_time_line_and_folded_sections(page: Page) -> None:
+    page.select_option("[name=task]", "grounding")
+    card = page.locator(".card:visible").nth(1)
+    assert [t.strip() for t in card.locator(".track").all_text_contents()] == ["2.0 to 6.0 s", "5.0 to 9.0 s", "1.0 to 5.0 s"]
+    bar = card.locator(".bar.predicted")
+    assert bar.evaluate("e => [e.style.left, e.style.width]") == ["50%", "40%"]
+    assert page.locator(".card:visible .strip").count() == 2  # v1.mp4 is not there
+    section = card.locator("details", has_text="reflect").locator("p")
+    assert not section.is_visible()
+    card.locator("summary", has_text="reflect").click()
+    assert section.inner_text() == "It burns, I see."
+
+
+def test_keys_reach_everything(page: Page) -> None:
+    page.locator("[name=evaluation]").focus()
+    for name in ("task", "class", "outcome", "order"):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.name") == name
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.parentElement.open")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_contrast_and_names_meet_aa(page: Page, scheme: str, width: int) -> None:
+    """axe-core's rules for WCAG 2.1 A and AA; no scrolling sideways on a phone."""
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 800})
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
+    found = Axe().run(page, options=rules).response["violations"]
+    assert [(v["id"], v["nodes"][0]["html"][:120], v["nodes"][0]["failureSummary"][:200]) for v in found] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_curves_of_all_runs_share_a_chart(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    charts = json.loads(re.search(r'id="chart-data">(.*?)</script>', text, re.DOTALL).group(1))
+    loss = next(chart for chart in charts if chart["title"] == "Loss")
+    assert [line["name"] for line in loss["data"]] == ["rft", "sft"]
+    titles = [chart["title"] for chart in charts]
+    assert sum(t.startswith("Classes: ") for t in titles) == sum(t.startswith("Times: ") for t in titles) == 2
+
+
+def test_large_evaluations_stay_small(tmp_path: Path) -> None:
+    """1,000 examples of as many, evenly chosen, with long answers: under 25 MB."""
+    (tmp_path / "videos").mkdir()
+    path = clips.write(tmp_path / "videos" / "v0.mp4", count=40)
+    for i in range(1, 400):
+        shutil.copy(path, tmp_path / "videos" / f"v{i}.mp4")
+    long = ("The smoke rises. " * 120,)
+    records = [
+        {**r, "example": f"v{i}.mp4/{r['task']}", "video": f"v{i}.mp4", "completions": [r["completions"][0] + long[0]]}
+        for i in range(400)
+        for r in RECORDS[:3]
+    ]
+    evaluation(tmp_path / "eval", records, "large", tmp_path / "videos")
+    report.write([tmp_path], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert text.count('<li class="card"') == 1000 and "1000 of 1200 examples" in text
+    assert len(text.encode()) < 25e6
+
+
+def test_differences_between_two_evaluations(folder: Path, tmp_path: Path) -> None:
+    better = [{**r, "scores": [1.0]} for r in RECORDS]
+    other = evaluation(tmp_path / "c", better[1:], "c", folder)
+    lines = report.compare(folder / "eval" / "a", other).splitlines()
+    table = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:5]}
+    assert table["qa"][:3] == ["0.000", "1.000", "+1.000"] and table["qa"][-1] == "1"
+    assert table["grounding"][:3] == ["0.571", "1.000", "+0.429"]
+    assert lines[-1] == "Only in A: 1 examples, only in B: 0."
+
+
+def test_what_cannot_be_reported_is_said(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(InputError, match="has no run"):
+        report.write([tmp_path], tmp_path / "report.html")
+    with pytest.raises(InputError, match=r"must end in \.html"):
+        report.write([folder], tmp_path / "report.md")
+    with pytest.raises(InputError, match=r"no predictions\.jsonl"):
+        report.compare(tmp_path, folder / "eval" / "a")
+    (tmp_path / "predictions.jsonl").write_text('{"old": 1}\n')
+    with pytest.raises(InputError, match="evaluate again"):
+        report.compare(tmp_path, folder / "eval" / "a")
+
+
+def test_sections_of_broken_completions_are_all_there() -> None:
+    text = "well <think>a</think><answer>B</answer> and <glue>more"
+    assert gallery._sections(text) == [
+        ("outside", "well"),
+        ("think", "a"),
+        ("answer", "B"),
+        ("outside", "and <glue>more"),
+    ]
+    assert gallery._sections("no tags") == [("text", "no tags")]
+    assert gallery.choose(list(range(10)), 4) == [int(i) for i in np.linspace(0, 9, 4)]
