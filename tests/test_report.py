@@ -177,7 +177,11 @@ def test_filters_and_order(page: Page) -> None:
 def test_a_card_has_frames_a_time_line_and_folded_sections(page: Page) -> None:
     page.select_option("[name=task]", "grounding")
     card = page.locator(".card:visible").nth(1)
-    assert [t.strip() for t in card.locator(".track").all_text_contents()] == ["2.0 to 6.0 s", "5.0 to 9.0 s", "1.0 to 5.0 s"]
+    assert [t.strip() for t in card.locator(".track").all_text_contents()] == [
+        "2.0 to 6.0 s",
+        "5.0 to 9.0 s",
+        "1.0 to 5.0 s",
+    ]
     bar = card.locator(".bar.predicted")
     assert bar.evaluate("e => [e.style.left, e.style.width]") == ["50%", "40%"]
     assert page.locator(".card:visible .strip").count() == 2  # v1.mp4 is not there

@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from vau_jax import charts, gallery, metrics, parsing
+from vau_jax import charts, gallery, metrics, parsing, scores
 from vau_jax.files import InputError, exit_on_input_error, read_json, write_text
 from vau_jax.metric_writer import read_metrics
 from vau_jax.published import PUBLISHED
@@ -50,16 +50,6 @@ def evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The metrics.json of every finished evaluation under the folders, oldest first, each with its "folder"."""
     paths = sorted({p for f in folders for p in f.rglob("metrics.json")}, key=lambda p: p.stat().st_mtime_ns)
     return [{**read_json(path), "folder": path.parent} for path in paths]
-
-
-def read_predictions(folder: Path) -> list[Record]:
-    """An evaluation's records, those of turned options left out; none where the file is not there."""
-    path = folder / "predictions.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    try:
-        return [record for record in map(json.loads, lines) if not record["rotation"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} has a line that is no record of this version: evaluate again") from error
 
 
 # --- Tables -------------------------------------------------------------------------------------------------------
@@ -137,7 +127,7 @@ def write(folders: Sequence[Path], out: Path, examples: int = 1000) -> str:
     runs = sorted({p.parent for folder in folders for p in folder.rglob("metrics.jsonl")})
     if absent or not (results or runs):
         raise InputError(f"nothing to report: {', '.join(absent) or ', '.join(map(str, folders))} has no run")
-    seen = [(result, read_predictions(result["folder"])) for result in results if not result["blind"]]
+    seen = [(result, scores.load(result["folder"])) for result in results if not result["blind"]]
     cards, strips = _cards(seen, examples)
     lines = table(results) if results else []
     steps = {run.name: read_metrics(run) for run in runs}
@@ -212,7 +202,7 @@ def _run(run: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 def compare(a: Path, b: Path) -> str:
     """A Markdown table of the differences, b - a, in the score of each task, over the examples that both have."""
-    both = [{r["example"]: r for r in read_predictions(folder)} for folder in (a, b)]
+    both = [{r["example"]: r for r in scores.load(folder)} for folder in (a, b)]
     if not all(both):
         raise InputError(f"{a if not both[0] else b} has no predictions.jsonl: give two folders of evaluations")
     lines = [["score", "A", "B", "B - A", "95%", "p", "n"]]

@@ -143,7 +143,7 @@ class Rollout:
         """The judge's marks float32 [N] in [0, 1], NaN for all but descriptions, and what failed so far and here."""
         marks, errors = np.full(len(texts), np.nan, np.float32), list(errors)
         asked = [i for i, example in enumerate(examples) if example.task == "description" and readable[i]]
-        found = self.judge.marks([(examples[i].row, parsing.TAG.sub(" ", texts[i])) for i in asked])
+        found = self.judge.marks([judge.Subject.of_row(examples[i].row, texts[i]) for i in asked])
         for i, (given, error) in zip(asked, found, strict=True):
             if given is None:
                 errors[i] = errors[i] or f"judge: {error}"

@@ -1,7 +1,9 @@
 """Prediction records to the numbers of metrics.json; the fields of a record are in launch/README.md."""
 
+import json
 from collections.abc import Callable, Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from vau_jax import metrics, parsing, rewards
 from vau_jax.data.annotations import LABELS
+from vau_jax.files import InputError
 from vau_jax.parsing import Answers, Parsed
 from vau_jax.types import Target
 
@@ -44,6 +47,16 @@ def score(records: list[Record], reflection: bool, protocol: str = "clean") -> d
     result["rewards"] = {name: metrics.estimate(value) for name, value in values.items()}
     result["rewards"]["total"] = metrics.estimate(sum(values.values()))
     return result | _samples(first, reflection) | _orders(records) | _frames(first, reflection)
+
+
+def load(folder: Path) -> list[Record]:
+    """The records of the evaluation in a folder, those of turned options left out; none where there is no file."""
+    path = folder / "predictions.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        return [record for record in map(json.loads, lines) if not record["rotation"]]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} has a line that is no record of this version: evaluate again") from error
 
 
 def completion(record: Record, number: int = 0) -> str:
