@@ -49,7 +49,10 @@ ROWS = (
 def evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The metrics.json of every finished evaluation under the folders, oldest first, each with its "folder"."""
     paths = sorted({p for f in folders for p in f.rglob("metrics.json")}, key=lambda p: p.stat().st_mtime_ns)
-    return [{**read_json(path), "folder": path.parent} for path in paths]
+    found = [{**read_json(path), "folder": path.parent} for path in paths]
+    if old := [str(result["folder"]) for result in found if "settings" not in result]:
+        raise InputError(f"{', '.join(old)}: made by another version, which report does not read: evaluate again")
+    return found
 
 
 # --- Tables -------------------------------------------------------------------------------------------------------
