@@ -130,7 +130,7 @@ def test_evaluation_of_a_run_without_a_checkpoint(dataset: Path, model_folder: P
 
 
 def test_a_report_of_nothing(tmp_path: Path) -> None:
-    code, error = command("vau_jax.report", str(tmp_path), f"--out={tmp_path / 'r.md'}")
+    code, error = command("vau_jax.report", str(tmp_path), f"--out={tmp_path / 'r.html'}")
     assert code == 2
     assert "nothing to report" in error
 

@@ -72,14 +72,19 @@ def test_training_wrote_its_metrics(finished: tuple[Path, str]) -> None:
     assert list((workdir / "rft" / "tensorboard").iterdir())
 
 
-def test_the_report_shows_table_and_curves(finished: tuple[Path, str]) -> None:
+def test_sft_lowers_the_loss(finished: tuple[Path, str]) -> None:
+    workdir, _ = finished
+    losses = [step["loss"] for step in read_metrics(workdir / "sft")]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_report_shows_table_curves_and_examples(finished: tuple[Path, str]) -> None:
     workdir, out = finished
-    text = (workdir / "report.md").read_text()
+    text = (workdir / "report.html").read_text()
     assert re.search(r"QA accuracy +\| \d\.\d\d \[", out)
     assert "Grounding mIoU" in text and "constant guess" in text and "rft blind" in text
-    for picture in re.findall(r"\((\S+\.png)\)", text):
-        assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
-    assert "curves_rft_rewards.png" in text
+    assert all(f">{title}<" in text for title in ("Reward", "Loss", "Reflection", "Classes: rft"))
+    assert text.count('<li class="card"') == 3 * 24 * 3 and text.count("data:image/webp") == 24
 
 
 def test_the_trained_model_opens_and_saves(finished: tuple[Path, str], tmp_path: Path) -> None:

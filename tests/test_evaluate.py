@@ -41,7 +41,7 @@ def test_evaluation_goes_on_after_the_examples_that_are_done(model_folder: Path,
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:10]) + lines[10][:20])
     (tmp_path / "metrics.json").unlink()
-    assert evaluate.run(c, tmp_path) == first
+    assert {**evaluate.run(c, tmp_path), "about": first["about"]} == first
     assert sorted(path.read_text().splitlines()) == sorted(line.strip() for line in lines)
 
 

@@ -13,7 +13,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests import clips
-from vau_jax import gallery, report, scores
+from vau_jax import gallery, judge, report, scores
 from vau_jax.files import InputError
 
 CHROMIUM = shutil.which("chromium")
@@ -81,7 +81,7 @@ RECORDS = [
     record(0, "classification", "Fire", "Fire"),
     record(1, "qa", "C", "B"),  # broken
     record(1, "grounding", "[5.0, 9.0]", "Anomaly [1.0, 5.0]"),  # broken
-    record(1, "classification", "???", "Fire"),  # broken and unreadable
+    record(1, "classification", "???", "Fire", source="ucf"),  # broken and unreadable
 ]
 
 
@@ -93,6 +93,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clips.write(folder / "videos" / "v0.mp4", count=40)
     evaluation(folder / "eval" / "a", RECORDS, f"first {HOSTILE}", folder / "videos")
     evaluation(folder / "eval" / "b", RECORDS[:3], "second", folder / "videos", "test_msad.csv")
+    (folder / "eval" / "b" / "judged").mkdir()
+    mark = {"value": 7.0, "low": 6.0, "high": 8.0, "n": 3}
+    marks = {"model": HOSTILE, "axes": dict.fromkeys(judge.AXES, mark), "total": mark, "unmarked": {"x": "why"}}
+    (folder / "eval" / "b" / "judged" / "strict.json").write_text(json.dumps(marks))
     for run in ("sft", "rft"):
         (folder / run).mkdir()
         steps = [{"step": i, "loss": 1 / i, "reward": i, "seconds/step": 1.5} for i in range(1, 9)]
@@ -149,6 +153,21 @@ def test_the_table_says_what_the_metrics_say(page: Page) -> None:
     rows = {r.split("\t")[0]: r.split("\t")[1:] for r in page.locator("table").first.inner_text().splitlines()}
     assert rows["QA accuracy"][0].startswith("0.50 [") and rows["QA accuracy"][1].startswith("1.00 [")
     assert rows["Grounding mIoU"][0].startswith("0.57 [")  # 1 and 1/7
+
+
+def test_scores_by_source_are_folded(page: Page) -> None:
+    folded = page.locator("details", has=page.locator("summary", has_text="classification, by source"))
+    assert not folded.locator("table").is_visible()
+    folded.locator("summary").click()
+    rows = [row.split("\t") for row in folded.locator("table").inner_text().splitlines()[1:]]
+    assert [(row[0], row[1][:4], row[2][:4]) for row in rows] == [("msad", "1.00", "1.00"), ("ucf", "0.00", "-")]
+
+
+def test_marks_of_judges_stand_in_a_table(page: Page) -> None:
+    table = page.locator("section[aria-labelledby=judged] table").inner_text().splitlines()
+    assert table[0].strip().startswith("second, strict (<script>")
+    assert [row.split("\t")[0] for row in table[1:]] == [*judge.AXES, "total, of 50", "not marked"]
+    assert table[1].split("\t")[1] == "7.00 [6.00, 8.00]" and table[-1].split("\t")[1] == "1"
 
 
 def test_published_numbers_stand_beside_the_same_data_alone(page: Page) -> None:

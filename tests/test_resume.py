@@ -74,24 +74,40 @@ def learning_curve(workdir: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in map(json.loads, lines)]
 
 
-@pytest.mark.parametrize(("stage", "kills"), [("sft", (1, 3, 5)), ("rft", (3,))])
-def test_killed_and_straight_runs_end_alike(
-    stage: str, kills: tuple[int, ...], model_folder: Path, dataset: Path, tmp_path: Path
+@pytest.fixture(scope="module")
+def straight_sft(model_folder: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run that nobody killed."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    run(command("sft", model_folder, dataset, workdir))
+    return workdir
+
+
+def test_a_killed_sft_run_ends_like_a_straight_one(
+    straight_sft: Path, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    run(command(stage, model_folder, dataset, tmp_path / "straight"))
+    ends_alike("sft", (1, 4), straight_sft, model_folder, dataset, tmp_path)
+
+
+def test_a_killed_rft_run_ends_like_a_straight_one(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    run(command("rft", model_folder, dataset, tmp_path / "straight"))
+    ends_alike("rft", (3,), tmp_path / "straight", model_folder, dataset, tmp_path)
+
+
+def ends_alike(
+    stage: str, kills: tuple[int, ...], straight: Path, model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Bit for bit: a run that is killed at these steps, and one that is not."""
     for step in kills:
         kill_after(command(stage, model_folder, dataset, tmp_path / "killed"), tmp_path / "killed", step)
     run(command(stage, model_folder, dataset, tmp_path / "killed"))
-    expected, found = final(tmp_path / "straight"), final(tmp_path / "killed")
+    expected, found = final(straight), final(tmp_path / "killed")
     for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
-    assert learning_curve(tmp_path / "killed") == learning_curve(tmp_path / "straight")
+    assert learning_curve(tmp_path / "killed") == learning_curve(straight)
 
 
-def test_a_workdir_with_another_run_is_refused(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
-    args = command("sft", model_folder, dataset, tmp_path / "run")
-    run(args)
-    other = [*args, "--config.optim.lr=5e-4"]
+def test_a_workdir_with_another_run_is_refused(straight_sft: Path, model_folder: Path, dataset: Path) -> None:
+    other = [*command("sft", model_folder, dataset, straight_sft), "--config.optim.lr=5e-4"]
     done = subprocess.run(other, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "optim.lr (was 0.001, is 0.0005)" in done.stderr

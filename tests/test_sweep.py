@@ -56,15 +56,15 @@ def test_a_sweep_of_the_project_sets_fields_that_its_config_has(
 
 
 def test_trials_are_run_once_and_tabulated(tmp_path: Path) -> None:
-    file = written(tmp_path, 'product([{"options": (3, 4)}], over("seed", (0, 1, 2)), over("skill", (0.2, 0.5)))')
+    file = written(tmp_path, 'product([{"options": (3, 4)}], over("seed", (0, 2)), over("skill", (0.2, 0.5)))')
     done = call(file, tmp_path / "runs", "--jobs=2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "runs" / "seed=1,skill=0.5" / "done.json").is_file()
+    assert (tmp_path / "runs" / "seed=2,skill=0.5" / "done.json").is_file()
     table = (tmp_path / "runs" / "sweep.md").read_text()
-    assert "| skill=0.2 | only       | 3 | 0.30 ± 0.10 |" in table
-    assert "| skill=0.5 | only       | 3 | 0.60 ± 0.10 |" in table
+    assert "| skill=0.2 | only       | 2 | 0.30 ± 0.14 |" in table
+    assert "| skill=0.5 | only       | 2 | 0.60 ± 0.14 |" in table
     again = call(file, tmp_path / "runs")
-    assert again.stdout.count("is finished") == 6 and "begins" not in again.stdout
+    assert again.stdout.count("is finished") == 4 and "begins" not in again.stdout
 
 
 def test_a_trial_that_fails_is_told_and_gone_on_with(tmp_path: Path) -> None:

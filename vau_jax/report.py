@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from vau_jax import charts, gallery, metrics, parsing, scores
+from vau_jax import charts, gallery, judge, metrics, parsing, scores
 from vau_jax.files import InputError, exit_on_input_error, read_json, write_text
 from vau_jax.metric_writer import read_metrics
 from vau_jax.published import PUBLISHED
@@ -81,7 +81,8 @@ def lookup(result: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any] | No
 
 def cell(estimate: dict[str, Any] | None) -> str:
     """`0.81 [0.76, 0.86]`."""
-    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]" if estimate else "-"
+    known = estimate and estimate["value"] is not None
+    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]" if known else "-"
 
 
 def escape(text: str) -> str:
@@ -112,6 +113,34 @@ def published(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     return lines if len(lines) > 1 else []
 
 
+def groups(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
+    """(title, table) of each task's scores by class and by source, where there is more than one; for grounding the
+    temporal IoU, in which a normal video counts 1 when nothing is found."""
+    found = []
+    for kind, title in (("by_class", "class"), ("by_source", "source")):
+        for task in parsing.VERIFIABLE:
+            names = sorted({name for result in results for name in result[kind].get(task, {})})
+            lines = [["", *(result["name"] for result in results), "n"]]
+            for name in names:
+                cells = [result[kind].get(task, {}).get(name) for result in results]
+                lines.append([name, *map(cell, cells), str(next(e["n"] for e in cells if e))])
+            if len(names) > 1:
+                found.append((f"{task}, by {title}", lines))
+    return found
+
+
+def judged(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Marks of descriptions (VAU-Eval): a column an evaluation and judge; empty without any."""
+    files = [(r["name"], path) for r in results for path in sorted((r["folder"] / judge.FOLDER).glob("*.json"))]
+    found = [(name, path.stem, read_json(path)) for name, path in files]
+    if not found:
+        return []
+    lines = [["", *(f"{name}, {stem} ({marks['model']})" for name, stem, marks in found)]]
+    lines += [[axis, *(cell(marks["axes"][axis]) for *_, marks in found)] for axis in judge.AXES]
+    lines.append(["total, of 50", *(cell(marks["total"]) for *_, marks in found)])
+    return [*lines, ["not marked", *(str(len(marks["unmarked"])) for *_, marks in found)]]
+
+
 def exclusions(results: Sequence[dict[str, Any]]) -> list[str]:
     """A line a row that was left out of an evaluation, and why; each once."""
     entries = {(e["video"], e["what"], e["reason"]) for result in results for e in result["excluded"]}
@@ -140,6 +169,8 @@ def write(folders: Sequence[Path], out: Path, examples: int = 1000) -> str:
         runs=[_run(run, steps[run.name]) for run in runs],
         table=lines,
         published=published(results),
+        judged=judged(results),
+        groups=groups(results),
         exclusions=exclusions(results),
         charts=[*charts.curves(steps), *charts.results(seen)],
         cards=cards,
