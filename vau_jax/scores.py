@@ -129,14 +129,14 @@ def _samples(first: list[Record], reflection: bool) -> dict[str, Any]:
 
 def _orders(records: list[Record]) -> dict[str, Any]:
     """QA with the options in several orders."""
-    questions: dict[str, list[Record]] = {}
+    questions: dict[str, dict[int, Record]] = {}  # by video, then by rotation
     for record in records:
         if record["task"] == "qa":
-            questions.setdefault(record["video"], []).append(record)
+            questions.setdefault(record["video"], {})[record["rotation"]] = record
     groups = list(questions.values())
     if not groups or len(groups[0]) == 1:
         return {}
-    flat = [record for group in groups for record in group]
+    flat = [record for group in groups for record in group.values()]
     right = rewards.correctness(read(flat, "lenient", False).final, truth(flat))
     return {"option_order": metrics.option_order(np.asarray(right).reshape(len(groups), -1) > 0)}
 
