@@ -153,7 +153,7 @@ SHAPES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(s=SHAPES)
 def test_any_size_and_depth(tmp_path_factory: pytest.TempPathFactory, s: dict) -> None:
     eyes = {"depth": s["depth"], "num_heads": s["vision_heads"]}
