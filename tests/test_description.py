@@ -148,6 +148,17 @@ def test_judges_mark_an_evaluation_and_are_compared(row: Row, tmp_path: Path) ->
     assert pair["difference"] == pytest.approx(np.mean([35, 25, 15, 5, 0]))
 
 
+def test_a_judge_that_cannot_be_reached_marks_nothing_and_says_so(tmp_path: Path) -> None:
+    found = {"task": "description", "rotation": 0, "anomaly_class": None, "key_object": "", "reference": ""}
+    record = {**found, "example": "x", "completions": ["text"], "failure": None}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(record) + "\n")
+    c = judge_config.get_config()
+    c.update({"url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0})
+    result = judge.run(c, tmp_path)
+    assert result["total"]["n"] == 0 and "APIConnectionError" in result["unmarked"]["x"]
+    assert (tmp_path / "judged" / "judge.json").is_file()
+
+
 def test_a_judge_of_nothing_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no descriptions to mark"):
         judge.run(judge_config.get_config(), tmp_path)

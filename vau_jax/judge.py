@@ -139,6 +139,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         raise InputError(f"{workdir} has no descriptions to mark: evaluate with data.tasks=('description',) first")
     if not re.fullmatch(r"[\w.-]+", config.name):
         raise InputError(f"name={config.name!r}: expected letters, digits, dots, dashes, as it names a file")
+    folder.mkdir(exist_ok=True)
     judge = Judge(Chat(config, folder / f"{config.name}.answers.jsonl"))
     seen = [r for r in records if not r["failure"]]
     progress = Progress(config.name, len(seen))
