@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax import files, parsing, rewards, sampling
-from vau_jax.chat import Chat, Message, frames_content
+from vau_jax.chat import Chat, Message, Reply, frames_content
 from vau_jax.data import pipeline, prompts, video
 from vau_jax.data.annotations import LABELS, Row
 from vau_jax.data.decoders import VideoError
@@ -91,7 +92,7 @@ def by_model(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iter
 def by_endpoint(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iterator[Drafted]:
     """The answers of the model behind config.student.url, student.samples to a question; texts are kept in
     student.jsonl, so that none is paid for twice."""
-    s, words = config.student, _words(config)
+    s, words = config.student, prompts.load_words(config.data.templates)
     student = Chat(s, workdir / "student.jsonl")
     asked: list[Example] = []
     unread: list[Drafted] = []
@@ -107,22 +108,14 @@ def by_endpoint(config: ConfigDict, workdir: Path, examples: list[Example]) -> I
             text = prompts.question(example.row, example.task, config.data.style, config.data.wording, words)
             yield [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
-    texts: dict[int, list[str]] = {}
-    errors: dict[int, str] = {}
-    replies: dict[int, int] = {}
+    replies: defaultdict[int, list[Reply]] = defaultdict(list)
     for number, reply in student.ask_all(questions(), samples=s.samples):
-        replies[number] = replies.get(number, 0) + 1
-        if reply.error:
-            errors[number] = reply.error
-        else:
-            texts.setdefault(number, []).append(reply.text)
-        if replies[number] == s.samples:
-            yield _read(asked[number], texts.pop(number, []), f"{UNANSWERED}: {errors.get(number)}")
+        replies[number].append(reply)
+        if len(replies[number]) == s.samples:
+            found = replies.pop(number)
+            texts = [reply.text for reply in found if not reply.error]
+            yield _read(asked[number], texts, f"{UNANSWERED}: {found[-1].error}")
     yield from unread
-
-
-def _words(config: ConfigDict) -> prompts.Words:
-    return prompts.load_words(config.data.templates) if config.data.templates else prompts.WORDS
 
 
 def _read(example: Example, texts: Sequence[str], reason: str) -> Drafted:

@@ -203,8 +203,7 @@ def test_paired_differences_find_what_is_there_and_nothing_else(rng: np.random.G
     assert metrics.paired(a, a)["p"] == 1.0
 
 
-def test_the_paired_p_value_is_the_signed_rank_tests_kin(rng: np.random.Generator) -> None:
-    """Beside scipy's own permutation test of the mean."""
+def test_the_paired_p_value_is_that_of_scipys_permutation_test(rng: np.random.Generator) -> None:
     a = rng.random(30)
     b = a + 0.08 + 0.2 * rng.normal(size=30)
     exact = stats.permutation_test((b - a,), np.mean, permutation_type="samples", n_resamples=10000, rng=1)

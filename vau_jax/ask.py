@@ -67,7 +67,7 @@ def _words(task: str, question: str, options: tuple[str, ...], data: ConfigDict)
     if task == "describe" and "description" not in data.get("tasks", ()):
         return question or "Describe what happens in the video."
     row = Row("", "msad", question, options, None, None, None, "", "", {})
-    words = prompts.load_words(data.templates) if data.get("templates") else prompts.WORDS
+    words = prompts.load_words(data.get("templates", ""))
     asked = prompts.question(row, TASKS[task], data.get("style", "think"), data.get("wording", "full"), words)
     return f"{question}\n{asked}" if question and task != "qa" else asked
 

@@ -1,7 +1,7 @@
 """Prediction records to the numbers of metrics.json; the fields of a record are in launch/README.md."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def score(records: list[Record], reflection: bool, protocol: str = "clean") -> d
             continue
         mine, true = metrics.select(parsed, rows), metrics.select(target, rows)
         here = [first[i] for i in rows]
-        result["tasks"][task] = _TASK_METRICS[task](mine, true, here, protocol)
+        result["tasks"][task] = _task(task, mine, true, here, protocol)
         result["baselines"][task] = metrics.baselines(true, task)
         if task not in parsing.VERIFIABLE:
             continue
@@ -165,6 +165,15 @@ def _interval(answers: Answers, i: int) -> tuple[float, float] | None:
 # --- Tasks --------------------------------------------------------------------------------------------------------
 
 
+def _task(task: str, parsed: Parsed, target: Target, records: list[Record], protocol: str) -> dict[str, Any]:
+    """The scores of one task."""
+    if task == "qa":
+        return metrics.question_answering(parsed, target)
+    if task == "grounding":
+        return metrics.grounding(parsed, target, protocol)
+    return metrics.classification(parsed, target) if task == "classification" else describe(parsed, records)
+
+
 def describe(parsed: Parsed, records: list[Record]) -> dict[str, Any]:
     """Descriptions beside the annotation by words alone; what VAU-Eval's judge marks is in judge.py.
 
@@ -198,11 +207,3 @@ def _share(wanted: str, text: str) -> float | None:
 
 def _words(text: str) -> list[str]:
     return [w for w in "".join(c if c.isalnum() else " " for c in text.lower()).split() if len(w) > 2]
-
-
-_TASK_METRICS: dict[str, Callable[[Parsed, Target, list[Record], str], dict[str, Any]]] = {
-    "qa": lambda parsed, target, records, protocol: metrics.question_answering(parsed, target),
-    "grounding": lambda parsed, target, records, protocol: metrics.grounding(parsed, target, protocol),
-    "classification": lambda parsed, target, records, protocol: metrics.classification(parsed, target),
-    "description": lambda parsed, target, records, protocol: describe(parsed, records),
-}

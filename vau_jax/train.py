@@ -40,7 +40,10 @@ ADAPTER_STREAM = 2**31 - 2  # no step number: the key of fresh adapters and the 
 
 
 class Trainer:
-    """Everything of a run that is set up once: model, state, data, compiled functions."""
+    """Everything of a run that is set up once: model, state, data, compiled functions.
+
+    Answers of a judge are kept in `workdir`, where there is one.
+    """
 
     def __init__(self, config: ConfigDict, workdir: Path | None = None) -> None:
         check(config)

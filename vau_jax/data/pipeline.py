@@ -143,7 +143,7 @@ class Loader:
     blind: bool = False
 
     def __post_init__(self) -> None:
-        self.words = prompts.load_words(self.config.templates) if self.config.templates else prompts.WORDS
+        self.words = prompts.load_words(self.config.templates)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Loaded:
         clip, cached, failure = self._clip(example)

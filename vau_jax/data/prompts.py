@@ -78,10 +78,12 @@ WORDS = Words(
 
 
 def load_words(path: str | os.PathLike) -> Words:
-    """WORDS with what a JSON file says differently; the file has the fields of `Words`, or some of them.
+    """WORDS with what a JSON file says differently; the file has the fields of `Words`, or some of them. "" is no file.
 
     Raises InputError for a file that is no such object, or names an unknown field, style or task.
     """
+    if not path:
+        return WORDS
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected an object with {', '.join(vars(WORDS))}")
