@@ -217,6 +217,13 @@ def test_marks_reward_descriptions_alone_and_failures_count_for_nothing(scorer: 
     assert inputs["advantages"].reshape(16)[descriptions].reshape(-1, 4)[:, [0, 3]].round(3).tolist() == [[-1, 1]] * 2
 
 
+def test_a_judge_without_descriptions_is_refused(scorer: tuple) -> None:
+    with pytest.raises(InputError, match=r"rewards\.judge=1\.0 has nothing to mark"):
+        judged(
+            scorer, ["a"] * 16, **{"rewards.judge": 1.0, "data.tasks": ("qa",), "judge.url": "u", "judge.model": "m"}
+        )
+
+
 def test_without_a_judge_no_endpoint_is_needed(scorer: tuple) -> None:
     r, _, _ = scorer
     assert r.judge is None and "judge" not in r.weights

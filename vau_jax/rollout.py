@@ -77,6 +77,10 @@ class Rollout:
             )
         self.user = UserRewards(c.user_rewards, c.rollout.reward_threads)
         self.built_in = tuple(name for name, weight in c.rewards.items() if weight and name in REWARDS)
+        if c.rewards.get("judge") and "description" not in c.data.tasks:
+            raise InputError(
+                f"rewards.judge={c.rewards.judge} has nothing to mark: data.tasks={tuple(c.data.tasks)} lacks description"
+            )
         self.judge = Judge(Chat(c.judge, self.judge_cache)) if c.rewards.get("judge") else None
         weights = {name: c.rewards[name] for name in self.built_in}
         weights |= {"overlong": 1.0} if c.grpo.overlong_buffer else {}
