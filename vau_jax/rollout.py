@@ -79,7 +79,8 @@ class Rollout:
         self.built_in = tuple(name for name, weight in c.rewards.items() if weight and name in REWARDS)
         if c.rewards.get("judge") and "description" not in c.data.tasks:
             raise InputError(
-                f"rewards.judge={c.rewards.judge} has nothing to mark: data.tasks={tuple(c.data.tasks)} lacks description"
+                f"rewards.judge={c.rewards.judge} has nothing to mark: data.tasks={tuple(c.data.tasks)} lacks "
+                "description"
             )
         self.judge = Judge(Chat(c.judge, self.judge_cache)) if c.rewards.get("judge") else None
         weights = {name: c.rewards[name] for name in self.built_in}
