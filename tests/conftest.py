@@ -2,6 +2,7 @@
 
 import lzma
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,6 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 import benchmarks.torchvision_operators  # noqa: F401 - before anything of transformers
 from tests.small_models import FAMILIES, make_model
@@ -77,6 +79,16 @@ def vau_bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for packed in (Path(__file__).parent / "data" / "vau_bench").glob("*.xz"):
         (folder / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("no chromium on PATH: install Debian's package")
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

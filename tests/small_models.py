@@ -68,6 +68,30 @@ def make_model(
     return random_model.write(folder, texts, 512, text, eyes, bounds, seed, family, draw=revealing_weights)
 
 
+def writing_model(folder: Path, text: str) -> Path:
+    """A model that answers whatever it is asked with `text`, in which no token may stand twice.
+
+    Its layers do nothing, and its head knows one follower of each token.
+    """
+
+    def draw(config: QwenVLConfig, seed: int, dtype: str) -> Params:
+        rng = np.random.default_rng(seed)
+        flat = {
+            name: np.full(shape, 1.0 if "norm" in name else 0.0, dtype)
+            for name, shape in hf.parameter_shapes(config).items()
+        }
+        table = rng.normal(0, 1, flat["embed_tokens/embedding"].shape).astype(dtype)
+        flat["embed_tokens/embedding"] = table / np.linalg.norm(table, axis=1, keepdims=True)
+        tokenizer = random_model.train_tokenizer([text] * 9, 512)
+        written = tokenizer("\n" + text + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        assert len(set(written)) == len(written), "a token stands twice"
+        flat["lm_head"][written[1:]] = flat["embed_tokens/embedding"][written[:-1]]
+        return hf.unflatten(flat)
+
+    sizes, eyes = {**TEXT, "tie_word_embeddings": False}, VISION["qwen2_5_vl"]
+    return random_model.write(folder, [text] * 9, 512, sizes, eyes, (28 * 28, 64 * 28 * 28), draw=draw)
+
+
 EVERYWHERE = (r"decoder/layers/.*_proj", r"visual/blocks/.*", r"visual/(merger|deepstack)/mlp/fc[12]")
 
 

@@ -37,7 +37,8 @@ def test_a_model_is_asked(model_folder: Path, dataset: Path) -> None:
     ],
 )
 def test_what_is_printed(completion: str, task: str, expected: str) -> None:
-    assert ask.read(completion, task, ("a", "fire", "c", "d"), reflection=False) == expected
+    question = ask.Question("", task, options=("a", "fire", "c", "d"))
+    assert ask.read(completion, question, reflection=False).text == expected
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_what_is_printed(completion: str, task: str, expected: str) -> None:
     [
         (["--model=/none", "--video={clip}", "--task=ground"], "model folder /none does not exist"),
         (["--model={model}", "--video=/none.mp4", "--task=ground"], "video /none.mp4 does not exist"),
-        (["--model={model}", "--video={clip}", "--task=qa", "Why?"], "four --option"),
+        (["--model={model}", "--video={clip}", "--task=qa", "Why?"], "four options"),
         (["--model={model}", "--video={model}/config.json", "--task=classify"], "cannot open"),
     ],
     ids=["model", "video", "options", "not a video"],

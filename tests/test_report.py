@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from tests import clips
 from vau_jax import gallery, judge, report, scores
 from vau_jax.files import InputError
 
-CHROMIUM = shutil.which("chromium")
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 SECTIONS = "<think>{think}</think><draft>{draft}</draft><reflect>It burns, I see.</reflect><revise>r</revise>"
 
@@ -104,16 +103,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / run / "config.json").write_text(json.dumps({"stage": run, "model": HOSTILE}))
     report.write([folder], folder / "report.html")
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM:
-        pytest.skip("no chromium on PATH: install Debian's package")
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -290,11 +279,11 @@ def test_what_cannot_be_reported_is_said(tmp_path: Path, folder: Path) -> None:
 
 def test_sections_of_broken_completions_are_all_there() -> None:
     text = "well <think>a</think><answer>B</answer> and <glue>more"
-    assert gallery._sections(text) == [
+    assert gallery.sections(text) == [
         ("outside", "well"),
         ("think", "a"),
         ("answer", "B"),
         ("outside", "and <glue>more"),
     ]
-    assert gallery._sections("no tags") == [("text", "no tags")]
+    assert gallery.sections("no tags") == [("text", "no tags")]
     assert gallery.choose(list(range(10)), 4) == [int(i) for i in np.linspace(0, 9, 4)]

@@ -9,15 +9,17 @@ Prints the answer, and the interval where the task has one.
 """
 
 import argparse
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from absl import logging
 from ml_collections import ConfigDict
 
 from vau_jax import parsing
-from vau_jax.data import prompts
+from vau_jax.data import decode_worker, prompts
 from vau_jax.data.annotations import LABELS, Row
+from vau_jax.data.decode_worker import DecoderPool
 from vau_jax.data.pipeline import video_options
 from vau_jax.files import InputError, exit_on_input_error, read_json
 from vau_jax.vlm import DTYPES, VideoLM
@@ -25,33 +27,57 @@ from vau_jax.vlm import DTYPES, VideoLM
 TASKS = {"qa": "qa", "ground": "grounding", "classify": "classification", "describe": "description"}
 
 
-def answer(
-    model: str,
-    video: str,
-    task: str,
-    question: str = "",
-    options: tuple[str, ...] = (),
-    dtype: str = "bfloat16",
-    max_new_tokens: int = 0,
-) -> tuple[str, str]:
-    """(what to print, the whole completion) for a question about one video file. Raises InputError.
+@dataclass(frozen=True)
+class Question:
+    """What is asked about a video file; qa wants a text and four options, the other tasks may have a text."""
 
-    `max_new_tokens` 0 is the run's own, or 1024.
-    """
-    if task == "qa" and (not question or len(options) != 4):
-        raise InputError(f'--task=qa wants a question and four --option, found "{question}" and {len(options)}')
-    if not Path(video).is_file():
-        raise InputError(f"video {video} does not exist: give a video file")
-    data = _run_settings(Path(model))
-    text = _words(task, question, options, data)
-    vlm = VideoLM.load(model, dtype)
-    sampled = asdict(video_options(data, vlm.processor.video_options)) if data else {}
-    item = {"type": "video", "video": video, **sampled}
-    batch = vlm.encode([[{"role": "user", "content": [item, {"type": "text", "text": text}]}]])
-    length = max_new_tokens or data.get("max_completion_tokens", 1024)
-    completion = vlm.generate(batch, max_new_tokens=length, temperature=0.0).text[0][0]
-    reflection = data.get("style") in prompts.WITH_DRAFT
-    return read(completion, task, options, reflection), completion
+    video: str
+    task: str  # a key of TASKS
+    text: str = ""
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a completion says."""
+
+    text: str  # for people; the completion where nothing in it can be read
+    interval: tuple[float, float] | None = None  # seconds
+
+
+class Asker:
+    """A model that stays loaded; videos are decoded in a process of their own, which a bad file cannot take along."""
+
+    def __init__(self, model: str, dtype: str = "bfloat16", max_new_tokens: int = 0) -> None:
+        """`max_new_tokens` 0 is the run's own, or 1024. Raises InputError."""
+        self.data = _run_settings(Path(model))
+        self.vlm = VideoLM.load(model, dtype)
+        self.decoders = DecoderPool(1, self.data.get("video_seconds", decode_worker.SECONDS))
+        self.vlm.processor.read_video = self.decoders.read
+        self.max_new_tokens = max_new_tokens or self.data.get("max_completion_tokens", 1024)
+
+    def complete(self, question: Question, watch: Callable[[str], None] | None = None) -> str:
+        """The model's whole text; `watch` is called with what there is of it while it is written. Raises InputError."""
+        _check(question)
+        sampled = asdict(video_options(self.data, self.vlm.processor.video_options)) if self.data else {}
+        video = {"type": "video", "video": question.video, **sampled}
+        text = {"type": "text", "text": _words(question, self.data)}
+        batch = self.vlm.encode([[{"role": "user", "content": [video, text]}]])
+        see = watch and (lambda out: watch(out.text[0][0]))
+        return self.vlm.generate(batch, max_new_tokens=self.max_new_tokens, temperature=0.0, watch=see).text[0][0]
+
+    def read(self, completion: str, question: Question) -> Answer:
+        """The answer that a completion holds."""
+        return read(completion, question, self.data.get("style") in prompts.WITH_DRAFT)
+
+
+def _check(question: Question) -> None:
+    if question.task == "qa" and (not question.text or len([o for o in question.options if o]) != 4):
+        raise InputError(
+            f'the task qa wants a question and four options, found "{question.text}" and {list(question.options)}'
+        )
+    if not Path(question.video).is_file():
+        raise InputError(f"video {question.video} does not exist: give a video file")
 
 
 def _run_settings(model: Path) -> ConfigDict:
@@ -62,31 +88,31 @@ def _run_settings(model: Path) -> ConfigDict:
     return ConfigDict()
 
 
-def _words(task: str, question: str, options: tuple[str, ...], data: ConfigDict) -> str:
+def _words(question: Question, data: ConfigDict) -> str:
     """The user's text."""
-    if task == "describe" and "description" not in data.get("tasks", ()):
-        return question or "Describe what happens in the video."
-    row = Row("", "msad", question, options, None, None, None, "", "", {})
+    if question.task == "describe" and "description" not in data.get("tasks", ()):
+        return question.text or "Describe what happens in the video."
+    row = Row("", "msad", question.text, question.options, None, None, None, "", "", {})
     words = prompts.load_words(data.get("templates", ""))
-    asked = prompts.question(row, TASKS[task], data.get("style", "think"), data.get("wording", "full"), words)
-    return f"{question}\n{asked}" if question and task != "qa" else asked
+    asked = prompts.question(row, TASKS[question.task], data.get("style", "think"), data.get("wording", "full"), words)
+    return f"{question.text}\n{asked}" if question.text and question.task != "qa" else asked
 
 
-def read(completion: str, task: str, options: tuple[str, ...], reflection: bool) -> str:
-    """What to print: the answer that the completion holds, or the completion where there is none."""
-    if task == "describe":
-        return parsing.TAG.sub("\n", completion).strip()
-    final = parsing.parse([completion], TASKS[task], "lenient", reflection).final
-    found = ""
-    if task == "qa" and final.choice[0] >= 0:
-        found = f"{'ABCD'[final.choice[0]]}. {options[final.choice[0]]}"
-    if task == "classify" and final.label[0] >= 0:
-        found = LABELS[final.label[0]]
-    if task == "ground" and final.kind[0] == parsing.INTERVAL:
-        found = "Anomaly\n{:.1f} s to {:.1f} s".format(*final.interval[0])
-    if task == "ground" and final.kind[0] == parsing.NORMAL:
-        found = "Normal"
-    return found or f"no answer in the expected form; the model wrote:\n{completion.strip()}"
+def read(completion: str, question: Question, reflection: bool) -> Answer:
+    """The answer that a completion holds, or the completion where there is none."""
+    if question.task == "describe":
+        return Answer(parsing.TAG.sub("\n", completion).strip())
+    final = parsing.parse([completion], TASKS[question.task], "lenient", reflection).final
+    if question.task == "qa" and final.choice[0] >= 0:
+        return Answer(f"{'ABCD'[final.choice[0]]}. {question.options[final.choice[0]]}")
+    if question.task == "classify" and final.label[0] >= 0:
+        return Answer(LABELS[final.label[0]])
+    if question.task == "ground" and final.kind[0] == parsing.INTERVAL:
+        start, end = final.interval[0].tolist()
+        return Answer(f"Anomaly\n{start:.1f} s to {end:.1f} s", (start, end))
+    if question.task == "ground" and final.kind[0] == parsing.NORMAL:
+        return Answer("Normal")
+    return Answer(f"no answer in the expected form; the model wrote:\n{completion.strip()}")
 
 
 def main() -> None:
@@ -104,8 +130,12 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)  # orbax warns of a file that parameters alone do not need
 
     def run() -> None:
-        found, whole = answer(a.model, a.video, a.task, a.question, tuple(a.option), a.dtype, a.max_new_tokens)
-        print(f"{whole.strip()}\n\n{found}" if a.verbose else found)
+        question = Question(a.video, a.task, a.question, tuple(a.option))
+        _check(question)  # before the model is loaded, which takes long
+        asker = Asker(a.model, a.dtype, a.max_new_tokens)
+        completion = asker.complete(question)
+        found = asker.read(completion, question).text
+        print(f"{completion.strip()}\n\n{found}" if a.verbose else found)
 
     exit_on_input_error(run)
 

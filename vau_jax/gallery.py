@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from PIL import Image
 
@@ -56,6 +57,12 @@ class Card:
     bars: list[Bar] = field(default_factory=list)
 
 
+def render(template: str, **values: Any) -> str:
+    """HTML from a file of templates/; every value is escaped."""
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("vau_jax"), autoescape=True, trim_blocks=True)
+    return environment.get_template(template).render(**values)
+
+
 def choose(items: Sequence[Any], most: int) -> list[Any]:
     """At most so many of them, evenly from first to last."""
     if len(items) <= most:
@@ -80,7 +87,7 @@ def card(evaluation: str, record: scores.Record, strip: str) -> Card:
         target=record["target"],
         prediction=record["predictions"][0] or ("" if record["task"] == "description" else "no readable answer"),
         draft=draft or "",
-        sections=_sections(text),
+        sections=sections(text),
         failure=record["failure"] or "",
         strip=strip,
         bars=_bars(record, draft),
@@ -100,7 +107,7 @@ def _states(record: scores.Record) -> tuple[str, ...]:
     return tuple(states)
 
 
-def _sections(text: str) -> list[tuple[str, str]]:
+def sections(text: str) -> list[tuple[str, str]]:
     """(tag, content) in the order of the text; all of it as one where there are no tags."""
     found, at = [], 0
     tags = list(parsing.TAG.finditer(text))
@@ -124,10 +131,10 @@ def _bars(record: scores.Record, draft: str | None) -> list[Bar]:
         "predicted": record["predictions"][0] or "",
         **({"draft": draft or ""} if "drafts" in record else {}),
     }
-    return [_bar(name, text, duration) for name, text in named.items()]
+    return [bar(name, text, duration) for name, text in named.items()]
 
 
-def _bar(name: str, text: str, duration: float) -> Bar:
+def bar(name: str, text: str, duration: float) -> Bar:
     """`Anomaly [2.0, 6.0]` as a bar; anything else has no width."""
     opened = text.find("[")
     if opened < 0:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from plotly.offline import get_plotlyjs
 
@@ -163,8 +162,8 @@ def write(folders: Sequence[Path], out: Path, examples: int = 1000) -> str:
     cards, strips = _cards(seen, examples)
     lines = table(results) if results else []
     steps = {run.name: read_metrics(run) for run in runs}
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("vau_jax"), autoescape=True, trim_blocks=True)
-    page = environment.get_template("report.html.jinja").render(
+    page = gallery.render(
+        "report.html.jinja",
         results=results,
         runs=[_run(run, steps[run.name]) for run in runs],
         table=lines,

@@ -3,9 +3,10 @@
 The host runs the decoding loop in stretches. A stretch ends when all completions have ended, when the cache of their
 keys is full (it then doubles, so that short completions never read a long empty cache), or when so many have ended that
 the others fit in a quarter of the rows: those are gathered into a smaller batch, and one long straggler does not hold
-up a full one. What is drawn does not depend on any of it.
+up a full one; or when somebody watches and WATCH_EVERY tokens are new. What is drawn does not depend on any of it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from vau_jax.types import Array, Batch, KVCache, Sampled, Variables
 
 DRAW_BLOCK = 128  # tokens
 FIRST_CACHE = 128  # completion tokens that the cache has room for at first
+WATCH_EVERY = 8  # tokens
 SHRINK = 4  # the batch is made smaller when its rows are this many times those that it needs
 
 
@@ -118,6 +120,7 @@ def sample(
     greedy: bool = False,
     top_p: float = 1.0,
     top_k: int = 0,
+    watch: Callable[[Sampled], None] | None = None,
 ) -> Sampled:
     """Draws G = num_generations completions of at most C = max_new_tokens tokens for each prompt.
 
@@ -125,6 +128,8 @@ def sample(
     the token that completes a stop string of `stop_table` (see stop_strings.py); that token belongs to it. Token t of
     completion n (of all B * G) is drawn with fold_in(fold_in(key, n), t). The log-probabilities are those of the
     distribution drawn from, filters included; greedy ones are those at temperature 1.
+
+    `watch` is called with what there is so far every WATCH_EVERY tokens; an exception that it raises ends the sampling.
     """
     fixed = _Fixed(model, end_tokens, greedy, top_p, top_k, sharding.mesh_of(batch.tokens))
     knobs = _Knobs(key, jnp.float32(temperature), jnp.int32(min_new_tokens), stop_table)
@@ -132,12 +137,15 @@ def sample(
     loop, prompts = _start(variables, batch, knobs, fixed=fixed, size=size)
     whole = None  # completions that ended before the batch was made smaller
     while True:
-        loop, prompts_left, most_left = _advance(variables, prompts, loop, knobs, fixed=fixed)
+        pause = jnp.int32(max_new_tokens) if watch is None else loop.step + WATCH_EVERY
+        loop, prompts_left, most_left = _advance(variables, prompts, loop, knobs, pause, fixed=fixed)
         rows = _rows_needed(int(prompts_left), int(most_left), loop.done.shape, fixed.mesh)
         ended = rows == (0, 0) or int(loop.step) == max_new_tokens
-        if ended or rows != loop.done.shape:
-            mine = Sampled(loop.tokens, loop.logps, loop.mask)
+        if watch or ended or rows != loop.done.shape:
+            mine = jax.tree.map(jnp.copy, Sampled(loop.tokens, loop.logps, loop.mask))  # the loop is donated later
             whole = mine if whole is None else _settle(whole, mine, loop.number)
+        if watch:
+            watch(whole)
         if ended:
             return whole
         room = loop.own.k.shape[4]
@@ -192,9 +200,10 @@ def _start(
 
 @partial(jax.jit, static_argnames=("fixed",), donate_argnames=("loop",))
 def _advance(
-    variables: Variables, prompts: _Prompts, loop: _Loop, knobs: _Knobs, *, fixed: _Fixed
+    variables: Variables, prompts: _Prompts, loop: _Loop, knobs: _Knobs, pause: jax.Array, *, fixed: _Fixed
 ) -> tuple[_Loop, jax.Array, jax.Array]:
-    """Draws tokens until a stretch ends; how many prompts have completions left then, and how many the most."""
+    """Draws tokens until a stretch ends, at the latest when there are `pause`; how many prompts have completions left
+    then, and how many the most."""
     c, room = loop.tokens.shape[2], loop.own.k.shape[4]
     shape = loop.done.shape
     enough = np.asarray(  # [B + 1, G + 1]: whether a smaller batch would do
@@ -206,7 +215,7 @@ def _advance(
         return jnp.sum(each > 0), jnp.max(each)
 
     def goes_on(loop: _Loop) -> jax.Array:
-        return (loop.step < c) & (loop.step <= room) & ~jnp.asarray(enough)[left(loop)]
+        return (loop.step < jnp.minimum(c, pause)) & (loop.step <= room) & ~jnp.asarray(enough)[left(loop)]
 
     def body(loop: _Loop) -> _Loop:
         at = loop.step - 1  # of the newest token

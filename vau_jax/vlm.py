@@ -14,7 +14,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from vau_jax.models.config import Motion
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.stop_strings import stop_table
-from vau_jax.types import Batch, Params, Variables
+from vau_jax.types import Batch, Params, Sampled, Variables
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")
@@ -168,14 +168,21 @@ class VideoLM:
         seed: int = 0,
         min_new_tokens: int = 0,
         stop_strings: Sequence[str] = (),
+        watch: Callable[[Generated], None] | None = None,
     ) -> Generated:
         """Samples `num_generations` completions a prompt, all from one prefill; temperature 0 is greedy.
 
         top_p in (0, 1] and top_k (0: off) restrict each token's distribution, and the log-probabilities with it. A
         completion ends with one of the folder's end tokens, with the token that completes one of `stop_strings`, or
         after `max_new_tokens`; no end token is drawn among the first `min_new_tokens`. What ends it belongs to it (an
-        end token is left out of the text). Decoding stops when all completions have ended.
+        end token is left out of the text). Decoding stops when all completions have ended. `watch` sees what there is
+        so far every few tokens, for texts that are shown while they are written; what it raises ends the decoding.
         """
+
+        def read(out: Sampled) -> Generated:
+            tokens, logps, mask = (np.asarray(x) for x in (out.tokens, out.logps, out.mask))
+            return Generated(tokens, logps, mask, decode_text(self.processor, tokens, mask))
+
         self._check_options(num_generations, max_new_tokens, temperature, top_p, top_k, min_new_tokens)
         stops = None
         if stop_strings:
@@ -194,9 +201,9 @@ class VideoLM:
             greedy=temperature == 0,
             top_p=top_p,
             top_k=top_k,
+            watch=watch and (lambda sampled: watch(read(sampled))),
         )
-        tokens, logps, mask = (np.asarray(x) for x in (out.tokens, out.logps, out.mask))
-        return Generated(tokens, logps, mask, decode_text(self.processor, tokens, mask))
+        return read(out)
 
     @staticmethod
     def _check_options(

@@ -211,6 +211,7 @@ class Processor:
         self.image_options = self._pixel_budget("image", image)
         self.video_options = self._pixel_budget("video", clip)
         self.end_tokens = self._end_tokens()
+        self.read_video = video.read  # or that of a decode_worker.DecoderPool, for files that nobody has vouched for
 
     def _pixel_budget(self, kind: str, default: VideoOptions) -> VideoOptions:
         raw = model_config.processor_settings(self.folder, kind)
@@ -301,7 +302,7 @@ class Processor:
         if isinstance(source, str | os.PathLike):
             try:
                 sampling = self.sampling(options)
-                clip = video.read(source, sampling.options, sampling.factor, sampling.multiple)
+                clip = self.read_video(source, sampling.options, sampling.factor, sampling.multiple)
             except VideoError as error:
                 raise InputError(str(error)) from error
         else:

@@ -1,0 +1,190 @@
+"""A local page to ask a model about a video (the extra `app`).
+
+    python -m vau_jax.app --model=DIR [--port=7860] [--host=127.0.0.1] [--max_mb=500] [--max_seconds=1800]
+
+Drop a video in, choose the task, and see the text while it is written, then the answer, its place on the time line and
+frames of the interval. The page is for this machine alone unless --host says otherwise, and nothing is fetched from or
+sent to anywhere else. Uploaded files are removed after an hour.
+"""
+
+import argparse
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from vau_jax import gallery
+from vau_jax.ask import Asker, Question
+from vau_jax.data.decoders import VideoError
+from vau_jax.data.prompts import format_interval
+from vau_jax.data.video import VideoOptions
+from vau_jax.files import InputError, exit_on_input_error
+from vau_jax.vlm import DTYPES
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+try:
+    import gradio as gr
+except ImportError as error:
+    raise SystemExit('the app needs gradio: pip install "vau_jax[app]"') from error
+
+FRAMES = 8  # shown of the interval
+KEPT = 3600  # seconds that an uploaded file stays
+TASK_NAMES = {"When is the anomaly?": "ground", "Which kind?": "classify", "Four options": "qa", "Free": "describe"}
+
+Shown = tuple[str, str, list[tuple[np.ndarray, str]]]  # the text so far, the answer as HTML, frames with their times
+
+
+class _Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """Nobody waits for the text any more."""
+
+
+def streamed(asker: Asker, question: Question) -> Iterator[str]:
+    """The completion while it is written, the last time whole. Closing the iterator ends the decoding."""
+    texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    stopped = threading.Event()
+
+    def watch(text: str) -> None:
+        if stopped.is_set():
+            raise _Stopped
+        texts.put(text)
+
+    with ThreadPoolExecutor(1) as thread:
+        whole = thread.submit(asker.complete, question, watch)
+        whole.add_done_callback(lambda _: texts.put(None))
+        try:
+            while (text := texts.get()) is not None:
+                yield text
+        finally:
+            stopped.set()
+        yield whole.result()
+
+
+def respond(
+    asker: Asker, max_seconds: float, video: str | None, task: str, text: str, *options: str
+) -> Iterator[Shown]:
+    """What the page shows, again and again, from the press of the button on; a mistake is a plain message."""
+    try:
+        if not video:
+            raise InputError("there is no video yet: drop a file into the box on the left")
+        question = Question(video, TASK_NAMES[task], text.strip(), tuple(o.strip() for o in options))
+        duration = asker.decoders.probe(video).duration
+        if duration > max_seconds:
+            raise InputError(
+                f"the video lasts {duration:.0f} s, and at most {max_seconds:.0f} s are taken (--max_seconds)"
+            )
+        completion = ""
+        for completion in streamed(asker, question):
+            yield completion, "", []
+        answer = asker.read(completion, question)
+        bars = []
+        if question.task == "ground":
+            said = f"Anomaly {format_interval(answer.interval)}" if answer.interval else answer.text.splitlines()[0]
+            bars = [gallery.bar("predicted", said, duration)]
+        page = gallery.render(
+            "answer.html.jinja",
+            found=answer.text,
+            bars=bars,
+            duration=duration,
+            sections=gallery.sections(completion),
+        )
+        yield completion, page, _frames(asker, video, answer.interval, duration)
+    except (InputError, VideoError) as error:
+        problem = str(error).replace(str(video), Path(video).name) if video else str(error)
+        yield "", gallery.render("answer.html.jinja", problem=problem), []
+
+
+def _frames(
+    asker: Asker, video: str, interval: tuple[float, float] | None, duration: float
+) -> list[tuple[np.ndarray, str]]:
+    """Frames of the interval, or of all the video, each with its time; none where the interval lies outside."""
+    start, end = interval or (0.0, duration)
+    if start >= duration:
+        return []
+    options = VideoOptions(nframes=FRAMES, video_start=start, video_end=min(end, duration), max_pixels=320 * 320)
+    clip = asker.decoders.read(video, options, 2, 1)
+    times = clip.times if clip.times is not None else start + clip.seconds_per_frame * np.arange(len(clip.frames))
+    return [(frame, f"{time:.1f} s") for frame, time in zip(clip.frames, times, strict=True)]
+
+
+def build(asker: Asker, max_seconds: float) -> gr.Blocks:
+    """The page."""
+    with gr.Blocks(title="vau_jax", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+        gr.Markdown("# Ask about a video")
+        with gr.Row():
+            with gr.Column():
+                video = gr.Video(sources=["upload"], label="Video", height=320)
+                task = gr.Radio(list(TASK_NAMES), value=next(iter(TASK_NAMES)), label="Task")
+                text = gr.Textbox("", label="Question", info="needed with four options; may be left empty otherwise")
+                with gr.Group(visible=False) as choices:
+                    options = [gr.Textbox("", label=f"Option {letter}") for letter in "ABCD"]
+                with gr.Row():
+                    ask = gr.Button("Ask", variant="primary")
+                    stop = gr.Button("Stop")
+            with gr.Column():
+                written = gr.Textbox(label="What the model writes", lines=6, max_lines=20)
+                answer = gr.HTML(elem_id="answer")
+                frames = gr.Gallery(label="Frames", columns=4, object_fit="contain", height="auto", format="webp")
+        task.change(lambda name: gr.Group(visible=TASK_NAMES[name] == "qa"), task, choices, queue=False)
+        run = ask.click(
+            partial(respond, asker, max_seconds),
+            [video, task, text, *options],
+            [written, answer, frames],
+            api_name=False,
+        )
+        stop.click(None, cancels=[run])
+    return page
+
+
+def serve(page: gr.Blocks, host: str, port: int | None, max_mb: int, wait: bool = True) -> str:
+    """Opens the page for browsers on `host` and returns its address; with `wait`, only after it was closed.
+
+    Without a port the first free one from 7860 is taken."""
+    page.queue(max_size=16, default_concurrency_limit=1)  # there is one model
+    fonts = ["system-ui", "sans-serif"]  # names alone: gradio's own fonts would be fetched
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        max_file_size=f"{max_mb}mb",
+        footer_links=[],
+        ssr_mode=False,
+        theme=gr.themes.Default(font=fonts, font_mono=["monospace"]),
+        prevent_thread_lock=True,
+    )
+    if wait:
+        print(f"open {address}", flush=True)
+        page.block_thread()
+    return address
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="a local page to ask a model about a video")
+    parser.add_argument("--model", required=True, help="Hugging Face folder or workdir of a run")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--max_new_tokens", type=int, default=0, help="0: the run's own, or 1024")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network, to everybody in it")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--max_mb", type=int, default=500, help="largest file taken")
+    parser.add_argument("--max_seconds", type=float, default=1800, help="longest video taken")
+    a = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)  # orbax warns of a file that parameters alone do not need
+
+    def run() -> None:
+        page = build(Asker(a.model, a.dtype, a.max_new_tokens), a.max_seconds)
+        try:
+            serve(page, a.host, a.port, a.max_mb)
+        except OSError as error:
+            raise InputError(f"cannot serve on {a.host}:{a.port}: {error} (--host, --port)") from error
+
+    exit_on_input_error(run)
+
+
+if __name__ == "__main__":
+    main()
