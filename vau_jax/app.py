@@ -31,7 +31,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 try:
     import gradio as gr
 except ImportError as error:
-    raise SystemExit('the app needs gradio: pip install "vau_jax[app]"') from error
+    raise SystemExit('the app needs gradio: pip install -e ".[app]" in the repository') from error
 
 FRAMES = 8  # shown of the interval
 KEPT = 3600  # seconds that an uploaded file stays
