@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from data_prep import random_model
+from vau_jax.chips import chip
 from vau_jax.files import exit_on_input_error
 from vau_jax.models import hf
 from vau_jax.types import Batch
@@ -39,16 +40,6 @@ TEXT_32M = {
     "vocab_size": 8192,
 }
 VISION_32M = {"depth": 6, "hidden_size": 256, "intermediate_size": 768, "num_heads": 8, "fullatt_block_indexes": [2, 5]}
-
-# Peak memory bandwidth in bytes/s and dense bfloat16 FLOP/s, from the makers' data sheets, by jax's device kind.
-DEVICES = {
-    "NVIDIA H200": (4.8e12, 989e12),
-    "NVIDIA H100 80GB HBM3": (3.35e12, 989e12),
-    "NVIDIA A100-SXM4-80GB": (2.04e12, 312e12),
-    "TPU v5 lite": (819e9, 197e12),
-    "TPU v5p": (2.765e12, 459e12),
-    "TPU v6 lite": (1.64e12, 918e12),
-}
 
 
 def prompt(vlm: VideoLM, frames: int, side: int) -> Batch:
@@ -129,10 +120,10 @@ def measure(calls: dict[str, Callable[[int], None]], new: int, generations: int,
 
 def utilisation(vlm: VideoLM, batch: Batch, generations: int, new: int, measured: dict[str, float]) -> dict[str, Any]:
     """Shares of the device's memory bandwidth (decoding) and FLOPs (prefill) that the program needed at least."""
-    kind = jax.devices()[0].device_kind
-    if kind not in DEVICES:
+    known = chip(jax.devices()[0].device_kind)
+    if known is None:
         return {}
-    bandwidth, flops = DEVICES[kind]
+    bandwidth, flops = known.bandwidth, known.flops
     c, flat = vlm.processor.config, hf.flatten(vlm.params)
     size = {name: leaf.nbytes for name, leaf in flat.items()}
     head = size["embed_tokens/embedding" if c.tie_word_embeddings else "lm_head"]
@@ -146,7 +137,7 @@ def utilisation(vlm: VideoLM, batch: Batch, generations: int, new: int, measured
     attention = 2 * c.num_layers * tokens**2 * c.num_heads * c.head_dim  # causal: half of 4 T^2 N H
     work = 2 * decoder * tokens + 2 * vision * patches + attention
     return {
-        "device": kind,
+        "device": jax.devices()[0].device_kind,
         "decode_bandwidth": read / measured["seconds_per_step"] / bandwidth,
         "prefill_flops": work / measured["first_token_s"] / flops,
     }

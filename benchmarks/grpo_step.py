@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from decode import DEVICES, VISION_32M  # beside this file
+from decode import VISION_32M  # beside this file
 from ml_collections import ConfigDict
 
 from configs import vau_r1_multi_rft
@@ -36,7 +36,6 @@ from vau_jax import train
 from vau_jax.data import synthetic
 from vau_jax.data.processor import Shape
 from vau_jax.files import exit_on_input_error
-from vau_jax.models import hf
 from vau_jax.vlm import DTYPES
 
 TEXT_32M = {
@@ -125,26 +124,9 @@ def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
         "visual_tokens": int((host.batch.visual_index[0] >= 0).sum()),
         "parameters": sum(x.size for x in jax.tree.leaves(trainer.base or trainer.state.params)),
     }
-    return result | utilisation(args, trainer, host.batch.tokens.shape[1], split["update"])
-
-
-def utilisation(args: argparse.Namespace, trainer: train.Trainer, prompt: int, seconds: float) -> dict[str, Any]:
-    """Model FLOPs of the update (forward 2, backward 4 a parameter and token; 2 where it is frozen) by the peak."""
-    kind = jax.devices()[0].device_kind
-    if kind not in DEVICES:
-        return {}
-    sizes = {name: leaf.size for name, leaf in hf.flatten(trainer.base or trainer.state.params).items()}
-    decoder = sum(size for name, size in sizes.items() if name.startswith("decoder/"))
-    tower = sum(size for name, size in sizes.items() if name.startswith("visual/blocks"))
-    head, config = trainer.processor.config.vocab_size * trainer.processor.config.hidden_size, trainer.processor.config
-    tokens = args.prompts * (prompt + args.group * args.new)
-    patches = args.prompts * args.frames // 2 * (args.side // 14) ** 2
-    each = 4 if args.lora else 6  # a frozen kernel needs no gradient of its own
-    pairs = args.prompts * (prompt**2 / 2 + args.group * args.new * (prompt + args.new / 2))
-    work = each * (decoder * tokens + head * args.prompts * args.group * args.new)
-    work += 0 if trainer.tower_is_frozen else 6 * tower * patches
-    work += 12 * pairs * config.num_layers * config.num_heads * config.head_dim
-    return {"device": kind, "mfu_update": work / seconds / DEVICES[kind][1] / jax.device_count()}
+    if "mfu" in timed[0]:
+        result["mfu_update"] = float(np.median([step["mfu"] for step in timed]))
+    return {"device": jax.devices()[0].device_kind, **result}
 
 
 def measure_peer(name: str, python: str, args: argparse.Namespace, model: Path, prompt_tokens: int) -> dict[str, Any]:

@@ -18,6 +18,8 @@ def get_config() -> ConfigDict:
     c.micro_batches = 1  # parts of a batch that are computed one after the other: less memory, the same result
     c.skip_nonfinite = False  # leave out an update whose loss or gradient is not a number; else the run stops there
     c.log_every = 1  # steps between lines of metrics.jsonl
+    c.wandb = ""  # project of Weights & Biases that the metrics go to as well; empty: none
+    c.profile_steps = (0, 0)  # the first and the last step of a trace for XProf, in workdir/profile; 0: none
     c.dtype = "bfloat16"  # of activations: float32 or bfloat16
     c.param_dtype = "float32"  # of parameters and optimiser: bfloat16 would lose updates of lr 1e-6
     c.remat = True  # compute activations again in the backward pass instead of keeping them
@@ -135,6 +137,7 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps between checkpoints; the last step is always one
     c.checkpoint.keep = 2  # the newest so many
+    c.checkpoint.best = "auto"  # and the best by the mean of this metric since the one before; auto: reward, or -loss
 
     c.judge = endpoint()  # marks descriptions, where rewards.judge has a weight
     c.judge.temperature = 0.0  # the same marks each time

@@ -11,7 +11,7 @@ from scipy import stats
 from configs import judge as judge_config
 from tests.chat_server import Answer, Server, serve
 from tests.test_chat import config as endpoint
-from tests.test_rft import judged
+from tests.test_rft import judged, loss_inputs
 from tests.test_train import small
 from vau_jax import judge, parsing, train
 from vau_jax.chat import Chat
@@ -206,7 +206,7 @@ def test_marks_reward_descriptions_alone_and_failures_count_for_nothing(scorer: 
     expected = np.where(descriptions, np.asarray([0.2, 0.4, np.nan, 0.6] * 4), np.nan)
     np.testing.assert_allclose(draw.rewards[:, 0], expected, atol=1e-6)
     np.testing.assert_allclose(draw.total, 2 * expected, atol=1e-6)
-    metrics, inputs = r.metrics([draw]), r.loss_inputs(draw)
+    metrics, inputs = r.metrics([draw]), loss_inputs(r, draw)
     assert metrics["rewards/failed"] == 2 and metrics["judge/tokens"] > 0
     assert metrics["rewards/judge"] == pytest.approx(0.4)
     assert np.isnan(draw.final_score[descriptions]).all() and not np.isnan(draw.final_score[~descriptions]).any()

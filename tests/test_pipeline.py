@@ -17,7 +17,7 @@ from vau_jax import parsing
 from vau_jax.data import frame_cache, pipeline, prompts, video
 from vau_jax.data.annotations import Row
 from vau_jax.data.frame_cache import FrameCache
-from vau_jax.data.pipeline import HostBatch, Loader, Share
+from vau_jax.data.pipeline import HostBatch, Loader
 from vau_jax.data.processor import Processor
 from vau_jax.data.video import Clip
 from vau_jax.files import InputError
@@ -38,10 +38,10 @@ def config(dataset: Path) -> ConfigDict:
 
 
 def batches(
-    config: ConfigDict, processor: Processor, count: int, state: dict | None = None, share: Share | None = None
+    config: ConfigDict, processor: Processor, count: int, state: dict | None = None, rows: range | None = None
 ) -> tuple[list, dict]:
     examples, _ = pipeline.load_examples(config)
-    iterator = pipeline.train_iterator(examples, processor, config, batch_size=4, seed=3, share=share)
+    iterator = pipeline.train_iterator(examples, processor, config, batch_size=4, seed=3, rows=rows)
     if state:
         iterator.set_state(state)
     return [next(iterator) for _ in range(count)], iterator.get_state()
@@ -106,12 +106,16 @@ def test_resuming_gives_the_batches_that_were_left(config: ConfigDict, processor
     assert all(same(a, b) for a, b in zip(straight[3:], rest, strict=True))
 
 
-def items(host: HostBatch) -> set[tuple]:
-    """What makes an example what it is, whatever its place: name, prompt (options' order), pixels, target."""
-    return {
+def items(host: HostBatch) -> list[tuple]:
+    """What makes an example what it is: name, prompt (options' order), pixels, target."""
+    return [
         (i.example.name, i.prompt, i.encoded.visuals[0].patches.tobytes(), i.target_tokens.tobytes())
         for i in host.examples
-    }
+    ]
+
+
+def counts(host: HostBatch, config: ConfigDict) -> dict[str, int]:
+    return pipeline.summed(pipeline.troubles(item, config) for item in host.examples)
 
 
 @pytest.mark.parametrize("window", [1, 3])
@@ -121,19 +125,19 @@ def test_processes_share_the_batches_of_one(
 ) -> None:
     config.length_window = window
     alone, _ = batches(config, processor, 5)
-    shares = [batches(config, processor, 5, share=Share(i, processes))[0] for i in range(processes)]
+    each = 4 // processes
+    shares = [batches(config, processor, 5, rows=range(i * each, i * each + each))[0] for i in range(processes)]
     for number, host in enumerate(alone):
-        parts = [items(share[number]) for share in shares]
-        assert sum(map(len, parts)) == 4 and set().union(*parts) == items(host)
+        assert [i for share in shares for i in items(share[number])] == items(host)
 
 
 def test_resuming_with_another_number_of_processes(config: ConfigDict, processor: Processor) -> None:
     config.length_window = 3
     straight, _ = batches(config, processor, 6)
-    _, state = batches(config, processor, 3, share=Share(1, 4))
-    rest = [batches(config, processor, 3, state, Share(i, 2))[0] for i in range(2)]
+    _, state = batches(config, processor, 3, rows=range(1, 2))
+    rest = [batches(config, processor, 3, state, range(2 * i, 2 * i + 2))[0] for i in range(2)]
     for number, host in enumerate(straight[3:]):
-        assert items(rest[0][number]) | items(rest[1][number]) == items(host)
+        assert items(rest[0][number]) + items(rest[1][number]) == items(host)
 
 
 def test_batches_hold_examples_of_similar_length(config: ConfigDict, processor: Processor) -> None:
@@ -206,7 +210,7 @@ def test_a_broken_video_costs_its_example_and_is_counted(
     found, _ = batches(config, processor, 8)
     failed = [item for host in found for item in host.examples if item.failure]
     assert failed and not any(item.target_weights.any() for item in failed)
-    counted = sum((Counter(pipeline.counts(host, config)) for host in found), Counter())
+    counted = sum((Counter(counts(host, config)) for host in found), Counter())
     assert counted["data/failed_videos"] == counted["data/failed_videos/unreadable"] == len(failed)
 
 
@@ -214,7 +218,7 @@ def test_a_video_that_takes_too_long_costs_its_example_and_is_counted(config: Co
     config.video_seconds = 0.0001
     found, _ = batches(config, processor, 2)
     assert all(item.failure for host in found for item in host.examples)
-    assert pipeline.counts(found[0], config)["data/failed_videos/timeout"] == 4
+    assert counts(found[0], config)["data/failed_videos/timeout"] == 4
 
 
 def test_a_damaged_video_is_used_and_counted(
@@ -231,8 +235,8 @@ def test_a_damaged_video_is_used_and_counted(
         shutil.copy(bad, path)
     config.videos = str(folder)
     host = batches(config, processor, 1)[0][0]
-    counts = pipeline.counts(host, config)
-    assert (counts["data/damaged_videos"], counts["data/failed_videos"]) == (4, 0)
+    counted = counts(host, config)
+    assert (counted["data/damaged_videos"], counted["data/failed_videos"]) == (4, 0)
     assert all(item.damage and item.target_weights.any() for item in host.examples)
 
 
@@ -246,7 +250,7 @@ def test_frames_come_from_the_cache_and_others_are_counted(
     config.cache = str(tmp_path)
     found, _ = batches(config, processor, 2)
     assert all(same(a, b) for a, b in zip(straight, found, strict=True))
-    assert [pipeline.counts(host, config)["data/not_cached"] for host in found] == [
+    assert [counts(host, config)["data/not_cached"] for host in found] == [
         sum(item.example.path not in videos for item in host.examples) for host in straight
     ]
 

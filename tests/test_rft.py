@@ -19,7 +19,7 @@ from tests import reward_functions
 from tests.test_train import small
 from vau_jax import checkpoint, grpo, rollout, sharding, train, user_rewards
 from vau_jax.data import pipeline
-from vau_jax.difficulty import Difficulty, kind
+from vau_jax.difficulty import Difficulty
 from vau_jax.files import InputError
 from vau_jax.metric_writer import read_metrics
 from vau_jax.models import vision
@@ -213,8 +213,12 @@ def judged(scorer: tuple, texts: list[str], **changed: Any) -> tuple[rollout.Rol
     c = c.copy_and_resolve_references()
     with c.unlocked():
         c.update_from_flattened_dict(changed)
-    r = rollout.Rollout(c, r.model, r.processor)
+    r = rollout.Rollout(c, r.model, r.processor, r.rows)
     return r, r.read(host, written(r, texts))
+
+
+def loss_inputs(r: rollout.Rollout, draw: rollout.Draw, ref: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    return r.loss_inputs(draw, r.completions(draw, draw.lengths.max()).mask, ref)
 
 
 def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, capsys: pytest.CaptureFixture) -> None:
@@ -224,7 +228,7 @@ def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, cap
     np.testing.assert_array_equal(draw.counts, ~failing)
     metrics = r.metrics([draw])
     assert metrics["rewards/failed"] == failing.sum()
-    inputs = r.loss_inputs(draw)
+    inputs = loss_inputs(r, draw)
     assert not inputs["mask"].reshape(16, -1)[failing].any()
     assert inputs["mask"].reshape(16, -1)[~failing].any(1).all()
     assert np.isfinite(inputs["advantages"]).all() and not inputs["advantages"].reshape(-1)[failing].any()
@@ -326,7 +330,7 @@ def test_truncated_completions_leave_the_loss_but_not_the_baseline(scorer: tuple
     _, plain = judged(scorer, texts)
     r, draw = judged(scorer, texts, **{"grpo.mask_truncated": True})
     np.testing.assert_array_equal(draw.ended, np.arange(16) % 4 != 0)
-    inputs, before = r.loss_inputs(draw), r.loss_inputs(plain)
+    inputs, before = loss_inputs(r, draw), loss_inputs(r, plain)
     np.testing.assert_array_equal(inputs["mask"].any(-1).reshape(-1), draw.ended)
     np.testing.assert_array_equal(inputs["advantages"], before["advantages"])
     assert np.abs(inputs["advantages"]).max() > 0
@@ -346,18 +350,18 @@ def test_kl_in_the_reward(scorer: tuple) -> None:
     """Beta times the sum of a completion's k1 is taken off its reward."""
     texts = [("abcdefgh" * 3)[: 4 + i] for i in range(16)]
     r, draw = judged(scorer, texts, **{"grpo.kl_in": "reward", "grpo.kl": "k1", "grpo.beta": 0.5})
-    mask = r.completions(draw).mask
+    mask = r.completions(draw, draw.lengths.max()).mask
     ref = np.random.default_rng(0).normal(-1.0, 0.3, mask.shape).astype(np.float32)
     kl = np.where(mask, -1.0 - ref, 0).sum(-1).reshape(-1)
     expected = grpo.group_advantages(draw.total - 0.5 * kl, 4)
-    np.testing.assert_allclose(r.loss_inputs(draw, ref)["advantages"].reshape(-1), expected, atol=1e-5)
+    np.testing.assert_allclose(loss_inputs(r, draw, ref)["advantages"].reshape(-1), expected, atol=1e-5)
 
 
 def test_completions_are_cut_to_few_lengths(scorer: tuple) -> None:
     seen = set()
     for n in range(1, 17):
         r, draw = judged(scorer, ["fire" * n] * 16)
-        completions = r.completions(draw)
+        completions = r.completions(draw, draw.lengths.max())
         assert completions.mask.sum() == draw.sampled.mask.sum()
         seen.add(completions.tokens.shape[2])
     assert seen <= {4, 8, 12, 16} and len(seen) > 1
@@ -411,14 +415,14 @@ def test_levels_follow_the_running_accuracy(model_folder: Path, dataset: Path) -
     c = config(model_folder, dataset, **{"data.difficulty.enabled": True})
     t = train.Trainer(c)
     host = next(t.data)
-    plain, metrics = t.difficulty.choose(host, t.collate)
-    assert plain is host and metrics == {"difficulty/easy": 0, "difficulty/hard": 0}
+    plain, counts = t.difficulty.choose(host, t.collate)
+    assert plain is host and pipeline.summed(counts) == {"difficulty/easy": 0, "difficulty/hard": 0}
     examples = [item.example for item in host.examples]
     d = Difficulty(c.data.difficulty)
-    d.accuracy = dict(zip((kind(e) for e in examples), (0.9, 0.5, 0.1, 0.1), strict=True))
+    d.accuracy = dict(zip((e.kind for e in examples), (0.9, 0.5, 0.1, 0.1), strict=True))
     levels = [d.level(e) for e in examples]
-    chosen, metrics = d.choose(host, t.collate)
-    assert metrics == {"difficulty/easy": levels.count("easy"), "difficulty/hard": levels.count("hard")}
+    chosen, counts = d.choose(host, t.collate)
+    assert pipeline.summed(counts) == {"difficulty/easy": levels.count("easy"), "difficulty/hard": levels.count("hard")}
     assert {"easy", "hard"} <= set(levels)
     for before, after, level in zip(host.examples, chosen.examples, levels, strict=True):
         assert ("Hint:" in after.prompt) == (level == "hard")
@@ -435,7 +439,7 @@ def test_the_running_accuracy_is_a_moving_mean(scorer: tuple) -> None:
     d.learn(replace(draw, final_score=np.ones(16, np.float32)))
     assert set(d.accuracy.values()) == {1.0}
     d.learn(replace(draw, final_score=np.zeros(16, np.float32)))
-    times = {name: [kind(i.example) for i in draw.host.examples].count(name) for name in d.accuracy}
+    times = {name: [i.example.kind for i in draw.host.examples].count(name) for name in d.accuracy}
     for name, value in d.accuracy.items():
         assert math.isclose(value, 0.9 ** times[name], rel_tol=1e-6)
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from vau_jax.files import InputError, read_json, write_text
 from vau_jax.models.lora import LoRA
@@ -20,21 +22,33 @@ ADAPTER = "adapter.json"
 
 
 class Checkpoints:
-    """The checkpoints of a workdir; a step is either there whole or not at all."""
+    """The checkpoints of a workdir: the newest `keep`, and the one of the best score. A step is either there whole or
+    not at all."""
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2) -> None:
         folder = Path(workdir).resolve() / CHECKPOINTS
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        best = BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics["score"],  # without it no metrics are kept
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+            create=True,
+            enable_async_checkpointing=False,
+        )
         self.manager = ocp.CheckpointManager(folder, options=options)
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
 
-    def save(self, step: int, state: State, data: dict[str, Any]) -> None:
-        """Writes state and the data iterator's state, and returns when they are on disk."""
+    def save(self, step: int, state: State, data: dict[str, Any], score: float) -> None:
+        """Writes state and the data iterator's state, and returns when they are on disk; higher scores are better."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
-        self.manager.save(step, args=args)
+        self.manager.save(step, args=args, metrics={"score": score})
         self.manager.wait_until_finished()
+
+    def best(self) -> int | None:
+        """The step of the best score."""
+        scores = {step: self.manager.metrics(step)["score"] for step in self.manager.all_steps()}
+        return max(scores, key=scores.get) if scores else None
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """Reads a step back onto the shapes and shardings of `like`."""
@@ -44,6 +58,27 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+class Score:
+    """By what the best checkpoint is known: the mean of a metric over the steps since the one before."""
+
+    def __init__(self, config: ConfigDict) -> None:
+        auto = "reward" if config.stage == "rft" else "-loss"
+        self.name = auto if config.checkpoint.best == "auto" else config.checkpoint.best
+        self.values: list[float] = []
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        metric = self.name.removeprefix("-")
+        if metric not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise InputError(f"checkpoint.best={self.name!r} is no metric: expected one of {known}")
+        self.values.append(float(metrics[metric]) * (-1 if self.name.startswith("-") else 1))
+
+    def take(self) -> float:
+        """The mean so far, which begins anew; -inf where it is not a number."""
+        value, self.values = float(np.mean(self.values)), []
+        return value if np.isfinite(value) else -np.inf
 
 
 def restore_params(step_folder: str | os.PathLike) -> Params:
@@ -65,7 +100,8 @@ def steps(workdir: str | os.PathLike) -> list[int]:
     folder = Path(workdir) / CHECKPOINTS
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
+    numbered = [p for p in folder.iterdir() if p.name.isdigit()]
+    return sorted(int(p.name) for p in numbered if ocp.utils.is_checkpoint_finalized(p))
 
 
 class Adapter(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from vau_jax import processes
 from vau_jax.files import InputError, exit_on_input_error
 
 
@@ -17,10 +18,11 @@ def main(run: Callable[[ConfigDict, Path], Any]) -> None:
 
 
 def parse() -> tuple[ConfigDict, Path]:
-    """(config, workdir) of this program's command line. Raises InputError."""
+    """(config, workdir) of this program's command line; joins the other processes of the run. Raises InputError."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "a config file, see configs/", flag_values=values, lock_config=True)
     flags.DEFINE_string("workdir", None, "where the run writes everything", flag_values=values)
+    flags.DEFINE_bool("distributed", False, "one of several processes of this run", flag_values=values)
     logging.set_verbosity(logging.WARNING)
     sys.path.insert(0, "")  # config files import configs.base from the current folder
     try:
@@ -32,6 +34,8 @@ def parse() -> tuple[ConfigDict, Path]:
         raise InputError(f"unexpected argument(s) {' '.join(rest[1:])}: options have the form --name=value")
     if config is None or workdir is None:
         raise InputError("both --config=configs/X.py and --workdir=DIR are needed")
+    if values["distributed"].value:
+        processes.start()
     return config, Path(workdir)
 
 

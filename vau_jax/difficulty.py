@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax.data.pipeline import EASY, HARD, Collator, Example, HostBatch
-from vau_jax.rollout import Draw
+from vau_jax.rollout import Outcome
 
 
 class Difficulty:
@@ -23,32 +23,27 @@ class Difficulty:
 
     def level(self, example: Example) -> str | None:
         """EASY, HARD or None; None for kinds that have not been met."""
-        accuracy = self.accuracy.get(kind(example))
+        accuracy = self.accuracy.get(example.kind)
         if accuracy is None or self.config.hard <= accuracy <= self.config.easy:
             return None
         return EASY if accuracy > self.config.easy else HARD
 
-    def choose(self, host: HostBatch, collate: Collator) -> tuple[HostBatch, dict[str, float]]:
-        """The batch with each example in the variant of its kind's level; and how many there are of each."""
+    def choose(self, host: HostBatch, collate: Collator) -> tuple[HostBatch, list[dict[str, int]]]:
+        """The batch with each example in the variant of its kind's level; and of each which it is, as counts."""
         levels = [self.level(item.example) for item in host.examples]
-        metrics = {f"difficulty/{level}": float(levels.count(level)) for level in (EASY, HARD)}
+        counts = [{f"difficulty/{name}": int(level == name) for name in (EASY, HARD)} for level in levels]
         if not any(levels):
-            return host, metrics
+            return host, counts
         items = [
             item if level is None else replace(item, **item.variants[level]._asdict())
             for item, level in zip(host.examples, levels, strict=True)
         ]
-        return collate(items), metrics
+        return collate(items), counts
 
-    def learn(self, draw: Draw) -> None:
+    def learn(self, outcome: Outcome) -> None:
         """Takes in the mean score of each group."""
-        scores = draw.final_score.reshape(len(draw.host.examples), -1).mean(1)
-        for item, score in zip(draw.host.examples, scores, strict=True):
-            if item.failure is None and np.isfinite(score):  # descriptions have no score
-                name = kind(item.example)
-                before = self.accuracy.get(name, float(score))
-                self.accuracy[name] = before + (float(score) - before) / self.config.memory
-
-
-def kind(example: Example) -> str:
-    return f"{example.task}/{example.row.anomaly_class}"
+        scores, counts = (x.reshape(len(outcome.kinds), -1) for x in (outcome.final_score, outcome.counts))
+        for kind, score, known in zip(outcome.kinds, scores.mean(1), counts.any(1), strict=True):
+            if known and np.isfinite(score):  # descriptions have no score
+                before = self.accuracy.get(kind, float(score))
+                self.accuracy[kind] = before + (float(score) - before) / self.config.memory

@@ -1,16 +1,23 @@
-"""What a run tells while it goes: metrics to metrics.jsonl and TensorBoard, progress lines to the terminal."""
+"""What a run tells while it goes: metrics to metrics.jsonl, TensorBoard and Weights & Biases, a progress line to the
+terminal, and a sign of life of every process."""
 
 import json
 import math
 import os
+import resource
+import socket
 import time
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from vau_jax.files import write_text
+from vau_jax import processes
+from vau_jax.data.decoders import short
+from vau_jax.files import InputError, read_json, write_text
 
 
 class Progress:
@@ -39,12 +46,14 @@ class MetricWriter:
     """Appends to workdir: metrics.jsonl (an object a step) with the same scalars for TensorBoard, and samples.jsonl.
 
     A run that resumes at `start_step` first drops what was written of later steps, which it is going to write again.
+    With a `project` the scalars go to Weights & Biases too (WANDB_API_KEY; WANDB_MODE=offline keeps them in workdir).
     """
 
-    def __init__(self, workdir: str | os.PathLike, start_step: int) -> None:
+    def __init__(self, workdir: str | os.PathLike, start_step: int, project: str = "") -> None:
         self.metrics = _append_after(Path(workdir) / "metrics.jsonl", start_step)
         self.samples = _append_after(Path(workdir) / "samples.jsonl", start_step)
         self.board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+        self.wandb = _wandb(Path(workdir), project) if project else None
 
     def write(self, step: int, scalars: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         """Scalars are turned to float; those that are not finite are null in JSON. Samples are for people to read."""
@@ -56,11 +65,99 @@ class MetricWriter:
             file.flush()
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
 
     def close(self) -> None:
         """Ends the run's files."""
         for file in (self.metrics, self.samples, self.board):
             file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _wandb(workdir: Path, project: str) -> Any:
+    """A run of Weights & Biases named as the workdir, gone on with when the workdir's run is."""
+    try:
+        import wandb  # noqa: PLC0415 - only where it is asked for
+    except ImportError as error:
+        raise InputError(f"config.wandb={project!r} needs the package: pip install wandb") from error
+    return wandb.init(project=project, name=workdir.name, id=workdir.name, dir=workdir, resume="allow")
+
+
+class Heartbeat:
+    """One line for each process in workdir/heartbeats: who it is, its step, when that ended. A process that hangs or is
+    slow stands out by its line."""
+
+    def __init__(self, workdir: Path, every: float = 5.0) -> None:
+        self.folder, self.every, self.last = workdir / "heartbeats", every, -math.inf
+        self.line = {"process": jax.process_index(), "host": socket.gethostname(), "pid": os.getpid(), "step": None}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def beat(self, step: int, seconds: float) -> None:
+        """Says that `step` took so many seconds; at most every few seconds."""
+        self.line |= {"step": step, "seconds/step": round(seconds, 3)}
+        if time.monotonic() - self.last >= self.every:
+            self._write()
+
+    def _write(self) -> None:
+        self.last = time.monotonic()
+        self.line["time"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        write_text(self.folder / f"{jax.process_index():05d}.json", json.dumps(self.line) + "\n")
+
+    def lost(self, error: Exception, grace: float = 3.0) -> str:
+        """Says in its line that this process ends with `error`; and names the processes that have not said so `grace`
+        seconds later, which means that they are gone and the error comes of it. Empty: there are none."""
+        self.line["ended"] = short(error)
+        self._write()
+        time.sleep(grace)
+        lines = [read_json(path) for path in sorted(self.folder.glob("*.json"))]
+        names = [
+            f"process {line['process']} ({line['host']}, pid {line['pid']}, last seen {line['time']} after step "
+            f"{line['step']})"
+            for line in lines
+            if "ended" not in line
+        ]
+        return ", ".join(names)
+
+
+def memory() -> dict[str, float]:
+    """The most memory held so far, in GiB: of this process on the host, and of its first device where it tells."""
+    found = {"memory/host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    told = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in told:
+        found["memory/device_gib"] = told["peak_bytes_in_use"] / 2**30
+    return found
+
+
+class RunLog:
+    """What a run tells of its steps; all but the sign of life by the first process alone."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, done: int) -> None:
+        self.config, self.workdir = config, workdir
+        self.heartbeat = Heartbeat(workdir)
+        first = processes.is_first()
+        self.writer = MetricWriter(workdir, done, config.wandb) if first else None
+        self.progress = Progress(config.stage, config.steps, start=done) if first else None
+
+    def begin(self, step: int) -> None:
+        if step == self.config.profile_steps[0]:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+
+    def end(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]], note: str) -> None:
+        first, last = self.config.profile_steps
+        if first and step == max(first, last):
+            jax.profiler.stop_trace()
+        self.heartbeat.beat(step, metrics["seconds/step"])
+        if self.writer and (step % self.config.log_every == 0 or step == self.config.steps):
+            self.writer.write(step, metrics | memory(), samples)
+        if self.progress:
+            self.progress.show(step, note)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
 
 
 def _append_after(path: Path, step: int) -> TextIO:

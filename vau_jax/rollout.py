@@ -18,6 +18,7 @@ from vau_jax.data.processor import Processor
 from vau_jax.files import InputError
 from vau_jax.judge import Judge
 from vau_jax.models.qwen_vl import QwenVL
+from vau_jax.processes import Rows
 from vau_jax.rewards import REWARDS, task_score
 from vau_jax.types import Batch, Completions, Sampled, Target, Variables
 from vau_jax.user_rewards import UserRewards
@@ -27,19 +28,18 @@ LENGTHS = 4  # different lengths that completions are padded to: quarters of the
 
 
 @dataclass(frozen=True)
-class Draw:
-    """The completions of B prompts with their rewards, on the host; N = B * G, a prompt's one after the other."""
+class Outcome:
+    """How the completions of B prompts did; N = B * G, a prompt's one after the other."""
 
-    host: HostBatch
-    sampled: Sampled  # numpy; C is the limit
-    texts: list[str]  # N
+    kinds: list[str]  # B: task and class
     rewards: np.ndarray  # float32 [N, R]; NaN where a reward is absent, or the completion does not count
     total: np.ndarray  # float32 [N]: weighted sum, NaN where the completion does not count
     ended: np.ndarray  # bool [N]: with an end token, not at the limit
     draft_score: np.ndarray  # float32 [N]; NaN for descriptions, which are neither right nor wrong
     final_score: np.ndarray  # float32 [N], likewise
     reflect_words: np.ndarray  # int32 [N]: words of the reflection
-    errors: list[str | None]  # N: what failed in a user's reward, or in the judge's
+    lengths: np.ndarray  # int32 [N]: tokens
+    failed: np.ndarray  # bool [N]: a user's reward, or the judge's
 
     @property
     def counts(self) -> np.ndarray:
@@ -49,8 +49,35 @@ class Draw:
     @property
     def varied(self) -> np.ndarray:
         """bool [B]: groups whose rewards differ, which alone say anything about the policy."""
-        groups = self.total.reshape(len(self.host.examples), -1)
+        groups = self.total.reshape(len(self.kinds), -1)
         return np.nan_to_num(np.nanmax(groups, 1, initial=-np.inf) - np.nanmin(groups, 1, initial=np.inf)) > 0
+
+    def gathered(self, rows: Rows) -> "Outcome":
+        """That of the whole batch, whose `rows` of this process this is."""
+        if jax.process_count() == 1:
+            return self
+        b, arrays = len(self.kinds), {name: getattr(self, name) for name in _PER_COMPLETION}
+        grouped = {name: x.reshape(b, -1, *x.shape[1:]) for name, x in arrays.items()}
+        told = [[kind, *(x[i].tolist() for x in grouped.values())] for i, kind in enumerate(self.kinds)]
+        kinds, *columns = zip(*rows.gather(told), strict=True)
+        joined = {
+            name: np.asarray(column, x.dtype).reshape(-1, *x.shape[1:])
+            for (name, x), column in zip(arrays.items(), columns, strict=True)
+        }
+        return Outcome(list(kinds), **joined)
+
+
+_PER_COMPLETION = ("rewards", "total", "ended", "draft_score", "final_score", "reflect_words", "lengths", "failed")
+
+
+@dataclass(frozen=True)
+class Draw(Outcome):
+    """The completions themselves too, on the host."""
+
+    host: HostBatch
+    sampled: Sampled  # numpy; C is the limit
+    texts: list[str]  # N
+    errors: list[str | None]  # N: what failed in a user's reward, or in the judge's
 
 
 @dataclass
@@ -60,6 +87,7 @@ class Rollout:
     config: ConfigDict
     model: QwenVL
     processor: Processor
+    rows: Rows
     judge_cache: Path | None = None  # JSONL of the judge's answers, so that none is paid for twice
 
     def __post_init__(self) -> None:
@@ -130,6 +158,7 @@ class Rollout:
         total = np.nan_to_num(rewards) @ np.asarray(list(self.weights.values()), np.float32)
         self._show(errors, examples)
         return Draw(
+            kinds=[item.example.kind for item in host.examples],
             host=host,
             sampled=sampled,
             texts=texts,
@@ -139,6 +168,8 @@ class Rollout:
             draft_score=draft_score,
             final_score=final_score,
             reflect_words=parsed.reflect_words,
+            lengths=sampled.mask.sum(-1, dtype=np.int32).reshape(-1),
+            failed=np.asarray([error is not None for error in errors]),
             errors=errors,
         )
 
@@ -171,48 +202,51 @@ class Rollout:
                 print(f"warning: a reward failed for {example.name}: {error}", flush=True)
                 self.shown_errors += 1
 
-    def completions(self, draw: Draw) -> Completions:
-        """What is trained on, padded to the least of LENGTHS lengths that holds it: few programs, little padding."""
+    def completions(self, draw: Draw, longest: int) -> Completions:
+        """What is trained on, padded to the least of LENGTHS lengths that holds `longest` tokens, the most that a
+        completion of the whole batch has: few programs, little padding."""
         limit = draw.sampled.tokens.shape[2]
         step = -(-limit // LENGTHS)
-        longest = max(1, int(draw.sampled.mask.sum(-1).max()))
-        length = min(limit, -(-longest // step) * step)
+        length = min(limit, -(-max(1, longest) // step) * step)
         return Completions(draw.sampled.tokens[..., :length], draw.sampled.mask[..., :length])
 
-    def loss_inputs(self, draw: Draw, ref_logps: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """What grpo.loss reads, but for old and reference log-probabilities, for `completions(draw)`.
+    def loss_inputs(self, draw: Draw, mask: np.ndarray, ref_logps: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """What grpo.loss reads, but for old and reference log-probabilities, for completions with `mask` [B, G, C].
 
         `ref_logps` [B, G, C] of the reference policy are given when the KL is part of the reward.
         """
-        c = self.config
-        mask = self.completions(draw).mask
-        length = mask.shape[2]
+        c, length = self.config, mask.shape[2]
         rewards, weights = draw.rewards, list(self.weights.values())
         if ref_logps is not None:
             kl = grpo.kl_divergence(draw.sampled.logps[..., :length], ref_logps, c.grpo.kl)
             kl = np.sum(np.where(mask, kl, 0.0), axis=-1).reshape(-1, 1)
-            rewards = np.column_stack([rewards, np.where(draw.counts[:, None], kl, np.nan)])
+            rewards = np.column_stack([rewards, np.where(draw.counts[:, None], kl, np.nan)]).astype(np.float32)
             weights = [*weights, -c.grpo.beta]
         advantages = grpo.group_advantages(
-            rewards, c.rollout.num_generations, c.grpo.scale, weights=weights, per_reward=c.grpo.per_reward
+            replace(draw, rewards=rewards).gathered(self.rows).rewards,
+            c.rollout.num_generations,
+            c.grpo.scale,
+            weights=weights,
+            per_reward=c.grpo.per_reward,
         )
+        advantages = np.asarray(advantages, np.float32).reshape(-1, c.rollout.num_generations)
         trained = draw.counts & draw.ended if c.grpo.mask_truncated else draw.counts
         return {
             "mask": mask & trained.reshape(mask.shape[:2])[..., None],
-            "advantages": np.asarray(advantages, np.float32).reshape(mask.shape[:2]),
+            "advantages": self.rows.own(advantages),
             "sampler_logps": draw.sampled.logps[..., :length],
         }
 
-    def metrics(self, draws: Sequence[Draw]) -> dict[str, float]:
+    def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """What the completions of a step were like, those of replaced groups among them."""
-        joined = {name: np.concatenate([getattr(draw, name) for draw in draws]) for name in _PER_COMPLETION}
-        lengths = np.concatenate([draw.sampled.mask.sum(-1).reshape(-1) for draw in draws])
-        tasks = np.concatenate([np.repeat(_tasks(draw.host), self.config.rollout.num_generations) for draw in draws])
-        ended = joined["ended"]
+        joined = {name: np.concatenate([getattr(o, name) for o in outcomes]) for name in _PER_COMPLETION}
+        tasks = [kind.split("/")[0] for outcome in outcomes for kind in outcome.kinds]
+        tasks = np.repeat(tasks, self.config.rollout.num_generations)
+        ended, lengths = joined["ended"], joined["lengths"]
         metrics = {
             "reward": _mean(joined["total"]),
             "reward_std": _std(joined["total"]),
-            "groups_without_variance": 1 - np.concatenate([draw.varied for draw in draws]).mean(),
+            "groups_without_variance": 1 - np.concatenate([outcome.varied for outcome in outcomes]).mean(),
             "length/mean": lengths.mean(),
             "length/min": lengths.min(),
             "length/max": lengths.max(),
@@ -220,7 +254,7 @@ class Rollout:
             "length/ended_mean": _mean(lengths[ended]),
             "draft_score": _mean(joined["draft_score"]),
             "final_score": _mean(joined["final_score"]),
-            "rewards/failed": sum(error is not None for draw in draws for error in draw.errors),
+            "rewards/failed": joined["failed"].sum(),
         }
         for name, column in zip(self.weights, joined["rewards"].T, strict=True):
             metrics |= {f"rewards/{name}": _mean(column), f"rewards/{name}_std": _std(column)}
@@ -269,13 +303,6 @@ def _reflection(joined: dict[str, np.ndarray], tasks: np.ndarray) -> dict[str, f
     return found
 
 
-_PER_COMPLETION = ("rewards", "total", "ended", "draft_score", "final_score", "reflect_words")
-
-
-def _tasks(host: HostBatch) -> list[str]:
-    return [item.example.task for item in host.examples]
-
-
 def _mean(values: np.ndarray) -> float:
     """Mean of the entries that are there; 0 when none is."""
     there = values[~np.isnan(values)]
@@ -303,6 +330,7 @@ def gather(draws: Sequence[Draw], chosen: Sequence[tuple[int, int]], collate: Co
     sampled = [draw.sampled for draw in draws]
     return replace(
         draws[0],
+        kinds=[draws[d].kinds[p] for d, p in chosen],
         host=collate([draws[d].host.examples[p] for d, p in chosen]),
         sampled=jax.tree.map(lambda *x: rows(x), *sampled),
         texts=entries([draw.texts for draw in draws]),

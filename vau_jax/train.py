@@ -7,6 +7,9 @@ its last checkpoint and ends with the same bits.
 """
 
 import json
+import os
+import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,23 +22,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vau_jax import checkpoint, cli, grpo, optim, rollout, sharding, update
+from vau_jax import checkpoint, cli, flops, grpo, optim, processes, rollout, sharding, update
 from vau_jax.about import about
+from vau_jax.chips import chip
 from vau_jax.data import pipeline, prompts
+from vau_jax.data.decoders import short
 from vau_jax.data.pipeline import HostBatch
+from vau_jax.data.processor import Shape
 from vau_jax.difficulty import Difficulty
 from vau_jax.files import InputError, read_json, write_text
-from vau_jax.metric_writer import MetricWriter, Progress
+from vau_jax.metric_writer import RunLog
 from vau_jax.models import hf, lora, motion_prompt, qwen_vl
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
-from vau_jax.rollout import Draw, Rollout
+from vau_jax.processes import Rows
+from vau_jax.rollout import Draw, Outcome, Rollout
 from vau_jax.types import Batch, Completions, Params, State, TrainBatch, Variables
 from vau_jax.vlm import DTYPES, VideoLM
 
+PREEMPTED = "preempted.json"  # in the workdir of a run that was asked to end before its last step
 ADAPTER_STREAM = 2**31 - 2  # no step number: the key of fresh adapters and the sampler's never meet
 
 
@@ -50,8 +57,10 @@ class Trainer:
         self.config = config
         self.mesh = sharding.make_mesh(config.mesh)
         sharding.check_divisible(config.batch_size // config.micro_batches, self.mesh)
+        self.rows = Rows(config.batch_size, self.mesh)
         examples, audit = pipeline.load_examples(config.data)
-        print(audit.table(), flush=True)
+        if processes.is_first():
+            print(audit.table(), flush=True)
         self.lora = LoRA(**config.lora) if config.lora.rank else None
         # What is not trained needs no more bits than it is used in.
         held = config.dtype if self.lora else config.param_dtype
@@ -71,7 +80,7 @@ class Trainer:
         # Unrolled layers pay in the update; in the sampler's loop their weights would be copied at every token.
         sampler = self.model.clone(unroll=1)
         judged = workdir / "judge.jsonl" if workdir else None
-        self.rollout = Rollout(config, sampler, self.processor, judged) if config.stage == "rft" else None
+        self.rollout = Rollout(config, sampler, self.processor, self.rows, judged) if config.stage == "rft" else None
         trained, self.base = start.params, None
         if self.lora:
             trained, self.base = self._fresh_adapters(start.params), start.params
@@ -84,7 +93,9 @@ class Trainer:
             config.data,
             config.batch_size,
             seed=config.seed,
-            place=partial(_on_devices, mesh=self.mesh),
+            rows=self.rows.mine,
+            # Several processes first agree on the size.
+            place=self._on_devices if jax.process_count() == 1 else None,
         )
         self.difficulty = Difficulty(config.data.difficulty)
         self.tokens_seen = 0
@@ -170,25 +181,44 @@ class Trainer:
         """One update (or, with grpo.iterations, several): its metrics, and samples to read when there was a rollout."""
         clock = _Clock()
         with clock("data"):
-            host = next(self.data)
-        self.data_counts.update(pipeline.counts(host, self.config.data))
-        metrics: dict[str, Any] = dict(self.data_counts)
+            host = self._next()
+        metrics: dict[str, Any] = {}
         if self.rollout:
             train, found, samples = self._rollout(host, number, clock)
             metrics |= found
         else:
-            train, samples = TrainBatch(self._place(host), host.completions, {"weights": host.weights}), []
+            given = self.rows.put((host.completions, {"weights": host.weights}))
+            train, samples = TrainBatch(self._place(self._agreed(host)), *given), []
+        metrics |= self.data_counts
         train = jax.device_put(train, sharding.examples(self.mesh))
         with clock("update"):
             metrics |= self._update(train)
         self._follow_reference(number)
         metrics |= clock.seconds()
-        metrics |= self._count_tokens(train, metrics["seconds/step"])
+        metrics |= self._speed(train, metrics)
         return metrics, samples
+
+    def _next(self) -> HostBatch:
+        """This process's rows of the next batch; what is wrong with the whole of it is counted."""
+        host = next(self.data)
+        troubles = [pipeline.troubles(item, self.config.data) for item in host.examples]
+        self.data_counts.update(pipeline.summed(self.rows.gather(troubles)))
+        return host
+
+    def _agreed(self, host: HostBatch) -> HostBatch:
+        """The same rows padded as every process pads its own: to the largest of their sizes."""
+        if jax.process_count() == 1:
+            return host
+        own = self.collate.shape(host.examples)
+        shape = Shape(*map(max, *self.rows.gather([own] * len(host.examples)), own))
+        return host if shape == own else self.collate(host.examples, shape)
+
+    def _on_devices(self, host: HostBatch) -> HostBatch:
+        return replace(host, batch=self.rows.put(host.batch))
 
     def _place(self, host: HostBatch) -> Batch:
         """The prompts on the devices; where the vision tower is frozen it sees them here, once for all uses."""
-        batch = _on_devices(host, self.mesh).batch
+        batch = self._on_devices(host).batch
         return replace(batch, vision=self.see(self.variables, batch)) if self.tower_is_frozen else batch
 
     def _update(self, train: TrainBatch) -> dict[str, float]:
@@ -210,46 +240,57 @@ class Trainer:
         """Completions with what the loss needs of them."""
         metrics: dict[str, Any] = {}
         if self.config.data.difficulty.enabled:
-            host, metrics = self.difficulty.choose(host, self.collate)
-        draw, batch, draws = self._draw(host, jax.random.fold_in(self.key, number), clock)
-        metrics |= self.rollout.metrics(draws)
+            host, levels = self.difficulty.choose(host, self.collate)
+            metrics |= pipeline.summed(self.rows.gather(levels))
+        draw, batch, outcomes = self._draw(host, jax.random.fold_in(self.key, number), clock)
+        metrics |= self.rollout.metrics(outcomes)
+        kept = draw.gathered(self.rows) if len(outcomes) > 1 else outcomes[0]
         if self.config.rollout.max_draws > 1:
-            kept = draw.varied
-            metrics |= {"dynamic/draws": len(draws), "dynamic/left_without_variance": int((~kept).sum())}
-            metrics["dynamic/replaced"] = int((~draws[0].varied).sum() - (~kept).sum())
+            alike = int((~kept.varied).sum())
+            metrics |= {"dynamic/draws": len(outcomes), "dynamic/left_without_variance": alike}
+            metrics["dynamic/replaced"] = int((~outcomes[0].varied).sum()) - alike
         with clock("score"):
-            completions = self.rollout.completions(draw)
-            scored = self._scored(batch, jax.device_put(completions, sharding.examples(self.mesh)))
+            completions = self.rollout.completions(draw, int(kept.lengths.max()))
+            placed = self.rows.put(completions)
+            scored = self._scored(batch, placed)
             in_reward = self.config.grpo.kl_in == "reward" and "ref_logps" in scored
-            inputs = self.rollout.loss_inputs(draw, np.asarray(scored["ref_logps"]) if in_reward else None)
+            ref_logps = self.rows.fetch(scored["ref_logps"]) if in_reward else None
+            inputs = self.rollout.loss_inputs(draw, completions.mask, ref_logps)
         samples = self.rollout.samples(draw, inputs["advantages"])
-        return TrainBatch(batch, completions, {**inputs, **scored}), metrics, samples
+        return TrainBatch(batch, placed, {**self.rows.put(inputs), **scored}), metrics, samples
 
-    def _draw(self, host: HostBatch, key: jax.Array, clock: "_Clock") -> tuple[Draw, Batch, list[Draw]]:
-        """The groups to train on, their prompts on the devices, and all that was drawn.
+    def _draw(self, host: HostBatch, key: jax.Array, clock: "_Clock") -> tuple[Draw, Batch, list[Outcome]]:
+        """This process's groups to train on, the whole batch's prompts on the devices, and how all that were drawn did.
 
         With rollout.max_draws, groups whose rewards are all alike are replaced by groups of further prompts, as long as
-        draws are left (DAPO's dynamic sampling, arXiv 2503.14476); those that remain have advantage 0.
+        draws are left (DAPO's dynamic sampling, arXiv 2503.14476); those that remain have advantage 0. Each process
+        replaces its own, and draws go on until all have enough.
         """
-        draws = []
+        draws: list[Draw] = []
+        outcomes: list[Outcome] = []
         while True:
             with clock("rollout"):
+                host = self._agreed(host)
                 batch = self._place(host)
                 sampled = self.rollout.sample(self.variables, batch, jax.random.fold_in(key, len(draws)))
-                sampled = jax.device_get(sampled)
+                sampled = self.rows.fetch(sampled)
             with clock("reward"):
                 draws.append(self.rollout.read(host, sampled))
-                self.difficulty.learn(draws[-1])
-            varied = [(d, p) for d, draw in enumerate(draws) for p in np.flatnonzero(draw.varied)]
-            if len(varied) >= self.config.batch_size or len(draws) >= self.config.rollout.max_draws:
+                outcomes.append(draws[-1].gathered(self.rows))
+                self.difficulty.learn(outcomes[-1])
+            found = sum(outcome.varied for outcome in outcomes)  # groups that differ, by row
+            enough = all(sum(found[rows]) >= len(rows) for rows in self.rows.of_process)
+            if enough or len(draws) >= self.config.rollout.max_draws:
                 break
             with clock("data"):
-                host = next(self.data)
+                host = self._next()
         if len(draws) == 1:
-            return draws[0], batch, draws
+            return draws[0], batch, outcomes
+        varied = [(d, p) for d, draw in enumerate(draws) for p in np.flatnonzero(draw.varied)]
         alike = [(d, p) for d, draw in enumerate(draws) for p in np.flatnonzero(~draw.varied)]
-        draw = rollout.gather(draws, (varied + alike)[: self.config.batch_size], self.collate)
-        return draw, self._place(draw.host), draws
+        draw = rollout.gather(draws, (varied + alike)[: len(self.rows.mine)], self.collate)
+        host = self._agreed(draw.host)
+        return replace(draw, host=host), self._place(host), outcomes
 
     def _scored(self, batch: Batch, completions: Completions) -> dict[str, jax.Array]:
         """Log-probabilities of the reference policy, where there is a KL term, and of the policy that sampled, where
@@ -269,16 +310,19 @@ class Trainer:
         if self.state.reference is not None and (number + 1) % self.config.grpo.reference_every == 0:
             self.state = replace(self.state, reference=self.follow(self.state.reference, self.state.params))
 
-    def _count_tokens(self, train: TrainBatch, seconds: float) -> dict[str, float]:
-        drawn = int(np.sum(jax.device_get(train.completions.mask)))
-        tokens = int(np.sum(jax.device_get(train.batch.mask))) + drawn
-        self.tokens_seen += tokens
-        rates = {"tokens_per_s": tokens / seconds, "completion_tokens_per_s": drawn / seconds}
-        return {"tokens_seen": self.tokens_seen, **rates}
-
-
-def _on_devices(host: HostBatch, mesh: Mesh) -> HostBatch:
-    return replace(host, batch=jax.device_put(host.batch, sharding.examples(mesh)))
+    def _speed(self, train: TrainBatch, metrics: dict[str, Any]) -> dict[str, float]:
+        """Tokens a second, and where the devices' peak is known the share of it that the updates used (MFU): the
+        operations of real tokens, forward and backward, without what is computed again."""
+        size = jax.device_get(flops.sizes(train.batch, train.completions))
+        size = {name: float(value) for name, value in size.items()}
+        tokens, seconds = size["prompt"] + size["drawn"], metrics["seconds/step"]
+        self.tokens_seen += int(tokens)
+        found = {"tokens_per_s": tokens / seconds, "completion_tokens_per_s": size["drawn"] / seconds}
+        if known := chip(jax.devices()[0].device_kind):
+            work = sum(flops.forward(self.processor.config, size).values()) * (2 if self.lora else 3)
+            rounds = self.config.grpo.iterations if self.rollout else 1
+            found["mfu"] = work * rounds / metrics["seconds/update"] / known.flops / jax.device_count()
+        return {"tokens_seen": self.tokens_seen, **found}
 
 
 class _Clock:
@@ -332,14 +376,107 @@ def check(config: ConfigDict) -> None:
 
 
 def run(config: ConfigDict, workdir: str | Path) -> Path:
-    """Trains to config.steps in `workdir`, from its last checkpoint where there is one. Returns the workdir."""
+    """Trains to config.steps in `workdir`, from its last checkpoint where there is one. Returns the workdir.
+
+    On SIGTERM the step is ended and saved, PREEMPTED is left in the workdir, and SystemExit(0) raised: the same command
+    goes on. Raises InputError where the workdir cannot be written to.
+    """
     workdir = Path(workdir)
     check_same_run(config, workdir)
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-    if (checkpoints.latest() or 0) >= config.steps:
-        print(f"{config.stage}: {config.steps} steps are done already ({workdir})", flush=True)
-        return workdir
-    trainer = Trainer(config, workdir)
+    with _writing_to(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+        if (checkpoints.latest() or 0) >= config.steps:
+            print(f"{config.stage}: {config.steps} steps are done already ({workdir})", flush=True)
+            return workdir
+        preemption = processes.Preemption()
+        trainer = Trainer(config, workdir)
+        if processes.is_first():
+            _describe(trainer, workdir)
+        processes.meet("described")
+        done = _loop(trainer, workdir, checkpoints, preemption)
+        if processes.is_first():
+            best = {"step": checkpoints.best(), "metric": checkpoint.Score(config).name}
+            write_text(workdir / "best.json", json.dumps(best))
+        checkpoints.close()
+        preemption.close()
+        if done < config.steps:
+            _leave(workdir, done)
+    return workdir
+
+
+def _loop(
+    trainer: Trainer, workdir: Path, checkpoints: checkpoint.Checkpoints, preemption: processes.Preemption
+) -> int:
+    """Trains from the last checkpoint on; the steps done, fewer than all when the run was asked to end."""
+    config, done = trainer.config, trainer.resume(checkpoints)
+    log, score = RunLog(config, workdir, done), checkpoint.Score(config)
+    while done < config.steps:
+        log.begin(done + 1)
+        with _losses_told(log):
+            metrics, samples = trainer.step(done)
+        done += 1
+        if not config.skip_nonfinite:
+            check_finite(metrics, done, checkpoints.latest())
+        log.end(done, metrics, samples, headline(metrics))
+        score.add(metrics)
+        stop = preemption.due(done)
+        if stop or done % config.checkpoint.every == 0 or done == config.steps:
+            checkpoints.save(done, trainer.state, trainer.place(), score.take())
+        if stop and done < config.steps:
+            break
+    trainer.close()
+    log.close()
+    return done
+
+
+@contextmanager
+def _losses_told(log: RunLog) -> Iterator[None]:
+    """Ends the process with a message that names the other processes of the run that are gone, if any are."""
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1 or isinstance(error, InputError) or not (lost := log.heartbeat.lost(error)):
+            raise
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} ends because it lost {lost}; the same "
+            f"command goes on from the last checkpoint ({short(error)})",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # an orderly end would wait for those that are gone
+
+
+def _leave(workdir: Path, done: int) -> None:
+    """Ends a run that was asked to end."""
+    if processes.is_first():
+        write_text(workdir / PREEMPTED, json.dumps({"step": done}))
+        print(f"asked to end (SIGTERM): step {done} is saved, and the same command goes on from it", flush=True)
+    raise SystemExit(0)
+
+
+@contextmanager
+def _writing_to(workdir: Path) -> Iterator[None]:
+    """Turns the system's errors of writing into an InputError that says what is left."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError) or not (isinstance(error, OSError) or "write" in str(error).lower()):
+            raise
+        saved = checkpoint.steps(workdir)
+        kept = (
+            f"the checkpoint of step {saved[-1]} is whole, and the same command goes on from it"
+            if saved
+            else ("no checkpoint was written yet")
+        )
+        raise InputError(f"cannot write to {workdir}: {short(error)}; {kept}: make room, or choose another") from error
+
+
+def _describe(trainer: Trainer, workdir: Path) -> None:
+    """Writes what a run is: its model's files, config, versions and devices."""
+    config = trainer.config
+    (workdir / PREEMPTED).unlink(missing_ok=True)
+    shutil.rmtree(workdir / "heartbeats", ignore_errors=True)
     checkpoint.copy_model_files(trainer.processor.folder, workdir)
     if motion := trainer.processor.config.vision.motion:
         motion_prompt.write_file(workdir / checkpoint.MODEL_FOLDER, motion, trainer.state.params["motion_prompt"])
@@ -347,23 +484,6 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
         checkpoint.write_adapter(workdir, checkpoint.Adapter(config.init_from or config.model, trainer.lora))
     write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
     write_text(workdir / "about.json", json.dumps(about(), indent=1))
-    done = trainer.resume(checkpoints)
-    writer = MetricWriter(workdir, done)
-    progress = Progress(config.stage, config.steps, start=done)
-    for number in range(done, config.steps):
-        metrics, samples = trainer.step(number)
-        done = number + 1
-        if not config.skip_nonfinite:
-            check_finite(metrics, done, checkpoints.latest())
-        if done % config.log_every == 0 or done == config.steps:
-            writer.write(done, metrics, samples)
-        progress.show(done, headline(metrics))
-        if done % config.checkpoint.every == 0 or done == config.steps:
-            checkpoints.save(done, trainer.state, trainer.place())
-    trainer.close()
-    writer.close()
-    checkpoints.close()
-    return workdir
 
 
 MAY_CHANGE = (
@@ -371,6 +491,11 @@ MAY_CHANGE = (
     "log_every",
     "checkpoint.every",
     "checkpoint.keep",
+    "wandb",
+    "profile_steps",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
     "data.workers",
     "data.video_seconds",
     "data.cache",

@@ -7,14 +7,13 @@ processes. Videos are decoded by processes of their own (decode_worker.py), whic
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -24,7 +23,7 @@ from vau_jax.data.annotations import Row
 from vau_jax.data.decode_worker import DecoderPool
 from vau_jax.data.decoders import VideoError
 from vau_jax.data.frame_cache import FrameCache
-from vau_jax.data.processor import Encoded, Processor, Shape, collate
+from vau_jax.data.processor import Encoded, Processor, Shape, batch_shape, collate
 from vau_jax.data.prompts import Reflection
 from vau_jax.data.video import Clip, VideoOptions
 from vau_jax.files import InputError
@@ -48,6 +47,11 @@ class Example:
     @property
     def name(self) -> str:
         return f"{self.row.video}/{self.task}" + (f"/{self.rotation}" if self.rotation else "")
+
+    @property
+    def kind(self) -> str:
+        """What it has in common with others."""
+        return f"{self.task}/{self.row.anomaly_class}"
 
 
 class Prompt(NamedTuple):
@@ -250,9 +254,14 @@ class Collator:
     processor: Processor
     config: ConfigDict
 
-    def __call__(self, items: Sequence[Loaded]) -> HostBatch:
-        pad = self.processor.tokenizer.pad_token_id or 0
-        batch = collate([i.encoded for i in items], self.processor.config.vision, Shape(*self.config.bucket), pad)
+    def shape(self, items: Sequence[Loaded]) -> Shape:
+        """What the prompts are padded to."""
+        return batch_shape([i.encoded for i in items], self.processor.config.vision, Shape(*self.config.bucket))
+
+    def __call__(self, items: Sequence[Loaded], shape: Shape | None = None) -> HostBatch:
+        """Padded to `shape`, which is large enough; None: to `self.shape(items)`."""
+        pad, floor = self.processor.tokenizer.pad_token_id or 0, shape or Shape(*self.config.bucket)
+        batch = collate([i.encoded for i in items], self.processor.config.vision, floor, pad)
         length = self.config.max_completion_tokens
         tokens = np.full((len(items), 1, length), pad, np.int32)
         weights = np.zeros((len(items), 1, length), np.float32)
@@ -266,20 +275,26 @@ class Collator:
         return HostBatch(batch, Completions(tokens, mask), weights, target, list(items))
 
 
-def counts(batch: HostBatch, config: ConfigDict) -> dict[str, int]:
-    """What went wrong in a batch, for its metrics; failed videos by reason too."""
-    reasons = Counter(item.reason for item in batch.examples if item.failure)
+def troubles(item: Loaded, config: ConfigDict) -> dict[str, int]:
+    """What went wrong with an example, as counts for the metrics; failed videos by reason too."""
     found = {
-        "data/failed_videos": reasons.total(),
-        "data/damaged_videos": sum(bool(item.damage) for item in batch.examples),
-        "data/truncated_targets": sum(
-            len(item.target_tokens) > config.max_completion_tokens for item in batch.examples
-        ),
-        **{f"data/failed_videos/{reason}": count for reason, count in reasons.items()},
+        "data/failed_videos": int(item.failure is not None),
+        "data/damaged_videos": int(bool(item.damage)),
+        "data/truncated_targets": int(len(item.target_tokens) > config.max_completion_tokens),
     }
+    if item.failure:
+        found[f"data/failed_videos/{item.reason}"] = 1
     if config.cache:
-        found["data/not_cached"] = sum(not item.cached and not item.failure for item in batch.examples)
+        found["data/not_cached"] = int(not item.cached and not item.failure)
     return found
+
+
+def summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """The counts of many examples, zeros among them."""
+    total: Counter[str] = Counter()
+    for found in counts:
+        total.update(found)
+    return dict(total)
 
 
 def excluded(audit: annotations.Audit) -> dict[str, int]:
@@ -291,16 +306,21 @@ def excluded(audit: annotations.Audit) -> dict[str, int]:
 # --- The order of examples ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which part of every batch is this process's."""
+class BatchRows(grain.MapDataset):
+    """Of every `batch_size` elements those at the places `rows`."""
 
-    index: int
-    count: int
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: Sequence[int]) -> None:
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, rows
 
-    @classmethod
-    def of_this_process(cls) -> "Share":
-        return cls(jax.process_index(), jax.process_count())
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        number, place = divmod(index, len(self._rows))
+        return self._parent[number * self._batch_size + self._rows[place]]
 
 
 class SimilarLengths(grain.MapDataset):
@@ -361,16 +381,16 @@ def train_iterator(
     config: ConfigDict,
     batch_size: int,
     seed: int,
-    share: Share | None = None,
+    rows: Sequence[int] | None = None,
     place: Callable[[HostBatch], HostBatch] | None = None,
 ) -> grain.DatasetIterator:
-    """An endless iterator of `HostBatch`; this process's share of every batch of `batch_size` examples.
+    """An endless iterator of `HostBatch`: of every batch of `batch_size` examples those at the places `rows`, or all.
 
     Tasks are mixed by config.task_weights (a task without one: 1). `get_state` and `set_state` save and restore the
     place, which is the number of batches given: it means the same for any number of workers and processes. `place`
     puts a batch on the devices while the one before is in use.
     """
-    share = share or Share.of_this_process()
+    rows = range(batch_size) if rows is None else rows
     loader = make_loader(processor, config, augment=config.augment)
     by_task = {task: [e for e in examples if e.task == task] for task in config.tasks}
     by_task = {task: group for task, group in by_task.items() if group}
@@ -386,8 +406,8 @@ def train_iterator(
             ordered, batch_size, config.length_window, lambda e: expected_tokens(e, sampling), seed
         )
     # Randomness by the place in the whole order, before it is cut into shares.
-    mine = ordered.seed(seed).random_map(loader)[share.index :: share.count]
-    batches = mine.batch(batch_size // share.count, batch_fn=Collator(processor, config))
+    mine = BatchRows(ordered.seed(seed).random_map(loader), batch_size, rows)
+    batches = mine.batch(len(rows), batch_fn=Collator(processor, config))
     return iter(_ahead(batches, config, place))
 
 
