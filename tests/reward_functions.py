@@ -1,5 +1,7 @@
 """Rewards as a user would write them; tests name them by import path."""
 
+import os
+
 from vau_jax.data.pipeline import Example
 
 
@@ -21,3 +23,11 @@ def only_classification(completion: str, example: Example) -> float:
 
 
 NOT_A_FUNCTION = 3
+
+
+def told(text: str, example: object) -> float:
+    """Like `vowels`; writes who was asked about what to the file that TOLD names."""
+    if path := os.environ.get("TOLD"):
+        with open(path, "a") as file:
+            file.write(f"{os.getpid()} {example.name}\n")
+    return vowels(text, example)

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# N processes of one run on this machine, each with its number before its lines.
+#   bash launch/local_multi.sh [--dry-run] N PROGRAM [ARGUMENTS]
+# The exit code is that of the first process that failed. SIGTERM and Ctrl-C are passed on to all.
+set -euo pipefail
+# shellcheck source=launch/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+if [ "${1:-}" = --dry-run ]; then
+  DRY_RUN=1
+  shift
+fi
+if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
+  fail "usage: bash launch/local_multi.sh [--dry-run] N PROGRAM [ARGUMENTS]"
+fi
+count=$1
+shift
+port=${PORT:-$((20000 + RANDOM % 20000))}
+here=$(dirname "${BASH_SOURCE[0]}")
+
+children=()
+trap 'kill -TERM "${children[@]}" 2>/dev/null || true' TERM INT
+for ((i = 0; i < count; i++)); do
+  settings=("JAX_COORDINATOR_ADDRESS=localhost:$port" "JAX_NUM_PROCESSES=$count" "JAX_PROCESS_ID=$i")
+  if [ "$DRY_RUN" = 1 ]; then
+    run env "${settings[@]}" bash launch/run.sh "$@"
+  else
+    env "${settings[@]}" bash "$here/run.sh" "$@" > >(sed -u "s/^/[$i] /") 2>&1 &
+    children+=($!)
+  fi
+done
+
+failed=0
+for child in "${children[@]}"; do
+  code=0
+  wait "$child" || code=$?
+  while kill -0 "$child" 2>/dev/null; do # the wait was cut short by a signal
+    code=0
+    wait "$child" || code=$?
+  done
+  if [ "$failed" = 0 ]; then
+    failed=$code
+  fi
+done
+exit "$failed"

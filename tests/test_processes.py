@@ -1,0 +1,161 @@
+"""Runs of several processes on this machine: the same as of one process, and what happens when one of them ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vau_jax import checkpoint
+
+ROOT = Path(__file__).parents[1]
+STEPS = 4
+SAME = {"rtol": 1e-4, "atol": 1e-6}  # sums of float32 in other orders, four steps long
+
+
+def options(stage: str, model: Path, data: Path, workdir: Path) -> list[str]:
+    values = {
+        "config": "configs/srvau_r1_rft.py",
+        "workdir": workdir,
+        "config.stage": stage,
+        "config.model": model,
+        "config.data.csv": data / "train.csv",
+        "config.data.videos": data / "videos",
+        "config.data.reflection": data / "train_reflection.jsonl",
+        "config.data.wording": "short",
+        "config.data.max_frames": 8,
+        "config.data.max_completion_tokens": 128 if stage == "sft" else 16,
+        "config.data.bucket": "(128, 576, 48, 64, 12, 64)",
+        "config.dtype": "float32",
+        "config.batch_size": 4,
+        "config.steps": STEPS,
+        "config.optim.lr": 1e-3,
+        "config.checkpoint.every": 2,
+        "config.rollout.temperature": 0.5,
+    }
+    if stage == "rft":
+        values |= {"config.user_rewards": "(('tests.reward_functions:told', 1.0),)"}
+        values |= {"config.data.difficulty.enabled": True, "config.grpo.kl_in": "reward", "config.grpo.scale": "batch"}
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def start(processes: int, args: list[str], told: Path | None = None) -> subprocess.Popen:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "RUN_PYTHON": sys.executable, "TOLD": str(told or "")}
+    command = ["bash", "launch/local_multi.sh", str(processes), "vau_jax.train", *args]
+    if processes == 1:
+        command, env["ALONE"] = ["bash", "launch/run.sh", "vau_jax.train", *args], "1"
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def run(processes: int, args: list[str], told: Path | None = None) -> str:
+    process = start(processes, args, told)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def signal_one(number: int, workdir: Path, what: signal.Signals, step: int) -> None:
+    """Sends a signal to process `number` of the run as soon as its metrics show `step`."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        file = workdir / "metrics.jsonl"
+        if file.exists() and file.read_text().count("\n") >= step:
+            os.kill(json.loads((workdir / "heartbeats" / f"{number:05d}.json").read_text())["pid"], what)
+            return
+        time.sleep(0.002)
+    raise AssertionError("the run did not come to that step")
+
+
+def curve(workdir: Path, *names: str) -> np.ndarray:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), "every step is written once"
+    return np.asarray([[line[name] for name in names] for line in lines])
+
+
+def final(workdir: Path) -> list[np.ndarray]:
+    return jax.tree.leaves(checkpoint.restore_params(workdir / "checkpoints" / str(STEPS)))
+
+
+def test_sft_asked_to_end_on_two_processes_goes_on_with_four(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    """SIGTERM to one of them; the whole run is that of one process."""
+    run(1, options("sft", model_folder, dataset, tmp_path / "one"))
+    args = options("sft", model_folder, dataset, tmp_path / "many")
+    process = start(2, args)
+    signal_one(1, tmp_path / "many", signal.SIGTERM, 1)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert time.monotonic() - began < 60
+    step = json.loads((tmp_path / "many" / "preempted.json").read_text())["step"]
+    assert step < STEPS and checkpoint.steps(tmp_path / "many")[-1] == step
+    output = run(4, args)
+    assert not (tmp_path / "many" / "preempted.json").exists()
+    assert len(re.findall(r"sft: 4/4", output)) == 1, "one process alone tells how far the run is"
+    names = ("loss", "grad_norm", "tokens_seen", "data/failed_videos")
+    np.testing.assert_allclose(curve(tmp_path / "many", *names), curve(tmp_path / "one", *names), **SAME)
+    assert len(list((tmp_path / "many" / "heartbeats").iterdir())) == 4
+
+
+@pytest.fixture(scope="module")
+def rft_of_two(model_folder: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rft")
+    run(2, options("rft", model_folder, dataset, folder / "run"), folder / "told")
+    return folder
+
+
+def test_rft_of_two_processes_is_that_of_one(
+    rft_of_two: Path, model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """With difficulty, KL in the reward and a batch-wide scale, which all look at the whole batch."""
+    run(1, options("rft", model_folder, dataset, tmp_path / "one"), tmp_path / "told")
+    names = ("loss", "grad_norm", "reward", "reward_std", "length/mean", "tokens_seen")
+    names += ("final_score", "difficulty/hard", "groups_without_variance")
+    np.testing.assert_allclose(curve(rft_of_two / "run", *names), curve(tmp_path / "one", *names), **SAME)
+
+
+def test_rewards_are_computed_once_and_where_the_samples_are(
+    rft_of_two: Path, model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Of four prompts a step each of two processes reads and scores two, with four completions each."""
+    by_process = defaultdict(list)
+    for line in (rft_of_two / "told").read_text().splitlines():
+        pid, name = line.split(" ", 1)
+        by_process[pid].append(name)
+    assert sorted(map(len, by_process.values())) == [STEPS * 2 * 4] * 2
+    first, second = ([names[i : i + 8] for i in range(0, len(names), 8)] for names in by_process.values())
+    assert all(not set(a) & set(b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_others_end_when_one_is_killed_and_the_run_goes_on_to_the_same_bits(
+    rft_of_two: Path, model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    args = options("rft", model_folder, dataset, tmp_path / "killed")
+    process = start(2, args)
+    signal_one(1, tmp_path / "killed", signal.SIGKILL, 3)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=120)
+    assert time.monotonic() - began < 60
+    assert process.returncode not in (0, 2)
+    assert re.search(r"\[0\] error: process 0 of 2 ends because it lost process 1 \(.*, pid \d+, last seen", output)
+    run(2, args)
+    for a, b in zip(final(rft_of_two / "run"), final(tmp_path / "killed"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(curve(rft_of_two / "run", "loss"), curve(tmp_path / "killed", "loss"))
+
+
+def test_without_a_cluster_the_way_out_is_named(tmp_path: Path) -> None:
+    args = ["--config=configs/vau_r1_sft.py", f"--workdir={tmp_path}", "--distributed"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COORD")}
+    command = [sys.executable, "-m", "vau_jax.train", *args]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "JAX_COORDINATOR_ADDRESS" in done.stderr and "Traceback" not in done.stderr
