@@ -1,7 +1,13 @@
-"""A run that is killed with SIGKILL, at any step, ends with the same bits as one that is not."""
+"""A run that is killed, asked to end, or cannot write, goes on to the same bits as one that was left in peace.
+
+    KILLS=50 STAGE=rft SEED=1 python -m pytest tests/test_resume.py -k random -s
+
+kills a longer run as often as that.
+"""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +19,14 @@ import numpy as np
 import pytest
 
 from vau_jax import checkpoint
+from vau_jax.files import read_json
 
 ROOT = Path(__file__).parents[1]
-STEPS = 6
+KILLS = int(os.environ.get("KILLS", "2"))
+STAGE = os.environ.get("STAGE", "sft")
+SEED = int(os.environ.get("SEED", "0"))
+EVERY = 2  # steps between checkpoints
+STEPS = max(8, 3 * KILLS) // EVERY * EVERY
 
 
 def command(stage: str, model: Path, data: Path, workdir: Path) -> list[str]:
@@ -36,7 +47,7 @@ def command(stage: str, model: Path, data: Path, workdir: Path) -> list[str]:
         "config.batch_size": 4,
         "config.steps": STEPS,
         "config.optim.lr": 1e-3,
-        "config.checkpoint.every": 2,
+        "config.checkpoint.every": EVERY,
     }
     return [sys.executable, "-m", "vau_jax.train", *(f"--{key}={value}" for key, value in values.items())]
 
@@ -50,64 +61,128 @@ def run(args: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def kill_after(args: list[str], workdir: Path, step: int) -> None:
-    """Starts a run and kills it as soon as its metrics show `step`, whatever it is doing then."""
-    process = subprocess.Popen(
-        args, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+def start(args: list[str]) -> subprocess.Popen:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(args, cwd=ROOT, env=environment(), start_new_session=True, **quiet)
+
+
+def steps_done(workdir: Path) -> int:
+    file = workdir / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def wait_for(workdir: Path, step: int, process: subprocess.Popen) -> None:
+    """Returns when the run's metrics show `step`."""
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        file = workdir / "metrics.jsonl"
-        if file.exists() and file.read_text().count("\n") >= step:
-            os.killpg(process.pid, signal.SIGKILL)
-            break
+    while steps_done(workdir) < step and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.002)
+
+
+def kill_after(args: list[str], workdir: Path, step: int, delay: float) -> int:
+    """Starts a run, kills it `delay` seconds after its metrics show `step`, whatever it is doing then, and returns the
+    steps that it has done."""
+    process = start(args)
+    wait_for(workdir, step, process)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it was to be killed"
+    return steps_done(workdir)
 
 
 def final(workdir: Path) -> dict:
     return checkpoint.restore_params(workdir / "checkpoints" / str(STEPS))
 
 
-def learning_curve(workdir: Path) -> list[tuple[int, float]]:
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [(record["step"], record["loss"]) for record in map(json.loads, lines)]
+def learning_curve(workdir: Path) -> list[tuple[float, ...]]:
+    """What does not depend on the machine's speed, of each step; the loss last."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    names = ("grad_norm", "tokens_seen", "data/failed_videos")
+    return [(*(line[name] for name in names), line["loss"]) for line in lines]
 
 
 @pytest.fixture(scope="module")
-def straight_sft(model_folder: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(model_folder: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of a run that nobody killed."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    run(command("sft", model_folder, dataset, workdir))
+    run(command(STAGE, model_folder, dataset, workdir))
     return workdir
 
 
-def test_a_killed_sft_run_ends_like_a_straight_one(
-    straight_sft: Path, model_folder: Path, dataset: Path, tmp_path: Path
+def test_a_run_that_is_killed_at_random_moments_ends_like_a_straight_one(
+    straight: Path, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    ends_alike("sft", (1, 4), straight_sft, model_folder, dataset, tmp_path)
-
-
-def test_a_killed_rft_run_ends_like_a_straight_one(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
-    run(command("rft", model_folder, dataset, tmp_path / "straight"))
-    ends_alike("rft", (3,), tmp_path / "straight", model_folder, dataset, tmp_path)
-
-
-def ends_alike(
-    stage: str, kills: tuple[int, ...], straight: Path, model_folder: Path, dataset: Path, tmp_path: Path
-) -> None:
-    """Bit for bit: a run that is killed at these steps, and one that is not."""
-    for step in kills:
-        kill_after(command(stage, model_folder, dataset, tmp_path / "killed"), tmp_path / "killed", step)
-    run(command(stage, model_folder, dataset, tmp_path / "killed"))
-    expected, found = final(straight), final(tmp_path / "killed")
+    """Bit for bit: parameters, and every step's metrics with the tokens and videos seen."""
+    rng, workdir = np.random.default_rng(SEED), tmp_path / "killed"
+    args, seen = command(STAGE, model_folder, dataset, workdir), []
+    for number in range(KILLS):
+        # One in five while the run is starting, the others during a step or while it is being saved.
+        step = min(steps_done(workdir) + rng.integers(1, 5), STEPS - KILLS + number) if rng.random() > 0.2 else 0
+        seen.append(kill_after(args, workdir, step, rng.uniform(0.0, 1.0 if step else 8.0)))
+    print(f"killed after steps {seen}")
+    run(args)
+    expected, found = final(straight), final(workdir)
     for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
-    assert learning_curve(tmp_path / "killed") == learning_curve(straight)
+    assert learning_curve(workdir) == learning_curve(straight)
 
 
-def test_a_workdir_with_another_run_is_refused(straight_sft: Path, model_folder: Path, dataset: Path) -> None:
-    other = [*command("sft", model_folder, dataset, straight_sft), "--config.optim.lr=5e-4"]
+def test_a_run_that_is_asked_to_end_saves_its_step_first(
+    straight: Path, model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "asked"
+    args = command(STAGE, model_folder, dataset, workdir)
+    process = start(args)
+    wait_for(workdir, 1, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    step = read_json(workdir / "preempted.json")["step"]
+    assert checkpoint.steps(workdir)[-1] == step == steps_done(workdir) < STEPS
+    run(args)
+    assert not (workdir / "preempted.json").exists()
+    assert learning_curve(workdir) == learning_curve(straight)
+
+
+def test_a_disk_that_is_full_is_one_line_and_loses_nothing(
+    straight: Path, model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Files may not grow beyond what a checkpoint needs: the system refuses to write them, as it does to a full disk."""
+    workdir = tmp_path / "full"
+    args = command(STAGE, model_folder, dataset, workdir)
+    shutil.copytree(straight, workdir)
+    for step in checkpoint.steps(workdir)[1:]:
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    kept = checkpoint.steps(workdir)
+    limited = ["bash", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$@"', "-", *args]
+    done = subprocess.run(limited, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    told = done.stderr.strip().splitlines()[-1]
+    assert (
+        told.startswith(f"error: cannot write to {workdir}") and f"the checkpoint of step {kept[-1]} is whole" in told
+    )
+    assert checkpoint.steps(workdir) == kept
+    run(args)
+    assert learning_curve(workdir) == learning_curve(straight)
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    args = command(STAGE, model_folder, dataset, tmp_path / "file" / "run")
+    done = subprocess.run(args, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: cannot write to {tmp_path / 'file' / 'run'}")
+
+
+def test_the_best_checkpoint_stays_besides_the_newest(straight: Path) -> None:
+    """The best by the mean loss since the checkpoint before."""
+    losses = np.asarray([line[-1] for line in learning_curve(straight)]).reshape(-1, EVERY).mean(1)
+    best = EVERY * (int(losses.argmin()) + 1)
+    assert read_json(straight / "best.json") == {"step": best, "metric": "-loss"}
+    assert checkpoint.steps(straight) == sorted({best, STEPS - EVERY, STEPS})
+
+
+def test_a_workdir_with_another_run_is_refused(straight: Path, model_folder: Path, dataset: Path) -> None:
+    other = [*command(STAGE, model_folder, dataset, straight), "--config.optim.lr=5e-4"]
     done = subprocess.run(other, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "optim.lr (was 0.001, is 0.0005)" in done.stderr
