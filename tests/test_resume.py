@@ -146,7 +146,7 @@ def test_a_run_that_is_asked_to_end_saves_its_step_first(
 def test_a_disk_that_is_full_is_one_line_and_loses_nothing(
     straight: Path, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """Files may not grow beyond what a checkpoint needs: the system refuses to write them, as it does to a full disk."""
+    """Files may not grow to what a checkpoint needs: the system refuses to write them, as it does to a full disk."""
     workdir = tmp_path / "full"
     args = command(STAGE, model_folder, dataset, workdir)
     shutil.copytree(straight, workdir)

@@ -1,5 +1,6 @@
 """Command lines of the form `--config=configs/X.py[:arg] --workdir=DIR [--config.key=value]`."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,22 @@ def main(run: Callable[[ConfigDict, Path], Any]) -> None:
 
 def parse() -> tuple[ConfigDict, Path]:
     """(config, workdir) of this program's command line; joins the other processes of the run. Raises InputError."""
+    config, values = read(sys.argv)
+    if values["workdir"].value is None:
+        raise InputError("both --config=configs/X.py and --workdir=DIR are needed")
+    if values["distributed"].value:
+        processes.start()
+    return config, Path(values["workdir"].value)
+
+
+# XLA for TPU would cut matrix products with split weights into pieces, one for each chip's part, and add each piece to a
+# sum in memory. With a whole prompt on a chip that costs three times the traffic of gathering the weights first.
+TPU_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+
+
+def read(arguments: list[str]) -> tuple[ConfigDict, flags.FlagValues]:
+    """The config of a command line, and all its flags. Raises InputError."""
+    os.environ.setdefault("LIBTPU_INIT_ARGS", TPU_FLAGS)  # read when a TPU, or its compiler, is first used
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "a config file, see configs/", flag_values=values, lock_config=True)
     flags.DEFINE_string("workdir", None, "where the run writes everything", flag_values=values)
@@ -26,17 +43,15 @@ def parse() -> tuple[ConfigDict, Path]:
     logging.set_verbosity(logging.WARNING)
     sys.path.insert(0, "")  # config files import configs.base from the current folder
     try:
-        rest = values(sys.argv)
-        config, workdir = values["config"].value, values["workdir"].value
+        rest = values(arguments)
+        config = values["config"].value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         raise InputError(_last_line(error)) from error
     if rest[1:]:
         raise InputError(f"unexpected argument(s) {' '.join(rest[1:])}: options have the form --name=value")
-    if config is None or workdir is None:
+    if config is None:
         raise InputError("both --config=configs/X.py and --workdir=DIR are needed")
-    if values["distributed"].value:
-        processes.start()
-    return config, Path(workdir)
+    return config, values
 
 
 def _last_line(error: Exception) -> str:

@@ -8,13 +8,13 @@ up a full one; or when somebody watches and WATCH_EVERY tokens are new. What is 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from vau_jax import logprobs, sharding
 from vau_jax.models import qwen_vl
@@ -132,6 +132,7 @@ def sample(
     `watch` is called with what there is so far every WATCH_EVERY tokens; an exception that it raises ends the sampling.
     """
     fixed = _Fixed(model, end_tokens, greedy, top_p, top_k, sharding.mesh_of(batch.tokens))
+    variables = for_reading(variables, model.dtype, fixed.mesh)
     knobs = _Knobs(key, jnp.float32(temperature), jnp.int32(min_new_tokens), stop_table)
     size = num_generations, max_new_tokens, min(FIRST_CACHE, max_new_tokens)
     loop, prompts = _start(variables, batch, knobs, fixed=fixed, size=size)
@@ -151,6 +152,25 @@ def sample(
         room = loop.own.k.shape[4]
         room = min(2 * room, max_new_tokens) if int(loop.step) > room else room
         loop, prompts = _resize(prompts, loop, shape=(*rows, room), mesh=fixed.mesh)
+
+
+def for_reading(variables: Variables, dtype: Any, mesh: Mesh | None) -> Variables:
+    """The parameters as every token reads them: matrices in the model's dtype, and on a mesh no longer split over
+    fsdp, which would gather them again for each token. Takes their size over mesh.tensor more memory."""
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return variables
+
+    def one(path: tuple[Any, ...], x: jax.Array, place: NamedSharding) -> jax.Array:
+        is_matrix = path[-1].key in ("kernel", "embedding", "lm_head")
+        return _cast(dtype if is_matrix else x.dtype, place)(x)  # one by one: together they need twice the memory
+
+    return jax.tree_util.tree_map_with_path(one, variables, sharding.gathered(variables, mesh))
+
+
+@lru_cache(maxsize=64)
+def _cast(dtype: Any, place: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    """A program that casts an array, and then lays it out like that."""
+    return jax.jit(lambda x: jax.lax.optimization_barrier(x.astype(dtype)), out_shardings=place)
 
 
 def compiled_programs() -> int:

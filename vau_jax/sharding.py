@@ -6,10 +6,11 @@ Mesh axes: `data` (copies of the model, different examples), `fsdp` (examples to
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -40,12 +41,13 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(shape: Mapping[str, int]) -> Mesh:
-    """A mesh over all devices; one axis may be -1, which takes what the others leave.
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all there are); one axis may be -1, which takes what the others leave.
 
     Raises InputError when the axes do not multiply to the number of devices, with the factorings that would.
     """
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     sizes = [int(shape.get(axis, 1)) for axis in AXES]
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
@@ -57,7 +59,8 @@ def make_mesh(shape: Mapping[str, int]) -> Mesh:
         ]
         valid = [v for v in valid if math.prod(v) == count]
         raise InputError(f"mesh {asked} does not fit {count} device(s); (data, fsdp, tensor) can be one of {valid}")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    layout = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    return Mesh(layout, AXES)
 
 
 def check_divisible(batch_size: int, mesh: Mesh) -> None:
@@ -98,6 +101,15 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, param_spec(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def gathered(tree: Any, mesh: Mesh) -> Any:
+    """The same as `state_shardings`, but whole over the fsdp axis: for parameters that are read again and again."""
+
+    def whole(place: NamedSharding) -> NamedSharding:
+        return NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in place.spec)))
+
+    return jax.tree.map(whole, state_shardings(tree, mesh))
 
 
 def layout(mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], Sharding]:

@@ -1,0 +1,421 @@
+"""Compiles a config's programs for a TPU pod, on a machine without one, and says whether and how fast they could run.
+
+    python launch/compile_check.py --config=configs/vau_r1_qa_rft.py --topology=v5e:4x4 --size=qwen2.5-vl-3b \
+        [--config.mesh.tensor=4] [--prompt=4096] [--visual=3584] [--json=FILE] [--only=update]
+
+For each program: seconds to compile, bytes a chip (arguments, temporary, peak) against the chip's memory, operations,
+bytes to and from memory, collectives, the time that the slowest of them takes at least, and the MFU that this allows.
+Exit code 1 when one does not fit. `--size` is a published model; without it config.model is a folder. Needs libtpu.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # read when libtpu is loaded: there is no TPU to be asked
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # called by its path, this file's folder stands there instead
+
+from launch import hlo  # noqa: E402
+from vau_jax import cli, flops, optim, sampling, sharding, train, update  # noqa: E402
+from vau_jax.chips import GIB, Chip, chip  # noqa: E402
+from vau_jax.files import InputError, exit_on_input_error, write_text  # noqa: E402
+from vau_jax.models import config as model_config  # noqa: E402
+from vau_jax.models import hf, lora  # noqa: E402
+from vau_jax.models.config import QwenVLConfig  # noqa: E402
+from vau_jax.models.lora import LoRA  # noqa: E402
+from vau_jax.models.qwen_vl import QwenVL  # noqa: E402
+from vau_jax.types import Batch, Completions, Groups, Params, State, TrainBatch, Vision  # noqa: E402
+from vau_jax.vlm import DTYPES  # noqa: E402
+
+Shapes = Any  # a pytree of jax.ShapeDtypeStruct with shardings
+
+
+@dataclass
+class Report:
+    """What is known of a program; numbers are of one chip."""
+
+    program: str
+    compile_seconds: float = 0.0
+    arguments: float = 0.0  # bytes
+    temporary: float = 0.0
+    peak: float = 0.0
+    resident: float = 0.0  # of the run's state that the program does not use, and that is there all the same
+    flops: float = 0.0
+    bytes: float = 0.0
+    collectives: dict[str, dict[str, float]] = field(default_factory=dict)  # kind -> count, bytes
+    seconds: float = 0.0  # roofline: the slowest of operations, memory and links
+    bound: str = ""  # which of them it is
+    mfu_cap: float = 0.0  # of the operations that the model needs
+    least_bytes: float = 0.0  # of a decoding step: the weights and caches, each read once
+    problem: str = ""
+
+    @property
+    def needed(self) -> float:
+        """Bytes of the chip's memory."""
+        return self.peak + self.resident
+
+
+def chips_of(name: str) -> list[Any]:
+    """The devices of a topology such as v5e:4x4. Raises InputError."""
+    sides = [int(side) for side in re.findall(r"\d+", name.partition(":")[2])]
+    bounds = tuple(min(side, most) for side, most in zip([*sides, 1, 1], (2, 2, 1), strict=False))
+    try:
+        found = topologies.get_topology_desc(topology_name=name, platform="tpu", chips_per_host_bounds=bounds)
+    except Exception as error:
+        raise InputError(
+            f"--topology={name} is unknown to libtpu ({str(error).splitlines()[0][:200]}): expected one such as "
+            "v5e:4x4, v5e:8x8, v5p:2x2x4, v6e:8x8; with the package libtpu installed"
+        ) from error
+    return list(found.devices)
+
+
+class Programs:
+    """The programs of a config on a mesh of chips that are not there; all arguments are shapes."""
+
+    def __init__(self, config: ConfigDict, model: QwenVLConfig, mesh: Mesh, prompt: int, visual: int) -> None:
+        train.check(config)
+        self.config, self.mesh = config, mesh
+        sharding.check_divisible(config.batch_size // config.micro_batches, mesh)
+        kind = LoRA(**config.lora) if config.lora.rank else None
+        attention = "splash" if config.attention == "auto" else config.attention
+        self.model = QwenVL(model, DTYPES[config.dtype], config.remat, 1, attention, kind, mesh)
+        held = jnp.dtype(config.dtype if kind else config.param_dtype)
+        self.base, self.trained = None, self._params(hf.parameter_shapes(model), held)
+        if kind:
+            shapes = hf.parameter_shapes(model)
+            fresh = jax.eval_shape(partial(lora.init, shapes=shapes, kind=kind), jax.random.key(0))
+            adapters = {path: leaf.shape for path, leaf in fresh.items()}
+            self.base, self.trained = self.trained, self._params(adapters, jnp.dtype(config.param_dtype))
+        self.batch = self._batch(prompt, visual)
+        self.c = config.data.max_completion_tokens
+        self.g = config.rollout.num_generations if config.stage == "rft" else 1
+
+    def _params(self, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> Params:
+        layout = sharding.layout(self.mesh)
+        flat = {
+            path: jax.ShapeDtypeStruct(shape, dtype, sharding=layout(path, shape)) for path, shape in shapes.items()
+        }
+        return hf.unflatten(flat)
+
+    def _rows(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """An array with a row for each prompt."""
+        return jax.ShapeDtypeStruct((self.config.batch_size, *shape), dtype, sharding=sharding.examples(self.mesh))
+
+    def _batch(self, tokens: int, visual: int) -> Batch:
+        """Prompts of `tokens` tokens, of which `visual` come from one clip of 16 rows of merged patches a frame."""
+        v = self.model.config.vision
+        unit, rows = v.spatial_merge_size**2, 16
+        cols = next(c for c in (14, 16, 12, 8, 4, 2, 1) if visual % (rows * c) == 0)
+        frames, patches = visual // (rows * cols), visual * unit
+        side = v.window_size // (v.spatial_merge_size * v.patch_size) if v.window_size else 0
+
+        def groups(count: int, size: int) -> Groups:
+            return Groups(self._rows(count, size), self._rows(patches))
+
+        windows = groups(frames * -(-rows // side) * -(-cols // side), side * side * unit) if side else None
+        width = v.in_channels * v.temporal_patch_size * v.patch_size**2
+        vision = Vision(
+            patches=self._rows(patches, width, dtype=jnp.uint8),
+            positions=self._rows(patches, 2),
+            frames=groups(frames, rows * cols * unit),
+            windows=windows,
+            corners=self._rows(patches, 4) if v.position_grid else None,
+            corner_weights=self._rows(patches, 4, dtype=jnp.float32) if v.position_grid else None,
+        )
+        return Batch(
+            tokens=self._rows(tokens),
+            mask=self._rows(tokens, dtype=bool),
+            positions=self._rows(3, tokens),
+            visual_index=self._rows(tokens),
+            next_position=self._rows(),
+            vision=vision,
+        )
+
+    @property
+    def variables(self) -> dict[str, Params]:
+        return update.policy(self.trained, self.base)
+
+    def _completions(self) -> Completions:
+        return Completions(self._rows(self.g, self.c), self._rows(self.g, self.c, dtype=bool))
+
+    # --- The programs ---
+
+    def all(self) -> Iterator["Program"]:
+        """What a step runs, in order; sampling and scoring for RFT alone."""
+        state, base = self._state()
+        weights, everything = held(self.variables), held((state, base, self._reference()))
+        add = partial(Program, resident=everything - weights)
+        see = jax.jit(partial(self.model.apply, method="see"))
+        yield add("vision tower", see, (self.variables, self.batch))
+        if self.config.stage == "rft":
+            for name, function, args, static in self._sampling():
+                used = 0.0 if held(args[0]) != weights else weights  # gathered ones come on top
+                yield Program(name, function, args, static, everything - used)
+            if self.config.grpo.beta:
+                temperature = self.config.rollout.temperature
+                score = jax.jit(partial(update.policy_logps, model=self.model, temperature=temperature))
+                reference = {"params": self.base or self.trained}
+                yield add("score", score, (reference, self.batch, self._completions()))
+        own = held((state, base))
+        yield Program("update", self._update(), (state, base, self._train_batch()), resident=everything - own)
+
+    def _sampling(self) -> Iterator[tuple[str, Any, tuple, dict[str, Any]]]:
+        fixed = sampling._Fixed(self.model, (0,), False, 1.0, 0, self.mesh)
+        scalar = partial(jax.ShapeDtypeStruct, (), sharding=sharding.replicated(self.mesh))
+        key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(self.mesh))
+        knobs = sampling._Knobs(key, scalar(jnp.float32), scalar(jnp.int32), None)
+        size = self.g, self.c, self.c
+        variables = self.variables
+        if self.mesh.shape["fsdp"] > 1:
+            read = jax.eval_shape(partial(sampling.for_reading, dtype=self.model.dtype, mesh=self.mesh), variables)
+            variables = _placed(read, sharding.gathered(variables, self.mesh))
+        given = variables, self.batch, knobs
+        yield "prefill", sampling._start, given, {"fixed": fixed, "size": size}
+        loop, prompts = jax.eval_shape(partial(sampling._start, fixed=fixed, size=size), *given)
+        place = partial(jax.tree.map, self._where)
+        args = variables, place(prompts), place(loop), knobs, scalar(jnp.int32)
+        yield "decode step", sampling._advance, args, {"fixed": fixed}
+
+    def _where(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """Where sampling leaves an array: caches by rule, what has a row for each prompt by example."""
+        if leaf.ndim >= 5:
+            layout = sharding.cache(self.mesh, leaf.shape)
+        else:
+            layout = sharding.examples(self.mesh) if leaf.ndim else sharding.replicated(self.mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+
+    def _optimiser(self) -> Any:
+        return optim.make(self.config.optim, self.config.steps, self.trained, self.base, None)
+
+    def _state(self) -> tuple[State, Params | None]:
+        whole = jax.eval_shape(lambda p: State(jnp.int32(0), p, self._optimiser().init(p), None), self.trained)
+        layouts = sharding.state_shardings(whole, self.mesh)
+        return _placed(whole, layouts), self.base
+
+    def _update(self) -> Any:
+        state, _ = self._state()
+        layouts = jax.tree.map(lambda x: x.sharding, state)
+        return update.make(self.config, self.model, self._optimiser(), layouts, self.mesh)
+
+    def _train_batch(self) -> TrainBatch:
+        shape = self.g, self.c
+        inputs: dict[str, Any] = {"weights": self._rows(*shape, dtype=jnp.float32)}
+        if self.config.stage == "rft":
+            inputs = {"mask": self._rows(*shape, dtype=bool), "advantages": self._rows(self.g, dtype=jnp.float32)}
+            inputs["sampler_logps"] = self._rows(*shape, dtype=jnp.float32)
+            if self.config.grpo.beta:
+                inputs["ref_logps"] = self._rows(*shape, dtype=jnp.float32)
+            if self.config.grpo.iterations > 1:
+                inputs["old_logps"] = self._rows(*shape, dtype=jnp.float32)
+        return TrainBatch(self.batch, self._completions(), inputs)
+
+    def _reference(self) -> Params | None:
+        """The reference policy, where it is a copy of its own."""
+        return self.trained if self.config.stage == "rft" and self.config.grpo.beta and not self.base else None
+
+    # --- What the model needs ---
+
+    def sizes(self, program: str) -> dict[str, float]:
+        """Of a batch, as flops.forward takes them: those of this program."""
+        b, t = self.batch.tokens.shape
+        drawn = b * self.g * self.c
+        frames = self.batch.vision.frames.members.shape
+        windows = (self.batch.vision.windows or self.batch.vision.frames).members.shape
+        size = {
+            "prompt": float(b * t),
+            "drawn": float(drawn),
+            "pairs": b * t * (t + 1) / 2 + drawn * t + b * self.g * self.c * (self.c + 1) / 2,
+            "patches": float(b * self.batch.vision.patches.shape[1]),
+            "frame_pairs": float(math.prod(frames) * frames[2]),
+            "window_pairs": float(math.prod(windows) * windows[2]),
+        }
+        if program == "prefill":
+            return size | {"drawn": b * self.g, "pairs": b * t * (t + 1) / 2}
+        if program == "decode step":  # in the middle of a completion
+            size |= {"prompt": 0.0, "drawn": b * self.g, "pairs": b * self.g * (t + self.c / 2)}
+            return {name: value for name, value in size.items() if name in ("prompt", "drawn", "pairs")}
+        return size
+
+    def model_flops(self, program: str) -> float:
+        """Of all chips, without what is computed again."""
+        parts = flops.forward(self.model.config, self.sizes(program))
+        if program == "vision tower":
+            return parts["tower"]
+        trained = 2 if self.base else 3
+        return sum(parts.values()) * (trained if program == "update" else 1)
+
+    def read_at_least(self, decode: "Program") -> float:
+        """Bytes a chip that a decoding step has to read: the decoder, the head, the prompts' and its own caches."""
+        variables, prompts, loop = decode.args[:3]
+        params = variables["params"]
+        head = params.get("lm_head", params["embed_tokens"]["embedding"])
+        return held((params["decoder"], head, variables.get("lora"), prompts.cache, loop.own))
+
+    def kernel_flops(self, program: str) -> float:
+        """Of the attention kernel, which counts as nothing elsewhere: two products forward, and in the update two more
+        where they are computed again, and five backward."""
+        if self.model.attention != "splash" or program in ("vision tower", "decode step"):
+            return 0.0
+        products = (9 if self.model.remat else 7) if program == "update" else 2
+        c = self.model.config
+        return 2.0 * products * c.num_layers * c.num_heads * c.head_dim * self.sizes(program)["pairs"]
+
+
+@dataclass
+class Program:
+    """A function with the shapes of its arguments."""
+
+    name: str
+    function: Any
+    args: tuple
+    static: dict[str, Any] = field(default_factory=dict)
+    resident: float = 0.0  # bytes a chip of the run's state that it does not use
+
+
+def _placed(shapes: Shapes, layouts: Any) -> Shapes:
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, layouts)
+
+
+def held(tree: Shapes) -> float:
+    """Bytes a chip of shapes with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
+
+
+def check(programs: Programs, program: Program, known: Chip) -> Report:
+    """Compiles a program and reads off what it needs."""
+    report, began = Report(program.name, resident=program.resident), time.monotonic()
+    try:
+        compiled = program.function.lower(*program.args, **program.static).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "memory" not in str(error).lower():
+            raise
+        report.compile_seconds = time.monotonic() - began
+        report.problem = re.sub(r"\s+", " ", str(error))[:400]
+        return report
+    report.compile_seconds = time.monotonic() - began
+    memory = compiled.memory_analysis()
+    report.arguments, report.temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    report.peak = memory.peak_memory_in_bytes
+    chips = programs.mesh.size
+    counted = flops.count(partial(program.function, **program.static), *program.args)
+    report.flops = (counted + programs.kernel_flops(program.name)) / chips
+    traffic = hlo.read(compiled.as_text(), one_round=program.name == "decode step")
+    report.bytes, report.collectives = traffic.bytes, traffic.collectives
+    if program.name == "decode step":
+        report.least_bytes = programs.read_at_least(program)
+    sent = sum(kind["bytes"] for kind in traffic.collectives.values())
+    limits = {
+        "operations": report.flops / known.flops,
+        "memory": report.bytes / known.bandwidth,
+        "links": sent / known.links,
+    }
+    report.bound = max(limits, key=limits.get)
+    report.seconds = limits[report.bound]
+    report.mfu_cap = programs.model_flops(program.name) / chips / known.flops / report.seconds
+    if report.needed > known.memory:
+        report.problem = f"needs {report.needed / GIB:.2f} GiB of {known.memory / GIB:.0f}"
+    return report
+
+
+# --- The command --------------------------------------------------------------------------------------------------
+
+
+def advice(programs: Programs) -> str:
+    """What would make a program that does not fit smaller, in the order to try it."""
+    c, parts = programs.config, sharding.example_parts(programs.mesh)
+    found = []
+    if not c.remat:
+        found.append("remat=True")
+    if c.batch_size // c.micro_batches > parts:
+        found.append(f"micro_batches={c.batch_size // parts} (now {c.micro_batches}: one prompt a chip at a time)")
+    if programs.mesh.shape["data"] > 1:
+        found.append("mesh.data=1 and a larger mesh.fsdp: parameters and optimiser split further")
+    if programs.mesh.shape["tensor"] < programs.model.config.num_heads:
+        found.append(f"a larger mesh.tensor (now {programs.mesh.shape['tensor']})")
+    if not programs.base:
+        found.append("lora.rank=16, or more chips")
+    return "; ".join(found) or "more chips"
+
+
+def table(reports: list[Report], known: Chip) -> str:
+    """One line a program."""
+    lines = [
+        f"{'program':14}{'compile':>9}{'peak':>8}{'+ state':>9}{'TFLOP':>9}{'GB':>8}{'sent GB':>9}{'ms':>8}"
+        "  bound by    MFU cap"
+    ]
+    for r in reports:
+        if not r.seconds:
+            lines.append(f"{r.program:14}{r.compile_seconds:8.1f}s  {r.problem}")
+            continue
+        sent = sum(kind["bytes"] for kind in r.collectives.values()) / 1e9
+        lines.append(
+            f"{r.program:14}{r.compile_seconds:8.1f}s{r.peak / GIB:8.2f}{r.needed / GIB:9.2f}{r.flops / 1e12:9.3f}"
+            f"{r.bytes / 1e9:8.1f}{sent:9.2f}{r.seconds * 1e3:8.1f}  {r.bound:11}{r.mfu_cap:8.0%}"
+            + (f"  reads {r.bytes / r.least_bytes:.2f} x the least" if r.least_bytes else "")
+            + (f"  DOES NOT FIT: {r.problem}" if r.problem else "")
+        )
+    return "\n".join(lines) + f"\npeak and state in GiB of {known.memory / GIB:.0f}; all numbers are of one chip"
+
+
+def run(args: argparse.Namespace, config: ConfigDict) -> int:
+    """Prints the table; the exit code."""
+    if args.size and args.size not in model_config.SIZES:
+        raise InputError(f"--size={args.size} is unknown: expected one of {', '.join(model_config.SIZES)}")
+    if not args.size and not config.model:
+        raise InputError("which model? Give --size, or --config.model=FOLDER")
+    sizes = model_config.from_hf(model_config.SIZES[args.size]) if args.size else model_config.load(config.model)
+    devices = chips_of(args.topology)
+    known = chip(devices[0].device_kind)
+    programs = Programs(config, sizes, sharding.make_mesh(config.mesh, devices), args.prompt, args.visual)
+    reports = [check(programs, p, known) for p in programs.all() if not args.only or p.name in args.only]
+    print(
+        f"{args.size or config.model}, {config.stage}, {args.topology}, mesh {dict(programs.mesh.shape)}, "
+        f"{config.batch_size} prompts of {args.prompt} tokens, {programs.g} x {programs.c} completion tokens"
+    )
+    print(table(reports, known), flush=True)
+    if args.json:
+        settings = {name: value for name, value in vars(args).items() if name != "json"}
+        found = [asdict(report) | {"needed": report.needed} for report in reports]
+        about = {"settings": settings, "mesh": dict(programs.mesh.shape), "chip": known._asdict()}
+        write_text(args.json, json.dumps({**about, "programs": found}, indent=1))
+    if any(report.problem for report in reports):
+        print(f"does not fit; what would help: {advice(programs)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="ahead-of-time compilation for a TPU pod", allow_abbrev=False)
+    parser.add_argument("--topology", required=True, help="such as v5e:4x4, v5p:2x2x4, v6e:8x8")
+    parser.add_argument("--size", default="", help=f"one of {', '.join(model_config.SIZES)}; default: config.model")
+    parser.add_argument("--prompt", type=int, default=4096, help="tokens of a prompt")
+    parser.add_argument("--visual", type=int, default=3584, help="of these, from the video")
+    parser.add_argument("--only", action="append", default=[], help="a program's name; may be repeated")
+    parser.add_argument("--json", default="", help="write everything there too")
+    args, rest = parser.parse_known_args()
+    config, _ = cli.read([sys.argv[0], *rest])
+    sys.exit(run(args, config))
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)
