@@ -28,8 +28,8 @@ def parse() -> tuple[ConfigDict, Path]:
     return config, Path(values["workdir"].value)
 
 
-# XLA for TPU would cut matrix products with split weights into pieces, one for each chip's part, and add each piece to a
-# sum in memory. With a whole prompt on a chip that costs three times the traffic of gathering the weights first.
+# XLA for TPU would cut products with split weights into pieces, one for each chip's part, and add each to a sum in
+# memory. With a whole prompt on a chip that costs three times the traffic of gathering the weights first.
 TPU_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 
 

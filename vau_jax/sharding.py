@@ -125,6 +125,28 @@ def examples(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(EXAMPLES))
 
 
+def between_layers(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Splits the tokens of x [B, S, D] over the tensor axis too. What is kept of each layer for the backward pass is
+    then as much smaller, and what the layers send stays the same: an all-reduce becomes its two halves (sequence
+    parallelism, arXiv 2205.05198)."""
+    if mesh is None or mesh.shape["tensor"] == 1 or x.shape[1] % mesh.shape["tensor"]:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(_examples_of(x, mesh), "tensor")))
+
+
+def by_heads(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Splits the heads of x [B, ..., heads, H] over the tensor axis; where there are too few, each device has all."""
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return x
+    heads = "tensor" if x.shape[-2] % mesh.shape["tensor"] == 0 else None
+    place = P(_examples_of(x, mesh), *(None,) * (x.ndim - 3), heads, None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
+
+
+def _examples_of(x: jax.Array, mesh: Mesh) -> tuple[str, ...] | None:
+    return EXAMPLES if x.shape[0] % example_parts(mesh) == 0 else None
+
+
 def example_parts(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return math.prod(mesh.shape[axis] for axis in EXAMPLES)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from vau_jax import sharding
 from vau_jax.models import attention, rope
 from vau_jax.models.attention import Keys
 from vau_jax.models.config import QwenVLConfig, with_motion
@@ -53,13 +54,14 @@ class DecoderLayer(nn.Module):
         self, x: jax.Array, where: Packed | Decoding, number: jax.Array, caches: tuple[KVCache, KVCache] | None
     ) -> tuple[jax.Array, KVCache | None]:
         """x is [B, S, D]: a packed sequence, or one token of each completion when `caches` (prompt, own) are given."""
-        c = self.config
+        c, packed = self.config, isinstance(where, Packed)
         h = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
         out, kv = self._attention(h, where, caches)
         x = x + self._dense("o_proj", c.hidden_size, c.out_bias)(out.reshape(*x.shape[:2], -1))
         h = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
         x = x + SwiGLU(c.intermediate_size, self.dtype, self.lora, name="mlp")(h)
-        return _add_deep(x, where.deep, number) if isinstance(where, Packed) and where.deep is not None else x, kv
+        x = _add_deep(x, where.deep, number) if packed and where.deep is not None else x
+        return sharding.between_layers(x, self.mesh) if packed else x, kv
 
     def _dense(self, name: str, features: int, bias: bool) -> Dense:
         return Dense(features, self.dtype, self.lora, bias, name=name)
@@ -71,7 +73,7 @@ class DecoderLayer(nn.Module):
 
         def project(name: str, heads: int) -> jax.Array:
             y = self._dense(f"{name}_proj", heads * c.head_dim, c.qkv_bias)(h)
-            y = y.reshape(*h.shape[:2], heads, c.head_dim)  # [B, S, heads, H]
+            y = sharding.by_heads(y.reshape(*h.shape[:2], heads, c.head_dim), self.mesh)  # [B, S, heads, H]
             return RMSNorm(c.rms_norm_eps, name=f"{name}_norm")(y) if c.qk_norm and name != "v" else y
 
         q = rope.rotate(project("q", c.num_heads), where.angles)
@@ -149,7 +151,7 @@ class QwenVL(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=UNIT_NORMAL)
-        self.visual = VisionTower(c.vision, self.dtype, self.lora, self.remat, self.unroll)
+        self.visual = VisionTower(c.vision, self.dtype, self.lora, self.remat, self.unroll, self.mesh)
         self.decoder = Decoder(c, self.dtype, self.attention, self.lora, self.remat, self.unroll, self.mesh)
         if c.vision.motion:
             self.motion_prompt = MotionPrompt(c.vision)

@@ -13,7 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from vau_jax import sharding
 from vau_jax.models import attention, rope
 from vau_jax.models.config import VisionConfig
 from vau_jax.models.layers import MLP, UNIT_NORMAL, Dense, LayerNorm, RMSNorm, SwiGLU
@@ -38,12 +40,14 @@ class VisionAttention(nn.Module):
     config: VisionConfig
     dtype: Any
     lora: LoRA | None
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x: jax.Array, vision: Vision, angles: jax.Array, whole_frame: jax.Array) -> jax.Array:
         c = self.config
         qkv = Dense(3 * c.hidden_size, self.dtype, self.lora, bias=True, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, c.num_heads, c.head_dim), 2, 0)
+        qkv = sharding.by_heads(qkv.reshape(*x.shape[:2], 3, c.num_heads, c.head_dim), self.mesh)
+        q, k, v = jnp.moveaxis(qkv, 2, 0)
         q, k = rope.rotate(q, angles), rope.rotate(k, angles)
 
         def inside(groups: Groups) -> jax.Array:
@@ -60,6 +64,7 @@ class VisionBlock(nn.Module):
     config: VisionConfig
     dtype: Any
     lora: LoRA | None
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(
@@ -72,7 +77,8 @@ class VisionBlock(nn.Module):
     ) -> tuple[tuple[jax.Array, jax.Array | None], None]:
         """carry is (x [B, P, D], kept [n + 1, B, P, D]): a block writes its output to kept[slot]; the last is waste."""
         c, (x, kept) = self.config, carry
-        x = x + VisionAttention(c, self.dtype, self.lora, name="attn")(norm(c, "norm1")(x), vision, angles, whole_frame)
+        attend = VisionAttention(c, self.dtype, self.lora, self.mesh, name="attn")
+        x = x + attend(norm(c, "norm1")(x), vision, angles, whole_frame)
         if c.gated:
             mlp = SwiGLU(c.intermediate_size, self.dtype, self.lora, bias=True, name="mlp")
         else:
@@ -108,6 +114,7 @@ class VisionTower(nn.Module):
     lora: LoRA | None = None
     remat: bool = False
     unroll: int = 1
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, vision: Vision, weights: jax.Array | None = None) -> Features:
@@ -144,7 +151,7 @@ class VisionTower(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, 0, 0),
             length=c.depth,
             unroll=self.unroll,
-        )(c, self.dtype, self.lora, name="blocks")
+        )(c, self.dtype, self.lora, self.mesh, name="blocks")
         angles = rope.patch_angles(vision.positions, c.head_dim)
         slots = np.where(slots < 0, len(c.deepstack_layers), slots)
         return blocks(carry, vision, angles, jnp.asarray(whole_frame), jnp.asarray(slots, jnp.int32))[0]
