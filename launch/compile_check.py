@@ -304,6 +304,10 @@ def held(tree: Shapes) -> float:
 def check(programs: Programs, program: Program, known: Chip) -> Report:
     """Compiles a program and reads off what it needs."""
     report, began = Report(program.name, resident=program.resident), time.monotonic()
+    least = held(program.args) + program.resident
+    if least > known.memory:
+        report.problem = f"needs {least / GIB:.2f} GiB of {known.memory / GIB:.0f} for its arguments alone"
+        return report
     try:
         compiled = program.function.lower(*program.args, **program.static).compile()
     except jax.errors.JaxRuntimeError as error:

@@ -3,6 +3,7 @@
 #   bash launch/demo.sh [quick] [WORKDIR] [--config.key=value ...]
 # A second call skips what is done; a killed call goes on where it was.
 set -euo pipefail
+# shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" ""
 config=configs/demo.py
 if [ "${1:-}" = quick ]; then

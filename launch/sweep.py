@@ -1,15 +1,20 @@
 """Runs the trials of a sweep and tabulates them.
 
-    python launch/sweep.py --config=configs/sweeps/X.py --workdir=DIR [--jobs=N] [--dry-run]
+    python launch/sweep.py --config=configs/sweeps/X.py --workdir=DIR [--backend=local|xpk|slurm] [--jobs=N] [--dry-run]
 
 Each trial has a folder in DIR, named by what tells it from the others, with its output in log.txt. Finished trials are
-skipped, killed ones go on where their program can. DIR/sweep.md is the table: means over seeds.
+skipped, killed ones go on where their program can. DIR/sweep.md is the table, means over seeds; DIR/sweep.html a plot
+with a point for each trial. With another backend than local DIR/jobs.sh is written, which submits a job for each trial
+that is not finished; call the sweep again for the table.
 """
 
 import argparse
+import hashlib
+import html
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -22,12 +27,15 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from plotly.colors import qualitative
+from plotly.subplots import make_subplots
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # called by its path, this file's folder stands there instead
 
 from vau_jax.files import InputError, exit_on_input_error, read_json, write_text  # noqa: E402
 from vau_jax.report import ROWS, escape, lookup, markdown  # noqa: E402
+from vau_jax.train import PREEMPTED  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,9 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        done = self.folder / "done.json"
-        return done.exists() and read_json(done) == self.command[1:]
+        done, end = self.folder / "done.json", self.folder / "best.json"
+        submitted = end.exists() and not (self.folder / PREEMPTED).exists()  # a training run that came to its end
+        return submitted or (done.exists() and read_json(done) == self.command[1:])
 
     def run(self) -> bool:
         """Calls the program unless it is finished; whether it ended well."""
@@ -60,9 +69,31 @@ class Trial:
             last = (self.folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
             print(f"{self.name}: FAILED with code {code}: {''.join(last)} ({self.folder / 'log.txt'})", flush=True)
             return False
+        if any(self.folder.rglob(PREEMPTED)):
+            print(f"{self.name}: was asked to end, and goes on when the sweep is called again", flush=True)
+            return False
         write_text(self.folder / "done.json", json.dumps(self.command[1:]))
         print(f"{self.name}: took {time.monotonic() - began:.0f} s", flush=True)
         return True
+
+
+COLOURS = qualitative.D3
+BACKENDS = {  # what submits a job, before the program and its arguments; {name} is the trial's
+    "xpk": "NAME={name} bash launch/xpk.sh create",
+    "slurm": "sbatch --job-name={name} launch/slurm.sbatch",
+}
+
+
+def jobs(found: Sequence[Trial], backend: str) -> str:
+    """A script that submits the trials that are not finished."""
+    lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"cd {shlex.quote(str(ROOT))}"]
+    for trial in found:
+        if not trial.finished:
+            short = re.sub(r"[^a-z0-9]+", "-", trial.name.lower()).strip("-")[:28].strip("-")
+            name = f"{short}-{hashlib.sha256(trial.name.encode()).hexdigest()[:6]}"  # unique, and short enough for GKE
+            program = trial.command[trial.command.index("-m") + 1 :]
+            lines.append(f"{BACKENDS[backend].format(name=name)} {shlex.join(program)}")
+    return "\n".join(lines) + "\n"
 
 
 def load(path: Path) -> ModuleType:
@@ -132,21 +163,64 @@ def table(found: Sequence[tuple[str, Path]]) -> str:
     return markdown(lines)
 
 
+def plot(found: Sequence[tuple[str, Path]]) -> str:
+    """A page with a chart of each number of `report.ROWS`: a point a trial, its group along the axis, a colour for each
+    evaluation."""
+    points: defaultdict[tuple[str, str], tuple[list[str], list[float], list[str]]] = defaultdict(lambda: ([], [], []))
+    for group, folder in found:
+        for path in sorted(folder.glob("eval/*/metrics.json")):
+            result = read_json(path)
+            for title, place, _ in ROWS:
+                if estimate := lookup(result, place):
+                    x, y, names = points[title, result["name"]]
+                    x.append(group)
+                    y.append(estimate["value"])
+                    names.append(folder.name)
+    titles = [title for title, _, _ in ROWS if any(title == shown for shown, _ in points)]
+    figure = make_subplots(rows=max(1, len(titles)), cols=1, subplot_titles=titles)
+    evaluations = list(dict.fromkeys(name for _, name in points))
+    for (title, name), (x, y, names) in points.items():
+        figure.add_scatter(
+            x=x,
+            y=y,
+            text=names,
+            name=html.escape(name),
+            mode="markers",
+            marker={"color": COLOURS[evaluations.index(name) % len(COLOURS)]},
+            legendgroup=name,
+            showlegend=title == next(shown for shown, other in points if other == name),
+            row=titles.index(title) + 1,
+            col=1,
+        )
+    figure.update_layout(height=120 + 280 * len(titles))
+    return figure.to_html(include_plotlyjs=True)
+
+
 def _cell(values: list[float]) -> str:
     spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
     return f"{np.mean(values):.2f}{spread}" if values else "-"
 
 
-def run(config: Path, workdir: Path, jobs: int, dry_run: bool) -> int:
-    """Runs what is not finished, `jobs` at a time, and writes the table; the exit code: 1 when a trial failed."""
+def run(config: Path, workdir: Path, backend: str, at_once: int, dry_run: bool) -> int:
+    """Runs what is not finished, so many at a time, or writes the jobs that will, and the table and plot of what is.
+    The exit code: 1 when a trial failed."""
     found = trials(load(config), workdir)
     if dry_run:
-        print("\n".join(" ".join(trial.command) for trial in found))
+        local = "\n".join(" ".join(trial.command) for trial in found)
+        print(local if backend == "local" else jobs(found, backend), flush=True)
         return 0
-    with ThreadPoolExecutor(jobs) as pool:
-        well = list(pool.map(Trial.run, found))
-    text = table([(trial.group, trial.folder) for trial in found])
+    well = [True]
+    if backend == "local":
+        with ThreadPoolExecutor(at_once) as pool:
+            well = list(pool.map(Trial.run, found))
+    else:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text(workdir / "jobs.sh", jobs(found, backend))
+        print(f"{sum(not t.finished for t in found)} jobs to submit: bash {workdir / 'jobs.sh'}", flush=True)
+    folders = [(trial.group, trial.folder) for trial in found]
+    text = table(folders)
     write_text(workdir / "sweep.md", text + "\n")
+    write_text(workdir / "sweep.html", plot(folders))
     print(text, flush=True)
     return 0 if all(well) else 1
 
@@ -155,10 +229,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="the trials of a sweep")
     parser.add_argument("--config", type=Path, required=True, metavar="configs/sweeps/X.py")
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--jobs", type=int, default=1, help="trials at once")
+    parser.add_argument("--backend", default="local", choices=("local", *BACKENDS), help="where the trials run")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at once, with --backend=local")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     args = parser.parse_args()
-    sys.exit(run(args.config, args.workdir, args.jobs, args.dry_run))
+    sys.exit(run(args.config, args.workdir, args.backend, args.jobs, args.dry_run))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh: makes .venv in the repository with pinned packages, once, and enters the repository.
 # PYTHON names another interpreter; VENV another folder. Usage: source launch/venv.sh [EXTRA]
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 find_python() {
   local candidate

@@ -1,6 +1,7 @@
 """Sweeps: their trials, what is run, skipped and gone on with, and the table at the end."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,8 +64,28 @@ def test_trials_are_run_once_and_tabulated(tmp_path: Path) -> None:
     table = (tmp_path / "runs" / "sweep.md").read_text()
     assert "| skill=0.2 | only       | 2 | 0.30 ± 0.14 |" in table
     assert "| skill=0.5 | only       | 2 | 0.60 ± 0.14 |" in table
+    page = (tmp_path / "runs" / "sweep.html").read_text()
+    assert all(f"seed={seed},skill={skill}" in page for seed in (0, 2) for skill in (0.2, 0.5))
     again = call(file, tmp_path / "runs")
     assert again.stdout.count("is finished") == 4 and "begins" not in again.stdout
+
+
+@pytest.mark.parametrize("backend", ["xpk", "slurm"])
+def test_jobs_are_written_for_what_is_not_finished(backend: str, tmp_path: Path) -> None:
+    file = written(tmp_path, 'over("seed", (0, 1, 2))')
+    (tmp_path / "runs" / "seed=1").mkdir(parents=True)
+    (tmp_path / "runs" / "seed=1" / "best.json").write_text("{}")
+    done = call(file, tmp_path / "runs", f"--backend={backend}")
+    assert done.returncode == 0 and "2 jobs to submit" in done.stdout, done.stderr
+    *head, first, second = (tmp_path / "runs" / "jobs.sh").read_text().splitlines()
+    assert head[0] == "#!/usr/bin/env bash"
+    program = f"tests.sweep_program --config=tests/sweep_program.py --workdir={tmp_path}/runs/seed=0 --config.seed=0"
+    start = {
+        "xpk": r"NAME=seed-0-\w{6} bash launch/xpk.sh create",
+        "slurm": r"sbatch --job-name=seed-0-\w{6} launch/\S+",
+    }
+    assert re.fullmatch(f"{start[backend]} {re.escape(program)}", first)
+    assert "seed=2" in second and not (tmp_path / "runs" / "seed=0").exists()
 
 
 def test_a_trial_that_fails_is_told_and_gone_on_with(tmp_path: Path) -> None:

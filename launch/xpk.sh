@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# A run on a GKE cluster with TPUs: by XPK, or as a JobSet manifest for kubectl.
+#   bash launch/xpk.sh [--dry-run] create PROGRAM ARGUMENTS | manifest PROGRAM ARGUMENTS | logs | status | delete
+#
+# Environment: PROJECT, ZONE, CLUSTER, NAME (of the workload), TYPE (as XPK names it: v5litepod-16, v5p-128, v6e-64),
+# SLICES (default 1), IMAGE (a container with this repository in /vau_jax and its packages), RESTARTS (default 3).
+# manifest prints YAML and needs also: TOPOLOGY (4x4), ACCELERATOR (tpu-v5-lite-podslice), HOSTS (4), CHIPS a host (4).
+# Workdirs must be on storage that all hosts see, such as a mounted Filestore.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/lib.sh
+source launch/lib.sh
+if [ "${1:-}" = --dry-run ]; then
+  DRY_RUN=1
+  shift
+fi
+action=${1:-}
+[ $# -gt 0 ] && shift
+need NAME "a name for the workload"
+
+remote() { # what a host runs
+  echo "cd /vau_jax && RUN_PYTHON=python RESTARTS=${RESTARTS:-3} bash launch/run.sh $(quoted "$@")"
+}
+
+in_cluster() {
+  need PROJECT "the Google Cloud project"
+  need ZONE "such as us-west4-a"
+  need CLUSTER "the GKE cluster"
+  place=(--project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER")
+}
+
+case $action in
+  create)
+    [ $# -gt 0 ] || fail "create what? Such as: create vau_jax.train --config=configs/vau_r1_sft.py --workdir=/runs/sft"
+    in_cluster
+    need TYPE "such as v5litepod-16"
+    need IMAGE "a container image with this repository"
+    run xpk workload create "${place[@]}" --workload="$NAME" --tpu-type="$TYPE" --num-slices="${SLICES:-1}" \
+      --docker-image="$IMAGE" --command="$(remote "$@")"
+    ;;
+  manifest)
+    [ $# -gt 0 ] || fail "manifest of what? PROGRAM and its ARGUMENTS"
+    need IMAGE "a container image with this repository"
+    need TOPOLOGY "such as 4x4"
+    need ACCELERATOR "such as tpu-v5-lite-podslice"
+    need HOSTS "hosts of a slice"
+    need CHIPS "chips of a host"
+    cat <<YAML
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $NAME
+spec:
+  failurePolicy:
+    maxRestarts: ${RESTARTS:-3}
+  replicatedJobs:
+    - name: slice
+      replicas: ${SLICES:-1}
+      template:
+        spec:
+          parallelism: $HOSTS
+          completions: $HOSTS
+          backoffLimit: 0
+          template:
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: 300
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $ACCELERATOR
+                cloud.google.com/gke-tpu-topology: $TOPOLOGY
+              containers:
+                - name: run
+                  image: $IMAGE
+                  command: ["bash", "-c"]
+                  args:
+                    - |
+                      $(remote "$@")
+                  resources:
+                    limits:
+                      google.com/tpu: $CHIPS
+YAML
+    ;;
+  logs)
+    run kubectl logs --follow --tail=100 --selector="jobset.sigs.k8s.io/jobset-name=$NAME"
+    ;;
+  status)
+    in_cluster
+    run xpk workload list "${place[@]}" --filter-by-job="$NAME"
+    ;;
+  delete)
+    in_cluster
+    run xpk workload delete "${place[@]}" --workload="$NAME"
+    ;;
+  *)
+    fail "usage: bash launch/xpk.sh [--dry-run] create|manifest PROGRAM ARGUMENTS | logs | status | delete"
+    ;;
+esac

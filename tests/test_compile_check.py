@@ -1,0 +1,125 @@
+"""Compilation for TPUs that are not there: a config's programs, what does not fit, and what is read off a program."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from launch import hlo
+from tests.small_models import make_model
+from tests.test_train import TRAINING
+
+ROOT = Path(__file__).parents[1]
+ENV = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+def call(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/compile_check.py", *args]
+    return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
+
+
+def test_a_small_config_compiles_for_four_chips(tmp_path: Path) -> None:
+    """Every program of GRPO with the kernel, on 2 x 2 chips of a v5e."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
+    model = make_model(tmp_path / "model", **sizes)
+    options = {"config": "configs/vau_r1_qa_rft.py", "topology": "v5e:2x2", "prompt": 256, "visual": 224}
+    options |= {"config.model": model, "config.mesh.fsdp": 2, "config.mesh.tensor": 2, "config.batch_size": 2}
+    options |= {"config.data.max_completion_tokens": 64, "json": tmp_path / "found.json"}
+    done = call(*(f"--{name}={value}" for name, value in options.items()))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    programs = {program["program"]: program for program in found["programs"]}
+    assert list(programs) == ["vision tower", "prefill", "decode step", "score", "update"]
+    for program in programs.values():
+        assert 0 < program["peak"] <= program["needed"] < found["chip"]["memory"] and not program["problem"]
+        assert program["flops"] > 0 and program["bytes"] > 0 and program["seconds"] > 0
+    assert 3 < programs["update"]["flops"] / programs["score"]["flops"] < 5, "forward, again, and backward"
+    assert 0.8 < programs["decode step"]["bytes"] / programs["decode step"]["least_bytes"] < 2.5
+    sent = programs["update"]["collectives"]
+    assert sent["all-gather"]["count"] > 2 and sent["all-reduce"]["bytes"] > 0
+    assert "2 prompts of 256 tokens, 4 x 64 completion tokens" in done.stdout
+
+
+def test_what_does_not_fit_is_said_with_what_would_help() -> None:
+    size = ("--size=qwen2.5-vl-72b", "--topology=v5e:2x2")
+    done = call("--config=configs/vau_r1_qa_rft.py", *size, "--config.batch_size=8", "--only=update")
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "GiB of 16 for its arguments alone" in done.stdout
+    assert "micro_batches=2" in done.stderr and "lora.rank=16" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--size=qwen", "--topology=v5e:2x2"), "--size=qwen is unknown"),
+        (("--topology=v5e:2x2",), "which model?"),
+        (("--size=qwen2.5-vl-3b", "--topology=v9:1x1"), "--topology=v9:1x1 is unknown"),
+        (("--size=qwen2.5-vl-3b", "--topology=v5e:2x2", "--config.mesh.fsdp=3"), "can be one of"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line(args: tuple[str, ...], words: str) -> None:
+    done = call("--config=configs/vau_r1_qa_rft.py", *args)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+TRAFFIC = """
+import jax, jax.numpy as jnp, json
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from launch import hlo
+chips = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu", chips_per_host_bounds=(2, 2, 1))
+mesh = Mesh(chips.devices, ("x",))
+def place(shape, *spec):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+def layers(x, w):
+    return jax.lax.scan(lambda h, k: (jnp.tanh(h @ k), None), x, w)[0]
+flags = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+program = jax.jit(layers).lower(place((65536, 4096)), place((6, 4096, 4096), None, "x")).compile(compiler_options=flags)
+found = hlo.read(program.as_text())
+print(json.dumps([found.bytes, found.collectives]))
+"""
+
+
+def test_traffic_counts_every_round_of_a_loop() -> None:
+    """Six layers, whose weights lie on four chips: 6 gathers of 3/4 of 32 MiB, or of what is multiplied with a part of
+    them; activations of 512 MiB are read and written in each."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRAFFIC], cwd=ROOT, env=ENV, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    moved, collectives = json.loads(done.stdout.splitlines()[-1])
+    assert sum(kind["count"] for kind in collectives.values()) == 6
+    mib = 2**20
+    sent = sum(kind["bytes"] for kind in collectives.values())
+    assert sent in (6 * 0.75 * 32 * mib, 6 * 0.75 * 512 * mib)
+    assert 6 * 2 * 128 * mib <= moved <= 6 * 4 * 512 * mib
+
+
+def test_sizes_of_shapes() -> None:
+    assert hlo.whole_size("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, f32[4]{0}, pred[8]{0}, u32[]{:S(2)})") == 12 + 16 + 8 + 4
+    assert hlo.size("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, f32[4]{0}, pred[8]{0}, u32[]{:S(2)})") == 16 + 8
+
+
+@pytest.mark.parametrize("size", ["qwen2.5-vl-3b", "qwen3-vl-8b"])
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_config_builds_its_state_and_batches_at_full_size(name: str, size: str) -> None:
+    """Shapes alone: model, optimiser, batch and sampling of a published model on a mesh of two by two."""
+    from launch.compile_check import Programs
+    from vau_jax import sharding
+    from vau_jax.models import config as model_config
+
+    config = importlib.import_module(f"configs.{name}").get_config()
+    if config.data.style == "reflection":
+        config.data.reflection = "records.jsonl"
+    sizes = model_config.from_hf(model_config.SIZES[size])
+    mesh = sharding.make_mesh({"fsdp": -1})
+    for program in Programs(config, sizes, mesh, 4096, 3584).all():
+        if program.name in ("prefill", "update"):
+            out = jax.eval_shape(lambda *args, p=program: p.function(*args, **p.static), *program.args)
+            assert jax.tree.leaves(out)
