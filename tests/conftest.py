@@ -29,11 +29,19 @@ from tests.small_models import FAMILIES, make_model
 from vau_jax.data import synthetic
 from vau_jax.vlm import VideoLM
 
-SLOWEST = ("test_resume", "test_rft", "test_motion_model", "test_demo", "test_train", "test_sharding", "test_lora")
+SLOWEST = ("test_processes", "test_demo", "test_rft", "test_sharding", "test_resume", "test_motion_model", "test_train")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also the tests that only repeat others in more cases")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The files that take minutes first: two processes that share the files then end at about the same time."""
+    if not config.getoption("--long"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
 
 
