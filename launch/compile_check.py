@@ -102,7 +102,7 @@ class Programs:
         self.base, self.trained = None, self._params(hf.parameter_shapes(model), held)
         if kind:
             shapes = hf.parameter_shapes(model)
-            fresh = jax.eval_shape(partial(lora.init, shapes=shapes, kind=kind), jax.random.key(0))
+            fresh = jax.eval_shape(lambda key: lora.init(key, shapes, kind), jax.random.key(0))
             adapters = {path: leaf.shape for path, leaf in fresh.items()}
             self.base, self.trained = self.trained, self._params(adapters, jnp.dtype(config.param_dtype))
         self.batch = self._batch(prompt, visual)

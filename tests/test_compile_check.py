@@ -11,8 +11,11 @@ import jax
 import pytest
 
 from launch import hlo
+from launch.compile_check import Programs, held
 from tests.small_models import make_model
 from tests.test_train import TRAINING
+from vau_jax import sharding
+from vau_jax.models import config as model_config
 
 ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -73,6 +76,7 @@ import jax, jax.numpy as jnp, json
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from launch import hlo
+from launch.compile_check import Programs, held
 chips = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu", chips_per_host_bounds=(2, 2, 1))
 mesh = Mesh(chips.devices, ("x",))
 def place(shape, *spec):
@@ -104,20 +108,30 @@ def test_sizes_of_shapes() -> None:
     assert hlo.size("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, f32[4]{0}, pred[8]{0}, u32[]{:S(2)})") == 16 + 8
 
 
-@pytest.mark.parametrize("size", ["qwen2.5-vl-3b", "qwen3-vl-8b"])
+@pytest.mark.parametrize("rank", [0, pytest.param(16, marks=pytest.mark.long)])
+@pytest.mark.parametrize("size", ["qwen2.5-vl-3b", pytest.param("qwen3-vl-8b", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", TRAINING)
-def test_every_config_builds_its_state_and_batches_at_full_size(name: str, size: str) -> None:
-    """Shapes alone: model, optimiser, batch and sampling of a published model on a mesh of two by two."""
-    from launch.compile_check import Programs
-    from vau_jax import sharding
-    from vau_jax.models import config as model_config
-
+def test_every_config_builds_its_state_and_batches_at_full_size(name: str, size: str, rank: int) -> None:
+    """Shapes alone: model, optimiser, batch and sampling of a published model."""
     config = importlib.import_module(f"configs.{name}").get_config()
+    config.lora.rank = rank
     if config.data.style == "reflection":
         config.data.reflection = "records.jsonl"
     sizes = model_config.from_hf(model_config.SIZES[size])
-    mesh = sharding.make_mesh({"fsdp": -1})
-    for program in Programs(config, sizes, mesh, 4096, 3584).all():
+    for program in Programs(config, sizes, sharding.make_mesh({"fsdp": -1}), 4096, 3584).all():
         if program.name in ("prefill", "update"):
             out = jax.eval_shape(lambda *args, p=program: p.function(*args, **p.static), *program.args)
             assert jax.tree.leaves(out)
+
+
+def test_with_lora_only_the_adapters_have_an_optimiser() -> None:
+    config = importlib.import_module("configs.vau_r1_qa_rft").get_config()
+    sizes, mesh = model_config.from_hf(model_config.SIZES["qwen2.5-vl-3b"]), sharding.make_mesh({"fsdp": -1})
+    whole = Programs(config, sizes, mesh, 4096, 3584)
+    config.lora.rank = 16
+    adapted = Programs(config, sizes, mesh, 4096, 3584)
+    state, base = adapted._state()
+    adapters = held(adapted.trained)
+    assert held(state) == pytest.approx(3 * adapters, rel=1e-3), "in float32, with two moments"
+    assert held(base) == held(whole.trained) / 2, "in bfloat16"
+    assert adapters < 0.05 * held(base)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vau_jax import train
+from vau_jax import checkpoint, train
 from vau_jax.files import InputError, read_json
 from vau_jax.metric_writer import read_metrics
 from vau_jax.models import hf
@@ -36,7 +36,12 @@ def small(name: str, model: Path, data: Path, split: str = "train") -> ConfigDic
     return c
 
 
-@pytest.mark.parametrize("name", TRAINING)
+ALIKE = ("vau_r1_qa_rft", "vau_r1_tag_rft", "vau_r1_cls_rft")  # vau_r1_multi_rft with one task
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in ALIKE else ()) for name in TRAINING]
+)
 def test_a_config_trains(name: str, model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     train.run(small(name, model_folder, dataset), tmp_path)
     step = read_metrics(tmp_path)[0]
@@ -74,3 +79,16 @@ def test_rft_begins_at_its_reference(model_folder: Path, dataset: Path, tmp_path
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step() -> None:
     with pytest.raises(InputError, match="loss is nan at step 7; the last good checkpoint is of step 5"):
         train.check_finite({"loss": float("nan"), "grad_norm": 1.0}, 7, 5)
+
+
+def test_weights_and_biases_without_its_package_is_one_error(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    c = small("vau_r1_sft", model_folder, dataset)
+    c.wandb = "project"
+    with pytest.raises(InputError, match="pip install wandb"):
+        train.run(c, tmp_path)
+
+
+def test_a_metric_for_the_best_checkpoint_that_is_none_is_refused() -> None:
+    c = ConfigDict({"stage": "rft", "checkpoint": {"best": "rewards/none"}})
+    with pytest.raises(InputError, match=r"checkpoint\.best='rewards/none' is no metric: expected one of kl, reward"):
+        checkpoint.Score(c).add({"reward": 1.0, "kl": 0.0})
