@@ -61,6 +61,8 @@ def check(config: ConfigDict) -> None:
     """Raises InputError for settings that no evaluation can have."""
     if config.samples < 1 or not 1 <= config.rotations <= 4:
         raise InputError(f"samples={config.samples}, rotations={config.rotations}: expected at least 1, and 1 to 4")
+    if jax.process_count() > 1:
+        raise InputError("an evaluation is one process's, on its host's devices: leave out --distributed (ALONE=1)")
     if config.samples > 1 and config.temperature == 0:
         raise InputError(f"samples={config.samples} at temperature=0 would all be alike: set temperature above 0")
 

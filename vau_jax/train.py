@@ -6,6 +6,7 @@ RFT adds one line to a step: it makes the batch by a rollout before the same upd
 its last checkpoint and ends with the same bits.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -43,6 +44,7 @@ from vau_jax.types import Batch, Completions, Params, State, TrainBatch, Variabl
 from vau_jax.vlm import DTYPES, VideoLM
 
 PREEMPTED = "preempted.json"  # in the workdir of a run that was asked to end before its last step
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 ADAPTER_STREAM = 2**31 - 2  # no step number: the key of fresh adapters and the sampler's never meet
 
 
@@ -461,7 +463,8 @@ def _writing_to(workdir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError) or not (isinstance(error, OSError) or "write" in str(error).lower()):
+        full = isinstance(error, OSError) and error.errno in FULL
+        if isinstance(error, InputError) or not (full or str(workdir) in str(error)):
             raise
         saved = checkpoint.steps(workdir)
         kept = (
