@@ -2,10 +2,12 @@
 
     python launch/compile_check.py --config=configs/vau_r1_qa_rft.py --topology=v5e:4x4 --size=qwen2.5-vl-3b \
         [--config.mesh.tensor=4] [--prompt=4096] [--visual=3584] [--json=FILE] [--only=update]
+    python launch/compile_check.py --config=configs/vau_r1_qa_rft.py --topology=h100:8 --size=qwen2.5-vl-3b
 
 For each program: seconds to compile, bytes a chip (arguments, temporary, peak) against the chip's memory, operations,
 bytes to and from memory, collectives, the time that the slowest of them takes at least, and the MFU that this allows.
 Exit code 1 when one does not fit. `--size` is a published model; without it config.model is a folder. Needs libtpu.
+For GPUs (a100, h100, h200 and their number) nothing is compiled: memory is added up from shapes.
 """
 
 import argparse
@@ -35,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # called by its path, this file's folder stands there instead
 
 from launch import hlo  # noqa: E402
-from vau_jax import cli, flops, optim, sampling, sharding, train, update  # noqa: E402
+from vau_jax import cli, flops, logprobs, optim, sampling, sharding, train, update  # noqa: E402
 from vau_jax.chips import GIB, Chip, chip  # noqa: E402
 from vau_jax.files import InputError, exit_on_input_error, write_text  # noqa: E402
 from vau_jax.models import config as model_config  # noqa: E402
@@ -46,6 +48,7 @@ from vau_jax.models.qwen_vl import QwenVL  # noqa: E402
 from vau_jax.types import Batch, Completions, Groups, Params, State, TrainBatch, Vision  # noqa: E402
 from vau_jax.vlm import DTYPES  # noqa: E402
 
+GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200"}
 Shapes = Any  # a pytree of jax.ShapeDtypeStruct with shardings
 
 
@@ -93,6 +96,8 @@ class Programs:
 
     def __init__(self, config: ConfigDict, model: QwenVLConfig, mesh: Mesh, prompt: int, visual: int) -> None:
         train.check(config)
+        if visual % 16 or not 0 < visual < prompt:
+            raise InputError(f"--visual={visual}: expected a multiple of 16 below --prompt={prompt}")
         self.config, self.mesh = config, mesh
         sharding.check_divisible(config.batch_size // config.micro_batches, mesh)
         kind = LoRA(**config.lora) if config.lora.rank else None
@@ -231,6 +236,48 @@ class Programs:
     def _reference(self) -> Params | None:
         """The reference policy, where it is a copy of its own."""
         return self.trained if self.config.stage == "rft" and self.config.grpo.beta and not self.base else None
+
+    # --- Memory by arithmetic ---
+
+    def estimate(self) -> dict[str, dict[str, float]]:
+        """Bytes a chip by what they hold, of an update and, in RFT, of sampling; not what XLA keeps besides."""
+        state, base = self._state()
+        run = {
+            "parameters": held((self.trained, base)),
+            "optimiser": held(state.opt_state),
+            "reference": held(self._reference()),
+        }
+        found = {"update": {**run, "gradients": held(self.trained), **self._activations()}}
+        if self.config.stage == "rft":
+            weights = held(self.variables)
+            if self.mesh.shape["fsdp"] > 1:
+                weights = sum(x.size * self.model.dtype(0).itemsize for x in jax.tree.leaves(self.variables))
+                weights /= self.mesh.shape["tensor"]
+            c = self.model.config
+            tokens = (
+                self.config.batch_size
+                / sharding.example_parts(self.mesh)
+                * (self.batch.tokens.shape[1] + self.g * self.c)
+            )
+            heads = max(1, c.num_kv_heads // self.mesh.shape["tensor"])
+            caches = 2 * c.num_layers * tokens * heads * c.head_dim * self.model.dtype(0).itemsize
+            found["sampling"] = {**run, "weights for reading": weights, "caches": caches}
+        return found
+
+    def _activations(self) -> dict[str, float]:
+        """Of an update with remat: each layer's input, and one layer at work with its gradients."""
+        c, v, width = self.model.config, self.model.config.vision, self.model.dtype(0).itemsize
+        tensor = self.mesh.shape["tensor"]
+        rows = self.config.batch_size / self.config.micro_batches / sharding.example_parts(self.mesh)
+        tokens = rows * (self.batch.tokens.shape[1] + self.g * self.c)
+        patches = rows * self.batch.vision.patches.shape[1]
+        inside = tokens * (4 * c.hidden_size + 3 * c.intermediate_size) / tensor
+        inside_tower = patches * (4 * v.hidden_size + 3 * v.intermediate_size) / tensor
+        kept = tokens * c.hidden_size * c.num_layers / tensor + patches * v.hidden_size * v.depth
+        if not self.config.remat:
+            kept += inside * c.num_layers + inside_tower * v.depth
+        logits = 3 * 4 * rows * logprobs.TOKENS * min(c.vocab_size, logprobs.VOCABULARY) / tensor
+        return {"kept activations": kept * width, "at work": max(2 * width * inside, 2 * width * inside_tower, logits)}
 
     # --- What the model needs ---
 
@@ -388,6 +435,10 @@ def run(args: argparse.Namespace, config: ConfigDict) -> int:
     if not args.size and not config.model:
         raise InputError("which model? Give --size, or --config.model=FOLDER")
     sizes = model_config.from_hf(model_config.SIZES[args.size]) if args.size else model_config.load(config.model)
+    kind, _, count = args.topology.partition(":")
+    if kind in GPUS and count.isdigit():
+        mesh = sharding.abstract_mesh(config.mesh, int(count))
+        return estimate(args, Programs(config, sizes, mesh, args.prompt, args.visual), chip(GPUS[kind]))
     devices = chips_of(args.topology)
     known = chip(devices[0].device_kind)
     programs = Programs(config, sizes, sharding.make_mesh(config.mesh, devices), args.prompt, args.visual)
@@ -403,6 +454,22 @@ def run(args: argparse.Namespace, config: ConfigDict) -> int:
         about = {"settings": settings, "mesh": dict(programs.mesh.shape), "chip": known._asdict()}
         write_text(args.json, json.dumps({**about, "programs": found}, indent=1))
     if any(report.problem for report in reports):
+        print(f"does not fit; what would help: {advice(programs)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def estimate(args: argparse.Namespace, programs: Programs, known: Chip) -> int:
+    """Prints the memory of a run on GPUs by what holds it; the exit code."""
+    found = programs.estimate()
+    model, mesh = args.size or programs.config.model, dict(programs.mesh.shape)
+    print(f"{model}, {programs.config.stage}, {args.topology}, mesh {mesh}")
+    for name, parts in found.items():
+        shares = ", ".join(f"{part} {value / GIB:.2f}" for part, value in parts.items())
+        print(f"{name}: {sum(parts.values()) / GIB:.2f} of {known.memory / GIB:.0f} GiB ({shares})", flush=True)
+    if args.json:
+        write_text(args.json, json.dumps({"chip": known._asdict(), "bytes": found}, indent=1))
+    if max(sum(parts.values()) for parts in found.values()) > 0.9 * known.memory:  # XLA needs room too
         print(f"does not fit; what would help: {advice(programs)}", file=sys.stderr)
         return 1
     return 0

@@ -61,6 +61,8 @@ def test_what_does_not_fit_is_said_with_what_would_help() -> None:
     [
         (("--size=qwen", "--topology=v5e:2x2"), "--size=qwen is unknown"),
         (("--topology=v5e:2x2",), "which model?"),
+        (("--size=qwen2.5-vl-3b", "--topology=v5e:2x2", "--visual=100"), "--visual=100: expected a multiple of 16"),
+        (("--size=qwen2.5-vl-3b", "--topology=b42:8"), "--topology=b42:8 is unknown"),
         (("--size=qwen2.5-vl-3b", "--topology=v9:1x1"), "--topology=v9:1x1 is unknown"),
         (("--size=qwen2.5-vl-3b", "--topology=v5e:2x2", "--config.mesh.fsdp=3"), "can be one of"),
     ],
@@ -69,6 +71,30 @@ def test_what_does_not_fit_is_said_with_what_would_help() -> None:
 def test_a_mistake_is_one_line(args: tuple[str, ...], words: str) -> None:
     done = call("--config=configs/vau_r1_qa_rft.py", *args)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_gpu_memory_is_estimated_without_a_gpu() -> None:
+    common = ("--config=configs/vau_r1_qa_rft.py", "--topology=h100:8", "--config.batch_size=8")
+    done = call(*common, "--size=qwen2.5-vl-3b")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "h100:8" in done.stdout and "optimiser" in done.stdout and "of 80 GiB" in done.stdout
+    done = call(*common, "--size=qwen2.5-vl-72b")
+    assert done.returncode == 1 and "does not fit" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "peak"),
+    [("qwen2.5-vl-3b", (4, 4), 4.88), ("qwen2.5-vl-7b", (4, 4), 9.97), ("qwen2.5-vl-3b", (64, 1), 4.56)],
+    ids=str,
+)
+def test_the_estimate_is_near_the_compilers_plan(size: str, shape: tuple[int, int], peak: float) -> None:
+    """GiB of an update as it was compiled for TPUs (the table in launch/README.md)."""
+    config = importlib.import_module("configs.vau_r1_qa_rft").get_config()
+    config.batch_size, config.rollout.num_generations, config.data.max_completion_tokens = shape[0], 8, 512
+    mesh = sharding.abstract_mesh({"fsdp": shape[0], "tensor": shape[1]}, shape[0] * shape[1])
+    programs = Programs(config, model_config.from_hf(model_config.SIZES[size]), mesh, 4096, 3584)
+    own = {name: value for name, value in programs.estimate()["update"].items() if name != "reference"}
+    assert sum(own.values()) / 2**30 == pytest.approx(peak, rel=0.25)
 
 
 TRAFFIC = """

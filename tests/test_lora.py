@@ -163,6 +163,7 @@ def test_training_saves_adapters_alone_and_loads_whole(model_folder: Path, datas
     assert load_file(tmp_path / "adapter" / peft.WEIGHTS)
 
 
+@pytest.mark.long
 def test_a_killed_lora_run_goes_on(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     c = run_config("sft", model_folder, dataset)
     c.lora.dropout, c.steps, c.optim.schedule = 0.1, 4, "constant"

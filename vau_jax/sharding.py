@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from vau_jax.files import InputError
@@ -47,7 +47,18 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     Raises InputError when the axes do not multiply to the number of devices, with the factorings that would.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
+    sizes = _sizes(shape, len(devices))
+    layout = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(layout, AXES)
+
+
+def abstract_mesh(shape: Mapping[str, int], count: int) -> AbstractMesh:
+    """The same over `count` devices that are not there. Raises InputError likewise."""
+    return AbstractMesh(_sizes(shape, count), AXES)
+
+
+def _sizes(shape: Mapping[str, int], count: int) -> tuple[int, ...]:
+    """Devices along each axis. Raises InputError."""
     sizes = [int(shape.get(axis, 1)) for axis in AXES]
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
@@ -59,8 +70,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         ]
         valid = [v for v in valid if math.prod(v) == count]
         raise InputError(f"mesh {asked} does not fit {count} device(s); (data, fsdp, tensor) can be one of {valid}")
-    layout = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
-    return Mesh(layout, AXES)
+    return tuple(sizes)
 
 
 def check_divisible(batch_size: int, mesh: Mesh) -> None:

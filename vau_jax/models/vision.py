@@ -64,7 +64,7 @@ class VisionBlock(nn.Module):
     config: VisionConfig
     dtype: Any
     lora: LoRA | None
-    mesh: Mesh | None
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
