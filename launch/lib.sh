@@ -1,7 +1,11 @@
 # shellcheck shell=bash
-# Sourced by the launchers: --dry-run, required settings, and words that survive a remote shell.
+# Sourced by the launchers: --dry-run, required settings, words that survive a remote shell, waiting.
 
 DRY_RUN=0
+if [ "${1:-}" = --dry-run ]; then # sourced without arguments, these are the launcher's own
+  DRY_RUN=1
+  shift
+fi
 
 run() { # runs a command, or with --dry-run prints it as it would be typed
   if [ "$DRY_RUN" = 1 ]; then
@@ -29,4 +33,14 @@ quoted() { # its arguments as words for another shell
     text+="$(printf '%q' "$word") "
   done
   echo "${text% }"
+}
+
+wait_for() { # wait_for PID: returns its exit code, however many signals cut the wait short
+  local code=0
+  wait "$1" || code=$?
+  while kill -0 "$1" 2>/dev/null; do
+    code=0
+    wait "$1" || code=$?
+  done
+  return "$code"
 }

@@ -5,10 +5,6 @@
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-if [ "${1:-}" = --dry-run ]; then
-  DRY_RUN=1
-  shift
-fi
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
   fail "usage: bash launch/local_multi.sh [--dry-run] N PROGRAM [ARGUMENTS]"
 fi
@@ -32,11 +28,7 @@ done
 failed=0
 for child in "${children[@]}"; do
   code=0
-  wait "$child" || code=$?
-  while kill -0 "$child" 2>/dev/null; do # the wait was cut short by a signal
-    code=0
-    wait "$child" || code=$?
-  done
+  wait_for "$child" || code=$?
   if [ "$failed" = 0 ]; then
     failed=$code
   fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One process of a run on this host: what every launcher starts, once a host (TPU) or once a GPU (SLURM).
-#   bash launch/run.sh PROGRAM [ARGUMENTS]        such as: bash launch/run.sh vau_jax.train --config=... --workdir=...
+#   bash launch/run.sh [--dry-run] PROGRAM [ARGUMENTS]        such as: bash launch/run.sh vau_jax.train --config=... --workdir=...
 #
 # Environment:
 #   EXTRA       packages to set up the first time: tpu or cuda12 (default: neither)
@@ -11,13 +11,12 @@
 #
 # Exit code 0: done, or asked to end by SIGTERM (preempted.json is in the workdir then). 2: a mistake in the arguments.
 set -euo pipefail
-if [ $# -lt 1 ]; then
-  echo "error: usage: bash launch/run.sh PROGRAM [ARGUMENTS]" >&2
-  exit 2
-fi
-if [ -n "${RUN_PYTHON:-}" ]; then
+# shellcheck source=launch/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+[ $# -gt 0 ] || fail "usage: bash launch/run.sh [--dry-run] PROGRAM [ARGUMENTS]"
+if [ -n "${RUN_PYTHON:-}" ] || [ "$DRY_RUN" = 1 ]; then
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
-  python=$RUN_PYTHON
+  python=${RUN_PYTHON:-${VENV:-.venv}/bin/python}
 else
   # shellcheck source=launch/venv.sh
   source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" "${EXTRA:-}"
@@ -28,6 +27,10 @@ shift
 command=("$python" -m "$program" "$@")
 if [ "${ALONE:-0}" != 1 ]; then
   command+=(--distributed)
+fi
+if [ "$DRY_RUN" = 1 ]; then
+  run "${command[@]}"
+  exit
 fi
 
 child=
@@ -45,11 +48,7 @@ while true; do
   "${command[@]}" &
   child=$!
   code=0
-  wait "$child" || code=$?
-  while kill -0 "$child" 2>/dev/null; do # the wait was cut short by a signal
-    code=0
-    wait "$child" || code=$?
-  done
+  wait_for "$child" || code=$?
   if [ "$code" = 0 ] || [ "$code" = 2 ] || [ "$asked" = 1 ] || [ "$attempt" -ge "${RESTARTS:-0}" ]; then
     exit "$code"
   fi

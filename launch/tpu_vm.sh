@@ -12,10 +12,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/lib.sh
 source launch/lib.sh
-if [ "${1:-}" = --dry-run ]; then
-  DRY_RUN=1
-  shift
-fi
 action=${1:-}
 [ $# -gt 0 ] && shift
 need PROJECT "the Google Cloud project"

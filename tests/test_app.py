@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -112,10 +113,21 @@ def test_the_text_arrives_while_it_is_written(asker: Asker, clip: Path) -> None:
 
 
 def test_nobody_waiting_ends_the_decoding(asker: Asker, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asker, "max_new_tokens", 4096)
+    complete, seen = asker.complete, []
+
+    def slow(question: Question, watch: Callable[[str], None]) -> str:
+        def pausing(text: str) -> None:
+            seen.append(text)
+            watch(text)
+            time.sleep(0.2)
+
+        return complete(question, pausing)
+
+    monkeypatch.setattr(asker, "complete", slow)
     texts = app.streamed(asker, Question(str(clip), "ground"))
     next(texts)
     texts.close()  # returns when the thread that decodes has ended
+    assert len(seen) <= 2 and seen[-1] != TEXT
 
 
 def test_a_mistake_at_the_start_is_one_line(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.runs import arguments
 from vau_jax import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -22,29 +23,11 @@ SAME = {"rtol": 1e-4, "atol": 1e-6}  # sums of float32 in other orders, four ste
 
 
 def options(stage: str, model: Path, data: Path, workdir: Path) -> list[str]:
-    values = {
-        "config": "configs/srvau_r1_rft.py",
-        "workdir": workdir,
-        "config.stage": stage,
-        "config.model": model,
-        "config.data.csv": data / "train.csv",
-        "config.data.videos": data / "videos",
-        "config.data.reflection": data / "train_reflection.jsonl",
-        "config.data.wording": "short",
-        "config.data.max_frames": 8,
-        "config.data.max_completion_tokens": 128 if stage == "sft" else 16,
-        "config.data.bucket": "(128, 576, 48, 64, 12, 64)",
-        "config.dtype": "float32",
-        "config.batch_size": 4,
-        "config.steps": STEPS,
-        "config.optim.lr": 1e-3,
-        "config.checkpoint.every": 2,
-        "config.rollout.temperature": 0.5,
-    }
+    changed = {"rollout.temperature": 0.5}
     if stage == "rft":
-        values |= {"config.user_rewards": "(('tests.reward_functions:told', 1.0),)"}
-        values |= {"config.data.difficulty.enabled": True, "config.grpo.kl_in": "reward", "config.grpo.scale": "batch"}
-    return [f"--{key}={value}" for key, value in values.items()]
+        changed |= {"user_rewards": "(('tests.reward_functions:told', 1.0),)", "data.difficulty.enabled": True}
+        changed |= {"grpo.kl_in": "reward", "grpo.scale": "batch"}
+    return arguments(stage, model, data, workdir, STEPS, **changed)
 
 
 def start(processes: int, args: list[str], told: Path | None = None) -> subprocess.Popen:

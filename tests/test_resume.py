@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.runs import arguments
 from vau_jax import checkpoint
 from vau_jax.files import read_json
 
@@ -30,26 +31,8 @@ STEPS = max(8, 3 * KILLS) // EVERY * EVERY
 
 
 def command(stage: str, model: Path, data: Path, workdir: Path) -> list[str]:
-    values = {
-        "config": "configs/srvau_r1_rft.py",
-        "workdir": workdir,
-        "config.stage": stage,
-        "config.model": model,
-        "config.data.csv": data / "train.csv",
-        "config.data.videos": data / "videos",
-        "config.data.reflection": data / "train_reflection.jsonl",
-        "config.data.augment": True,
-        "config.data.wording": "short",
-        "config.data.max_frames": 8,
-        "config.data.max_completion_tokens": 128 if stage == "sft" else 16,
-        "config.data.bucket": "(128, 576, 48, 64, 12, 64)",
-        "config.dtype": "float32",
-        "config.batch_size": 4,
-        "config.steps": STEPS,
-        "config.optim.lr": 1e-3,
-        "config.checkpoint.every": EVERY,
-    }
-    return [sys.executable, "-m", "vau_jax.train", *(f"--{key}={value}" for key, value in values.items())]
+    args = arguments(stage, model, data, workdir, STEPS, **{"data.augment": True})
+    return [sys.executable, "-m", "vau_jax.train", *args]
 
 
 def environment() -> dict[str, str]:

@@ -22,7 +22,7 @@ def parse() -> tuple[ConfigDict, Path]:
     """(config, workdir) of this program's command line; joins the other processes of the run. Raises InputError."""
     config, values = read(sys.argv)
     if values["workdir"].value is None:
-        raise InputError("both --config=configs/X.py and --workdir=DIR are needed")
+        raise InputError("--workdir=DIR is needed: where the run writes everything")
     if values["distributed"].value:
         processes.start()
     return config, Path(values["workdir"].value)
@@ -50,7 +50,7 @@ def read(arguments: list[str]) -> tuple[ConfigDict, flags.FlagValues]:
     if rest[1:]:
         raise InputError(f"unexpected argument(s) {' '.join(rest[1:])}: options have the form --name=value")
     if config is None:
-        raise InputError("both --config=configs/X.py and --workdir=DIR are needed")
+        raise InputError("--config=configs/X.py is needed")
     return config, values
 
 
