@@ -26,8 +26,8 @@ NOT_A_FUNCTION = 3
 
 
 def told(text: str, example: object) -> float:
-    """Like `vowels`; writes who was asked about what to the file that TOLD names."""
+    """Like `only_classification`; writes who was asked about what to the file that TOLD names."""
     if path := os.environ.get("TOLD"):
         with open(path, "a") as file:
             file.write(f"{os.getpid()} {example.name}\n")
-    return vowels(text, example)
+    return only_classification(text, example)

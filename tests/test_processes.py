@@ -26,7 +26,7 @@ def options(stage: str, model: Path, data: Path, workdir: Path) -> list[str]:
     changed = {"rollout.temperature": 0.5}
     if stage == "rft":
         changed |= {"user_rewards": "(('tests.reward_functions:told', 1.0),)", "data.difficulty.enabled": True}
-        changed |= {"grpo.kl_in": "reward", "grpo.scale": "batch"}
+        changed |= {"grpo.kl_in": "reward", "grpo.scale": "batch", "rollout.max_draws": 3}
     return arguments(stage, model, data, workdir, STEPS, **changed)
 
 
@@ -99,11 +99,14 @@ def rft_of_two(model_folder: Path, dataset: Path, tmp_path_factory: pytest.TempP
 def test_rft_of_two_processes_is_that_of_one(
     rft_of_two: Path, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """With difficulty, KL in the reward and a batch-wide scale, which all look at the whole batch."""
+    """With difficulty, KL in the reward, a batch-wide scale and groups without variance replaced, which all look at the
+    whole batch."""
     run(1, options("rft", model_folder, dataset, tmp_path / "one"), tmp_path / "told")
     names = ("loss", "grad_norm", "reward", "reward_std", "length/mean", "tokens_seen")
-    names += ("final_score", "difficulty/hard", "groups_without_variance")
-    np.testing.assert_allclose(curve(rft_of_two / "run", *names), curve(tmp_path / "one", *names), **SAME)
+    names += ("final_score", "difficulty/hard", "groups_without_variance", "dynamic/draws", "dynamic/replaced")
+    found = curve(rft_of_two / "run", *names)
+    np.testing.assert_allclose(found, curve(tmp_path / "one", *names), **SAME)
+    assert found[:, -1].max() > 0, "no group was replaced"
 
 
 def test_rewards_are_computed_once_and_where_the_samples_are(
@@ -114,7 +117,8 @@ def test_rewards_are_computed_once_and_where_the_samples_are(
     for line in (rft_of_two / "told").read_text().splitlines():
         pid, name = line.split(" ", 1)
         by_process[pid].append(name)
-    assert sorted(map(len, by_process.values())) == [STEPS * 2 * 4] * 2
+    draws = int(curve(rft_of_two / "run", "dynamic/draws").sum())
+    assert sorted(map(len, by_process.values())) == [draws * 2 * 4] * 2
     first, second = ([names[i : i + 8] for i in range(0, len(names), 8)] for names in by_process.values())
     assert all(not set(a) & set(b) for a, b in zip(first, second, strict=True))
 

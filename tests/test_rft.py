@@ -23,7 +23,8 @@ from vau_jax.difficulty import Difficulty
 from vau_jax.files import InputError
 from vau_jax.metric_writer import read_metrics
 from vau_jax.models import vision
-from vau_jax.types import Features, Sampled, TrainBatch
+from vau_jax.types import Completions, Features, Sampled, TrainBatch
+from vau_jax.vlm import decode_text
 
 ROOT = Path(__file__).parents[1]
 REWARD = "tests.reward_functions:{}"
@@ -217,8 +218,13 @@ def judged(scorer: tuple, texts: list[str], **changed: Any) -> tuple[rollout.Rol
     return r, r.read(host, written(r, texts))
 
 
+def completions(r: rollout.Rollout, draw: rollout.Draw) -> Completions:
+    return r.completions(rollout.Chosen(draw, None, draw.sampled, []))
+
+
 def loss_inputs(r: rollout.Rollout, draw: rollout.Draw, ref: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    return r.loss_inputs(draw, r.completions(draw, draw.lengths.max()).mask, ref)
+    chosen = rollout.Chosen(draw, None, draw.sampled, [])
+    return r.loss_inputs(chosen, completions(r, draw).mask, ref)[0]
 
 
 def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, capsys: pytest.CaptureFixture) -> None:
@@ -237,7 +243,7 @@ def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, cap
     np.testing.assert_allclose(inputs["advantages"].reshape(-1), expected, atol=1e-6)
     shown = capsys.readouterr().out
     assert "no such judge" in shown and "the reward is inf" in shown
-    assert any("no such judge" in (sample["error"] or "") for sample in r.samples(draw, inputs["advantages"]))
+    assert any("no such judge" in (sample["error"] or "") for sample in r.records(draw, 0))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +356,7 @@ def test_kl_in_the_reward(scorer: tuple) -> None:
     """Beta times the sum of a completion's k1 is taken off its reward."""
     texts = [("abcdefgh" * 3)[: 4 + i] for i in range(16)]
     r, draw = judged(scorer, texts, **{"grpo.kl_in": "reward", "grpo.kl": "k1", "grpo.beta": 0.5})
-    mask = r.completions(draw, draw.lengths.max()).mask
+    mask = completions(r, draw).mask
     ref = np.random.default_rng(0).normal(-1.0, 0.3, mask.shape).astype(np.float32)
     kl = np.where(mask, -1.0 - ref, 0).sum(-1).reshape(-1)
     expected = grpo.group_advantages(draw.total - 0.5 * kl, 4)
@@ -361,9 +367,9 @@ def test_completions_are_cut_to_few_lengths(scorer: tuple) -> None:
     seen = set()
     for n in range(1, 17):
         r, draw = judged(scorer, ["fire" * n] * 16)
-        completions = r.completions(draw, draw.lengths.max())
-        assert completions.mask.sum() == draw.sampled.mask.sum()
-        seen.add(completions.tokens.shape[2])
+        kept = completions(r, draw)
+        assert kept.mask.sum() == draw.sampled.mask.sum()
+        seen.add(kept.tokens.shape[2])
     assert seen <= {4, 8, 12, 16} and len(seen) > 1
 
 
@@ -383,19 +389,17 @@ def test_groups_without_variance_are_replaced(model_folder: Path, dataset: Path)
     """Only classification prompts have rewards that differ: the batch is filled with them from further draws."""
     c = config(model_folder, dataset, "only_classification", **{"rollout.max_draws": 6})
     t = train.Trainer(c)
-    draw, batch, draws = t._draw(next(t.data), jax.random.key(0), train._Clock())
-    assert 1 < len(draws) <= 6
-    assert {item.example.task for item in draw.host.examples} == {"classification"}
-    assert draw.varied.all()
-    assert batch.tokens.shape[0] == c.batch_size
-    for b, item in enumerate(draw.host.examples):  # each prompt still has its own completions and rewards
-        ids = np.asarray(batch.tokens)[b][np.asarray(batch.mask)[b]]
-        np.testing.assert_array_equal(ids, item.encoded.tokens)
-        texts = draw.texts[4 * b : 4 * b + 4]
-        np.testing.assert_allclose(
-            draw.rewards[4 * b : 4 * b + 4, -1], [reward_functions.vowels(t, None) for t in texts]
-        )
-        assert rollout.decode_text(t.processor, draw.sampled.tokens, draw.sampled.mask)[b] == texts
+    chosen, outcomes = t._draw(next(t.data), jax.random.key(0), train._Clock())
+    assert 1 < len(outcomes) <= 6
+    assert len(chosen.outcome.kinds) == len(chosen.batch.tokens) == c.batch_size
+    assert all(kind.startswith("classification") for kind in chosen.outcome.kinds)
+    assert chosen.outcome.varied.all()
+    # Each prompt still has its own completions and rewards.
+    texts = [text for group in decode_text(t.processor, chosen.sampled.tokens, chosen.sampled.mask) for text in group]
+    np.testing.assert_allclose(chosen.outcome.rewards[:, -1], [reward_functions.vowels(text, None) for text in texts])
+    assert [record["completion"] for record in chosen.first] == texts[:4]
+    logps, _ = t.score(t.variables, chosen.batch, Completions(chosen.sampled.tokens, chosen.sampled.mask))
+    np.testing.assert_allclose(np.where(chosen.sampled.mask, logps - chosen.sampled.logps, 0), 0, atol=1e-4)
 
 
 def test_the_number_of_draws_is_bounded_and_counted(model_folder: Path, dataset: Path) -> None:

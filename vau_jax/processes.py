@@ -10,12 +10,14 @@ import os
 import signal
 import threading
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -123,6 +125,14 @@ class Rows:
 
         return jax.tree.map(own, tree)
 
+    def take(self, pools: Sequence[Any], numbers: np.ndarray) -> Any:
+        """Of several batches of host arrays of this process's rows, the rows with these `numbers`, `count` of them,
+        counted through all the whole batches: on the devices."""
+        if jax.process_count() == 1:
+            return self.put(jax.tree.map(lambda *x: np.concatenate(x)[numbers], *pools))
+        layout = sharding.examples(self.mesh)
+        return jax.jit(_take, out_shardings=layout)([self.put(pool) for pool in pools], numbers)
+
     def own(self, x: np.ndarray) -> np.ndarray:
         """This process's rows of a host array of the whole batch."""
         return x if jax.process_count() == 1 else x[self.mine]
@@ -136,6 +146,10 @@ class Rows:
             for row, value in zip(rows, theirs, strict=True):
                 found[row] = value
         return found
+
+
+def _take(pools: Sequence[Any], numbers: jax.Array) -> Any:
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[numbers], *pools)
 
 
 class Preemption:

@@ -1,7 +1,7 @@
 """The host rim of RFT: sample on the device, read the texts, score them, and make the batch of one update."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vau_jax import grpo, judge, parsing, sampling
 from vau_jax.chat import Chat
 from vau_jax.data import prompts
-from vau_jax.data.pipeline import Collator, Example, HostBatch
+from vau_jax.data.pipeline import Example, HostBatch
 from vau_jax.data.processor import Processor
 from vau_jax.files import InputError
 from vau_jax.judge import Judge
@@ -52,19 +52,33 @@ class Outcome:
         groups = self.total.reshape(len(self.kinds), -1)
         return np.nan_to_num(np.nanmax(groups, 1, initial=-np.inf) - np.nanmin(groups, 1, initial=np.inf)) > 0
 
+    @property
+    def _by_group(self) -> dict[str, np.ndarray]:
+        """The arrays with leading axes [B, G]."""
+        arrays = {name: getattr(self, name) for name in _PER_COMPLETION}
+        return {name: x.reshape(len(self.kinds), -1, *x.shape[1:]) for name, x in arrays.items()}
+
+    def groups(self, chosen: np.ndarray) -> "Outcome":
+        """Those of the groups with these numbers."""
+        arrays = {name: x[chosen].reshape(-1, *x.shape[2:]) for name, x in self._by_group.items()}
+        return Outcome([self.kinds[i] for i in chosen], **arrays)
+
     def gathered(self, rows: Rows) -> "Outcome":
         """That of the whole batch, whose `rows` of this process this is."""
-        if jax.process_count() == 1:
-            return self
-        b, arrays = len(self.kinds), {name: getattr(self, name) for name in _PER_COMPLETION}
-        grouped = {name: x.reshape(b, -1, *x.shape[1:]) for name, x in arrays.items()}
+        grouped = self._by_group
         told = [[kind, *(x[i].tolist() for x in grouped.values())] for i, kind in enumerate(self.kinds)]
         kinds, *columns = zip(*rows.gather(told), strict=True)
-        joined = {
-            name: np.asarray(column, x.dtype).reshape(-1, *x.shape[1:])
-            for (name, x), column in zip(arrays.items(), columns, strict=True)
+        arrays = {
+            name: np.asarray(column, x.dtype).reshape(-1, *x.shape[2:])
+            for (name, x), column in zip(grouped.items(), columns, strict=True)
         }
-        return Outcome(list(kinds), **joined)
+        return Outcome(list(kinds), **arrays)
+
+
+def joined(outcomes: Sequence[Outcome]) -> Outcome:
+    """One after the other."""
+    arrays = {name: np.concatenate([getattr(outcome, name) for outcome in outcomes]) for name in _PER_COMPLETION}
+    return Outcome([kind for outcome in outcomes for kind in outcome.kinds], **arrays)
 
 
 _PER_COMPLETION = ("rewards", "total", "ended", "draft_score", "final_score", "reflect_words", "lengths", "failed")
@@ -72,12 +86,22 @@ _PER_COMPLETION = ("rewards", "total", "ended", "draft_score", "final_score", "r
 
 @dataclass(frozen=True)
 class Draw(Outcome):
-    """The completions themselves too, on the host."""
+    """The completions themselves too, on the host: of this process's prompts."""
 
     host: HostBatch
     sampled: Sampled  # numpy; C is the limit
     texts: list[str]  # N
     errors: list[str | None]  # N: what failed in a user's reward, or in the judge's
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The groups of a step's batch that are trained on."""
+
+    outcome: Outcome  # of the whole batch
+    batch: Batch  # the whole batch's prompts, on the devices
+    sampled: Sampled  # numpy, of this process's rows
+    first: list[dict[str, Any]]  # a record for each completion of the first group, for people to read
 
 
 @dataclass
@@ -202,101 +226,105 @@ class Rollout:
                 print(f"warning: a reward failed for {example.name}: {error}", flush=True)
                 self.shown_errors += 1
 
-    def completions(self, draw: Draw, longest: int) -> Completions:
-        """What is trained on, padded to the least of LENGTHS lengths that holds `longest` tokens, the most that a
-        completion of the whole batch has: few programs, little padding."""
-        limit = draw.sampled.tokens.shape[2]
+    def completions(self, chosen: Chosen) -> Completions:
+        """What is trained on, padded to the least of LENGTHS lengths that holds the longest completion of the whole
+        batch: few programs, little padding."""
+        limit, longest = chosen.sampled.tokens.shape[2], int(chosen.outcome.lengths.max())
         step = -(-limit // LENGTHS)
         length = min(limit, -(-max(1, longest) // step) * step)
-        return Completions(draw.sampled.tokens[..., :length], draw.sampled.mask[..., :length])
+        return Completions(chosen.sampled.tokens[..., :length], chosen.sampled.mask[..., :length])
 
-    def loss_inputs(self, draw: Draw, mask: np.ndarray, ref_logps: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """What grpo.loss reads, but for old and reference log-probabilities, for completions with `mask` [B, G, C].
-
-        `ref_logps` [B, G, C] of the reference policy are given when the KL is part of the reward.
-        """
-        c, length = self.config, mask.shape[2]
-        rewards, weights = draw.rewards, list(self.weights.values())
-        if ref_logps is not None:
-            kl = grpo.kl_divergence(draw.sampled.logps[..., :length], ref_logps, c.grpo.kl)
-            kl = np.sum(np.where(mask, kl, 0.0), axis=-1).reshape(-1, 1)
-            rewards = np.column_stack([rewards, np.where(draw.counts[:, None], kl, np.nan)]).astype(np.float32)
+    def advantages(self, outcome: Outcome, kl: np.ndarray | None = None) -> np.ndarray:
+        """float32 [B, G]; `kl` [B, G], summed over each completion, where it is part of the reward."""
+        c, rewards, weights = self.config, outcome.rewards, list(self.weights.values())
+        if kl is not None:
+            kl = np.where(outcome.counts, kl.reshape(-1), np.nan)
+            rewards = np.column_stack([rewards, kl]).astype(np.float32)
             weights = [*weights, -c.grpo.beta]
-        advantages = grpo.group_advantages(
-            replace(draw, rewards=rewards).gathered(self.rows).rewards,
-            c.rollout.num_generations,
-            c.grpo.scale,
-            weights=weights,
-            per_reward=c.grpo.per_reward,
-        )
-        advantages = np.asarray(advantages, np.float32).reshape(-1, c.rollout.num_generations)
-        trained = draw.counts & draw.ended if c.grpo.mask_truncated else draw.counts
-        return {
-            "mask": mask & trained.reshape(mask.shape[:2])[..., None],
+        g = c.rollout.num_generations
+        found = grpo.group_advantages(rewards, g, c.grpo.scale, weights=weights, per_reward=c.grpo.per_reward)
+        return np.asarray(found, np.float32).reshape(-1, g)
+
+    def loss_inputs(
+        self, chosen: Chosen, mask: np.ndarray, ref_logps: np.ndarray | None = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """What grpo.loss reads, but for old and reference log-probabilities, for completions with `mask` [b, G, C] in
+        this process's rows; and the advantages of the whole batch [B, G].
+
+        `ref_logps` [b, G, C] of the reference policy are given when the KL is part of the reward.
+        """
+        outcome, logps, kl = chosen.outcome, chosen.sampled.logps[..., : mask.shape[2]], None
+        if ref_logps is not None:
+            kl = np.where(mask, grpo.kl_divergence(logps, ref_logps, self.config.grpo.kl), 0.0).sum(-1)
+            kl = np.asarray(self.rows.gather(kl.tolist()))
+        advantages = self.advantages(outcome, kl)
+        trained = outcome.counts & outcome.ended if self.config.grpo.mask_truncated else outcome.counts
+        trained = self.rows.own(trained.reshape(advantages.shape))
+        inputs = {
+            "mask": mask & trained[..., None],
             "advantages": self.rows.own(advantages),
-            "sampler_logps": draw.sampled.logps[..., :length],
+            "sampler_logps": logps,
         }
+        return inputs, advantages
 
     def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """What the completions of a step were like, those of replaced groups among them."""
-        joined = {name: np.concatenate([getattr(o, name) for o in outcomes]) for name in _PER_COMPLETION}
-        tasks = [kind.split("/")[0] for outcome in outcomes for kind in outcome.kinds]
-        tasks = np.repeat(tasks, self.config.rollout.num_generations)
-        ended, lengths = joined["ended"], joined["lengths"]
+        every = joined(outcomes)
+        tasks = np.repeat([kind.split("/")[0] for kind in every.kinds], self.config.rollout.num_generations)
+        ended, lengths = every.ended, every.lengths
         metrics = {
-            "reward": _mean(joined["total"]),
-            "reward_std": _std(joined["total"]),
-            "groups_without_variance": 1 - np.concatenate([outcome.varied for outcome in outcomes]).mean(),
+            "reward": _mean(every.total),
+            "reward_std": _std(every.total),
+            "groups_without_variance": 1 - every.varied.mean(),
             "length/mean": lengths.mean(),
             "length/min": lengths.min(),
             "length/max": lengths.max(),
             "length/truncated": 1 - ended.mean(),
             "length/ended_mean": _mean(lengths[ended]),
-            "draft_score": _mean(joined["draft_score"]),
-            "final_score": _mean(joined["final_score"]),
-            "rewards/failed": joined["failed"].sum(),
+            "draft_score": _mean(every.draft_score),
+            "final_score": _mean(every.final_score),
+            "rewards/failed": every.failed.sum(),
         }
-        for name, column in zip(self.weights, joined["rewards"].T, strict=True):
+        for name, column in zip(self.weights, every.rewards.T, strict=True):
             metrics |= {f"rewards/{name}": _mean(column), f"rewards/{name}_std": _std(column)}
         if self.judge:
             metrics |= {"judge/tokens": self.judge.chat.tokens.total(), "judge/cost": self.judge.chat.cost}
         for task in sorted(set(tasks) & set(parsing.VERIFIABLE)):
-            metrics[f"final_score/{task}"] = joined["final_score"][tasks == task].mean()
+            metrics[f"final_score/{task}"] = every.final_score[tasks == task].mean()
         if self.config.data.style in prompts.WITH_DRAFT:
-            metrics |= _reflection(joined, tasks)
+            metrics |= _reflection(every, tasks)
         return metrics
 
-    def samples(self, draw: Draw, advantages: np.ndarray) -> list[dict[str, Any]]:
-        """One record for each completion of the first prompt, for people to read."""
-        first = draw.host.examples[0]
+    def records(self, draw: Draw, group: int) -> list[dict[str, Any]]:
+        """One for each completion of a group, for people to read."""
+        item, g = draw.host.examples[group], self.config.rollout.num_generations
         return [
             {
-                "example": first.example.name,
-                "task": first.example.task,
-                "prompt": first.prompt,
+                "example": item.example.name,
+                "task": item.example.task,
+                "prompt": item.prompt,
                 "completion": draw.texts[i],
                 "rewards": {
                     name: None if np.isnan(value) else float(value)
                     for name, value in zip(self.weights, draw.rewards[i], strict=True)
                 },
-                "advantage": float(advantages.reshape(-1)[i]),
                 "error": draw.errors[i],
             }
-            for i in range(self.config.rollout.num_generations)
+            for i in range(group * g, (group + 1) * g)
         ]
 
 
-def _reflection(joined: dict[str, np.ndarray], tasks: np.ndarray) -> dict[str, float]:
+def _reflection(every: Outcome, tasks: np.ndarray) -> dict[str, float]:
     """How often the answer after reflection is better than, as good as, or worse than the draft, and its length."""
     known = np.isin(tasks, parsing.VERIFIABLE)
-    gain, tasks = (joined["final_score"] - joined["draft_score"])[known], tasks[known]
+    gain, tasks = (every.final_score - every.draft_score)[known], tasks[known]
     if not len(gain):
         return {}
     found = {
         "reflection/corrected": (gain > 0).mean(),
         "reflection/kept": (gain == 0).mean(),
         "reflection/broken": (gain < 0).mean(),
-        "reflection/words": joined["reflect_words"][known].mean(),
+        "reflection/words": every.reflect_words[known].mean(),
     }
     if (tasks == "grounding").any():
         found["reflection/tiou_gain"] = gain[tasks == "grounding"].mean()
@@ -312,28 +340,3 @@ def _mean(values: np.ndarray) -> float:
 def _std(values: np.ndarray) -> float:
     there = values[~np.isnan(values)]
     return float(there.std()) if there.size else 0.0
-
-
-def gather(draws: Sequence[Draw], chosen: Sequence[tuple[int, int]], collate: Collator) -> Draw:
-    """The groups `chosen`, (draw, prompt) pairs, as one draw."""
-    b = len(draws[0].host.examples)
-
-    def rows(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Of arrays [B, ...] or [N, ...]."""
-        grouped = [x.reshape(b, -1, *x.shape[1:]) for x in arrays]
-        return np.concatenate([grouped[d][p] for d, p in chosen])
-
-    def entries(lists: Sequence[list[Any]]) -> list[Any]:
-        g = len(lists[0]) // b
-        return [entry for d, p in chosen for entry in lists[d][p * g : (p + 1) * g]]
-
-    sampled = [draw.sampled for draw in draws]
-    return replace(
-        draws[0],
-        kinds=[draws[d].kinds[p] for d, p in chosen],
-        host=collate([draws[d].host.examples[p] for d, p in chosen]),
-        sampled=jax.tree.map(lambda *x: rows(x), *sampled),
-        texts=entries([draw.texts for draw in draws]),
-        errors=entries([draw.errors for draw in draws]),
-        **{name: rows([getattr(draw, name) for draw in draws]) for name in _PER_COMPLETION},
-    )

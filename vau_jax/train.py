@@ -39,7 +39,7 @@ from vau_jax.models import hf, lora, motion_prompt, qwen_vl
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.processes import Rows
-from vau_jax.rollout import Draw, Outcome, Rollout
+from vau_jax.rollout import Chosen, Draw, Outcome, Rollout
 from vau_jax.types import Batch, Completions, Params, State, TrainBatch, Variables
 from vau_jax.vlm import DTYPES, VideoLM
 
@@ -207,20 +207,23 @@ class Trainer:
         self.data_counts.update(pipeline.summed(self.rows.gather(troubles)))
         return host
 
-    def _agreed(self, host: HostBatch) -> HostBatch:
-        """The same rows padded as every process pads its own: to the largest of their sizes."""
-        if jax.process_count() == 1:
-            return host
+    def _shape(self, host: HostBatch) -> Shape:
+        """What every process pads its rows of a batch to: the largest of their sizes."""
         own = self.collate.shape(host.examples)
-        shape = Shape(*map(max, *self.rows.gather([own] * len(host.examples)), own))
-        return host if shape == own else self.collate(host.examples, shape)
+        return Shape(*map(max, *self.rows.gather([own] * len(host.examples)), own))
+
+    def _agreed(self, host: HostBatch) -> HostBatch:
+        """The same rows padded as every process pads its own."""
+        return host if jax.process_count() == 1 else self.collate(host.examples, self._shape(host))
 
     def _on_devices(self, host: HostBatch) -> HostBatch:
         return replace(host, batch=self.rows.put(host.batch))
 
     def _place(self, host: HostBatch) -> Batch:
-        """The prompts on the devices; where the vision tower is frozen it sees them here, once for all uses."""
-        batch = self._on_devices(host).batch
+        return self._seen(self._on_devices(host).batch)
+
+    def _seen(self, batch: Batch) -> Batch:
+        """Where the vision tower is frozen it sees the prompts here, once for all uses."""
         return replace(batch, vision=self.see(self.variables, batch)) if self.tower_is_frozen else batch
 
     def _update(self, train: TrainBatch) -> dict[str, float]:
@@ -244,29 +247,27 @@ class Trainer:
         if self.config.data.difficulty.enabled:
             host, levels = self.difficulty.choose(host, self.collate)
             metrics |= pipeline.summed(self.rows.gather(levels))
-        draw, batch, outcomes = self._draw(host, jax.random.fold_in(self.key, number), clock)
+        chosen, outcomes = self._draw(host, jax.random.fold_in(self.key, number), clock)
         metrics |= self.rollout.metrics(outcomes)
-        kept = draw.gathered(self.rows) if len(outcomes) > 1 else outcomes[0]
         if self.config.rollout.max_draws > 1:
-            alike = int((~kept.varied).sum())
+            alike = int((~chosen.outcome.varied).sum())
             metrics |= {"dynamic/draws": len(outcomes), "dynamic/left_without_variance": alike}
             metrics["dynamic/replaced"] = int((~outcomes[0].varied).sum()) - alike
         with clock("score"):
-            completions = self.rollout.completions(draw, int(kept.lengths.max()))
+            completions = self.rollout.completions(chosen)
             placed = self.rows.put(completions)
-            scored = self._scored(batch, placed)
+            scored = self._scored(chosen.batch, placed)
             in_reward = self.config.grpo.kl_in == "reward" and "ref_logps" in scored
             ref_logps = self.rows.fetch(scored["ref_logps"]) if in_reward else None
-            inputs = self.rollout.loss_inputs(draw, completions.mask, ref_logps)
-        samples = self.rollout.samples(draw, inputs["advantages"])
-        return TrainBatch(batch, placed, {**self.rows.put(inputs), **scored}), metrics, samples
+            inputs, advantages = self.rollout.loss_inputs(chosen, completions.mask, ref_logps)
+        samples = [{**record, "advantage": float(a)} for record, a in zip(chosen.first, advantages[0], strict=True)]
+        return TrainBatch(chosen.batch, placed, {**self.rows.put(inputs), **scored}), metrics, samples
 
-    def _draw(self, host: HostBatch, key: jax.Array, clock: "_Clock") -> tuple[Draw, Batch, list[Outcome]]:
-        """This process's groups to train on, the whole batch's prompts on the devices, and how all that were drawn did.
+    def _draw(self, host: HostBatch, key: jax.Array, clock: "_Clock") -> tuple[Chosen, list[Outcome]]:
+        """The groups to train on, and how all that were drawn did.
 
         With rollout.max_draws, groups whose rewards are all alike are replaced by groups of further prompts, as long as
-        draws are left (DAPO's dynamic sampling, arXiv 2503.14476); those that remain have advantage 0. Each process
-        replaces its own, and draws go on until all have enough.
+        draws are left (DAPO's dynamic sampling, arXiv 2503.14476); those that remain have advantage 0.
         """
         draws: list[Draw] = []
         outcomes: list[Outcome] = []
@@ -280,19 +281,30 @@ class Trainer:
                 draws.append(self.rollout.read(host, sampled))
                 outcomes.append(draws[-1].gathered(self.rows))
                 self.difficulty.learn(outcomes[-1])
-            found = sum(outcome.varied for outcome in outcomes)  # groups that differ, by row
-            enough = all(sum(found[rows]) >= len(rows) for rows in self.rows.of_process)
+            enough = sum(outcome.varied.sum() for outcome in outcomes) >= self.config.batch_size
             if enough or len(draws) >= self.config.rollout.max_draws:
                 break
             with clock("data"):
                 host = self._next()
         if len(draws) == 1:
-            return draws[0], batch, outcomes
-        varied = [(d, p) for d, draw in enumerate(draws) for p in np.flatnonzero(draw.varied)]
-        alike = [(d, p) for d, draw in enumerate(draws) for p in np.flatnonzero(~draw.varied)]
-        draw = rollout.gather(draws, (varied + alike)[: len(self.rows.mine)], self.collate)
-        host = self._agreed(draw.host)
-        return replace(draw, host=host), self._place(host), outcomes
+            return Chosen(outcomes[0], batch, draws[0].sampled, self._first(draws, 0)), outcomes
+        return self._chosen(draws, outcomes), outcomes
+
+    def _chosen(self, draws: list[Draw], outcomes: list[Outcome]) -> Chosen:
+        """Of several draws; a group may go to the devices of another process than the one that has read it."""
+        every = rollout.joined(outcomes)
+        numbers = np.argsort(~every.varied, kind="stable")[: self.config.batch_size]
+        shape = Shape(*map(max, *(self._shape(draw.host) for draw in draws)))
+        pools = [(self.collate(draw.host.examples, shape).batch, draw.sampled) for draw in draws]
+        batch, sampled = self.rows.take(pools, numbers)
+        first = self._first(draws, int(numbers[0]))
+        return Chosen(every.groups(numbers), self._seen(batch), self.rows.fetch(sampled), first)
+
+    def _first(self, draws: list[Draw], number: int) -> list[dict[str, Any]]:
+        """Records of the group `number`, counted through all draws, from the process that has read it."""
+        draw, row = divmod(number, self.config.batch_size)
+        mine = [self.rollout.records(draws[draw], i) if r == row else None for i, r in enumerate(self.rows.mine)]
+        return self.rows.gather(mine)[row]
 
     def _scored(self, batch: Batch, completions: Completions) -> dict[str, jax.Array]:
         """Log-probabilities of the reference policy, where there is a KL term, and of the policy that sampled, where
