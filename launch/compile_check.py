@@ -18,7 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Report:
     bound: str = ""  # which of them it is
     mfu_cap: float = 0.0  # of the operations that the model needs
     least_bytes: float = 0.0  # of a decoding step: the weights and caches, each read once
+    repeated: float = 0.0  # of an update: operations of a form that repeats prompts for each completion, as a multiple
     problem: str = ""
 
     @property
@@ -181,7 +182,10 @@ class Programs:
                 reference = {"params": self.base or self.trained}
                 yield add("score", score, (reference, self.batch, self._completions()))
         own = held((state, base))
-        yield Program("update", self._update(), (state, base, self._train_batch()), resident=everything - own)
+        yield replace(self.update(), resident=everything - own)
+
+    def update(self) -> "Program":
+        return Program("update", self._update(), (*self._state(), self._train_batch()))
 
     def _sampling(self) -> Iterator[tuple[str, Any, tuple, dict[str, Any]]]:
         fixed = sampling._Fixed(self.model, (0,), False, 1.0, 0, self.mesh)
@@ -281,6 +285,20 @@ class Programs:
 
     # --- What the model needs ---
 
+    def operations(self, program: "Program") -> float:
+        """Of all chips, as the program does them."""
+        counted = flops.count(partial(program.function, **program.static), *program.args)
+        return counted + self.kernel_flops(program.name)
+
+    def repeated(self) -> "Programs":
+        """The same with each prompt repeated for each of its completions."""
+        config = self.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.batch_size, config.rollout.num_generations = config.batch_size * self.g, 1
+        tokens, patches = self.batch.tokens.shape[1], self.batch.vision.patches.shape[1]
+        model = self.model.config
+        return Programs(config, model, self.mesh, tokens, patches // model.vision.spatial_merge_size**2)
+
     def sizes(self, program: str) -> dict[str, float]:
         """Of a batch, as flops.forward takes them: those of this program."""
         b, t = self.batch.tokens.shape
@@ -368,12 +386,15 @@ def check(programs: Programs, program: Program, known: Chip) -> Report:
     report.arguments, report.temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     report.peak = memory.peak_memory_in_bytes
     chips = programs.mesh.size
-    counted = flops.count(partial(program.function, **program.static), *program.args)
-    report.flops = (counted + programs.kernel_flops(program.name)) / chips
+    whole = programs.operations(program)
+    report.flops = whole / chips
     traffic = hlo.read(compiled.as_text(), one_round=program.name == "decode step")
     report.bytes, report.collectives = traffic.bytes, traffic.collectives
     if program.name == "decode step":
         report.least_bytes = programs.read_at_least(program)
+    if program.name == "update" and programs.g > 1:
+        other = programs.repeated()
+        report.repeated = other.operations(other.update()) / whole
     sent = sum(kind["bytes"] for kind in traffic.collectives.values())
     limits = {
         "operations": report.flops / known.flops,
@@ -423,6 +444,7 @@ def table(reports: list[Report], known: Chip) -> str:
             f"{r.program:14}{r.compile_seconds:8.1f}s{r.peak / GIB:8.2f}{r.needed / GIB:9.2f}{r.flops / 1e12:9.3f}"
             f"{r.bytes / 1e9:8.1f}{sent:9.2f}{r.seconds * 1e3:8.1f}  {r.bound:11}{r.mfu_cap:8.0%}"
             + (f"  reads {r.bytes / r.least_bytes:.2f} x the least" if r.least_bytes else "")
+            + (f"  {r.repeated:.2f} x as many operations with repeated prompts" if r.repeated else "")
             + (f"  DOES NOT FIT: {r.problem}" if r.problem else "")
         )
     return "\n".join(lines) + f"\npeak and state in GiB of {known.memory / GIB:.0f}; all numbers are of one chip"

@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+SCATTERED = "all-reduce-scatter"  # what TPU's compiler calls a fused all-reduce of which each chip keeps a part
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "while")
 FREE += ("conditional", "call", "copy-done", "async-done", "slice-done", "opt-barrier", "custom-call")
@@ -84,11 +85,14 @@ def read(text: str, one_round: bool = False) -> Traffic:
             for instruction in computations[inner]:
                 kind = instruction.kind.removesuffix("-start")
                 if kind in COLLECTIVES:
+                    sent = _sent(kind, instruction)
+                    if inner.startswith(SCATTERED):
+                        kind, sent = "reduce-scatter", sent / 2
                     # A collective that goes on beside other work is written in each piece, under one channel.
                     channel = re.search(r"channel_id=(\d+)", instruction.rest)
                     key = channel[1] if channel else instruction.name
                     if times > seen.get(key, (0,))[0]:
-                        seen[key] = times, kind, _sent(kind, instruction)
+                        seen[key] = times, kind, sent
     found: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "bytes": 0.0})
     for times, kind, sent in seen.values():
         found[kind]["count"] += times

@@ -1,9 +1,11 @@
-"""Users need no torch: the whole front door works where it cannot be imported."""
+"""Users need no torch: the whole front door works where it cannot be imported. A command starts quickly."""
 
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,6 +29,15 @@ def test_the_front_door_works_without_torch(model_folder: Path, tmp_path: Path) 
     args = [sys.executable, "-c", SCRIPT, str(model_folder), str(tmp_path / "copy")]
     done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("module", ["vau_jax.train", "vau_jax.evaluate", "vau_jax.ask", "launch.compile_check"])
+def test_a_mistake_is_told_before_slow_packages_are_imported(module: str) -> None:
+    """Each of them takes as long to import as all others together."""
+    slow = {"torch", "transformers", "sklearn", "scipy.stats", "nltk", "openai", "tensorboardX", "plotly", "gradio"}
+    script = f"import sys, {module}; print(*sorted({slow} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 def test_only_the_test_extra_names_torch() -> None:

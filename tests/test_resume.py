@@ -124,6 +124,7 @@ def test_a_run_that_is_asked_to_end_saves_its_step_first(
     run(args)
     assert not (workdir / "preempted.json").exists()
     assert learning_curve(workdir) == learning_curve(straight)
+    assert read_json(workdir / "best.json") == read_json(straight / "best.json")
 
 
 def test_a_disk_that_is_full_is_one_line_and_loses_nothing(

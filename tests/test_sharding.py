@@ -42,7 +42,7 @@ SCRIPT = """
 import json, sys
 import jax, numpy as np, optax
 from configs import demo
-from vau_jax import sharding, train
+from vau_jax import sampling, sharding, train
 from vau_jax.types import Completions, TrainBatch
 folder, data, mesh, micro_batches, out = sys.argv[1:6]
 mesh, micro_batches = json.loads(mesh), int(micro_batches)
@@ -72,6 +72,9 @@ for stage in ("sft", "rft"):
             completions = Completions(out_.tokens, out_.mask)
             scored = t._scored(batch, completions)
             if i == 0:
+                programs = sampling.compiled_programs()
+                t.rollout.sample(t.variables, batch, jax.random.key(9))
+                found["rft/new programs"] = np.asarray(sampling.compiled_programs() - programs)
                 found["scored"] = np.where(out_.mask, scored["ref_logps"], 0)
             given = TrainBatch(batch, completions, {**inputs, **scored})
         t.state, metrics = t.update(t.state, t.base, jax.device_put(given, sharding.examples(t.mesh)))
@@ -135,6 +138,7 @@ def test_devices_and_parts_of_a_batch_change_nothing(
     for stage in ("sft", "rft"):
         assert spread[f"{stage}/same"], "a step changed how the state lies on the devices"
         assert spread[f"{stage}/programs"] == 1 and spread[f"{stage}/given up"]
+    assert spread["rft/new programs"] == 0, "sampling was compiled twice"
 
 
 def test_batches_must_divide_by_the_mesh() -> None:

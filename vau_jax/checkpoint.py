@@ -61,7 +61,7 @@ class Checkpoints:
 
 
 class Score:
-    """By what the best checkpoint is known: the mean of a metric over the steps since the one before."""
+    """By what the best checkpoint is known: the mean of a metric over the steps since the last that was due."""
 
     def __init__(self, config: ConfigDict) -> None:
         auto = "reward" if config.stage == "rft" else "-loss"

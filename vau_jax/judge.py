@@ -121,6 +121,11 @@ class Judge:
             show(len(replies))
         return [(read_marks(replies[key].text), replies[key].error) for key in keys]
 
+    def totals(self, texts: Sequence[tuple[Row, str]]) -> list[tuple[float | None, str]]:
+        """`total` of texts about annotated videos, likewise."""
+        found = self.marks([Subject.of_row(row, text) for row, text in texts])
+        return [(None if marks is None else total(marks), error) for marks, error in found]
+
 
 # --- An evaluation's descriptions ---------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What a run tells while it goes: metrics to metrics.jsonl, TensorBoard and Weights & Biases, a progress line to the
 terminal, and a sign of life of every process."""
 
+import hashlib
 import json
 import math
 import os
@@ -13,7 +14,6 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 
 from vau_jax import processes
 from vau_jax.data.decoders import short
@@ -52,6 +52,8 @@ class MetricWriter:
     def __init__(self, workdir: str | os.PathLike, start_step: int, project: str = "") -> None:
         self.metrics = _append_after(Path(workdir) / "metrics.jsonl", start_step)
         self.samples = _append_after(Path(workdir) / "samples.jsonl", start_step)
+        from tensorboardX import SummaryWriter  # noqa: PLC0415 - slow to import where PyTorch is installed
+
         self.board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
         self.wandb = _wandb(Path(workdir), project) if project else None
 
@@ -77,12 +79,13 @@ class MetricWriter:
 
 
 def _wandb(workdir: Path, project: str) -> Any:
-    """A run of Weights & Biases named as the workdir, gone on with when the workdir's run is."""
+    """A run of Weights & Biases named as the workdir and known by its path, gone on with when the workdir's run is."""
     try:
         import wandb  # noqa: PLC0415 - only where it is asked for
     except ImportError as error:
         raise InputError(f"config.wandb={project!r} needs the package: pip install wandb") from error
-    return wandb.init(project=project, name=workdir.name, id=workdir.name, dir=workdir, resume="allow")
+    number = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=workdir.name, id=number, dir=workdir, resume="allow")
 
 
 class Heartbeat:

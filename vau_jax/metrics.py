@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from vau_jax.data.annotations import LABELS
 from vau_jax.parsing import INTERVAL, NORMAL, UNKNOWN, Answers, Parsed
@@ -167,6 +166,8 @@ def frame_level(scores: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> d
     score, label = np.concatenate([*scores, []]), np.concatenate([*labels, []]) > 0
     found: dict[str, Any] = {"auc": None, "ap": None, "instants": len(label), "videos": len(scores)}
     if label.any() and not label.all():
+        from sklearn.metrics import average_precision_score, roc_auc_score  # noqa: PLC0415 - slow to import
+
         found |= {"auc": float(roc_auc_score(label, score)), "ap": float(average_precision_score(label, score))}
     return found
 

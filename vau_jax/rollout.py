@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax import grpo, judge, parsing, sampling
-from vau_jax.chat import Chat
+from vau_jax import grpo, parsing, sampling
 from vau_jax.data import prompts
 from vau_jax.data.pipeline import Example, HostBatch
 from vau_jax.data.processor import Processor
 from vau_jax.files import InputError
-from vau_jax.judge import Judge
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.processes import Rows
 from vau_jax.rewards import REWARDS, task_score
@@ -134,7 +132,11 @@ class Rollout:
                 f"rewards.judge={c.rewards.judge} has nothing to mark: data.tasks={tuple(c.data.tasks)} lacks "
                 "description"
             )
-        self.judge = Judge(Chat(c.judge, self.judge_cache)) if c.rewards.get("judge") else None
+        self.judge = None
+        if c.rewards.get("judge"):
+            from vau_jax import judge  # noqa: PLC0415 - slow to import, with all that evaluations need
+
+            self.judge = judge.Judge(judge.Chat(c.judge, self.judge_cache))
         weights = {name: c.rewards[name] for name in self.built_in}
         weights |= {"overlong": 1.0} if c.grpo.overlong_buffer else {}
         weights |= {"judge": c.rewards.judge} if self.judge else {}
@@ -203,12 +205,12 @@ class Rollout:
         """The judge's marks float32 [N] in [0, 1], NaN for all but descriptions, and what failed so far and here."""
         marks, errors = np.full(len(texts), np.nan, np.float32), list(errors)
         asked = [i for i, example in enumerate(examples) if example.task == "description" and readable[i]]
-        found = self.judge.marks([judge.Subject.of_row(examples[i].row, texts[i]) for i in asked])
-        for i, (given, error) in zip(asked, found, strict=True):
-            if given is None:
+        found = self.judge.totals([(examples[i].row, texts[i]) for i in asked])
+        for i, (total, error) in zip(asked, found, strict=True):
+            if total is None:
                 errors[i] = errors[i] or f"judge: {error}"
             else:
-                marks[i] = judge.total(given)
+                marks[i] = total
         return marks, errors
 
     def _score(self, parsed: parsing.Parsed, target: Target) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
 from vau_jax import metrics, parsing, rewards
 from vau_jax.data.annotations import LABELS
@@ -195,7 +194,9 @@ def describe(parsed: Parsed, records: list[Record]) -> dict[str, Any]:
 
 
 @cache
-def _rouge() -> RougeScorer:
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 - slow to import, with NLTK
+
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 

@@ -153,6 +153,15 @@ def by_heads(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
 
 
+def kernel_by_heads(kernel: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The same for a kernel [in, ..., heads, H]; how `in` lies is left to the compiler."""
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return kernel
+    heads = "tensor" if kernel.shape[-2] % mesh.shape["tensor"] == 0 else None
+    place = P(P.UNCONSTRAINED, *(None,) * (kernel.ndim - 3), heads, None)
+    return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, place))
+
+
 def _examples_of(x: jax.Array, mesh: Mesh) -> tuple[str, ...] | None:
     return EXAMPLES if x.shape[0] % example_parts(mesh) == 0 else None
 

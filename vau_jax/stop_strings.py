@@ -6,11 +6,14 @@ string is found across token borders and inside a token alike.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from vau_jax.files import InputError
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
 
 
 def stop_table(stop_strings: Sequence[str], tokens: Sequence[bytes]) -> np.ndarray:
@@ -41,7 +44,7 @@ def _byte_moves(texts: Sequence[bytes]) -> np.ndarray:
     return moves
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[bytes]:
+def token_bytes(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[bytes]:
     """What each token id writes, by a byte-level BPE; ids without a token write nothing."""
     added = {i: token.content.encode("utf-8") for i, token in tokenizer.added_tokens_decoder.items()}
     byte_of = {letter: byte for byte, letter in _byte_letters().items()}

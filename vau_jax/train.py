@@ -102,6 +102,7 @@ class Trainer:
         self.difficulty = Difficulty(config.data.difficulty)
         self.tokens_seen = 0
         self.data_counts = Counter(pipeline.excluded(audit))  # what is wrong with the data, since the run began
+        self.best_score = checkpoint.Score(config)
         self.key = jax.random.key(config.seed)
 
     def _make_state(self, trained: Params) -> None:
@@ -160,6 +161,7 @@ class Trainer:
             "difficulty": self.difficulty.accuracy,
             "tokens_seen": self.tokens_seen,
             "data_counts": dict(self.data_counts),
+            "scores": self.best_score.values,
         }
 
     def resume(self, checkpoints: checkpoint.Checkpoints) -> int:
@@ -170,7 +172,7 @@ class Trainer:
         self.state, place = checkpoints.restore(step, self.state)
         self.data.set_state(place["iterator"])
         self.difficulty.accuracy, self.tokens_seen = place["difficulty"], place["tokens_seen"]
-        self.data_counts = Counter(place["data_counts"])
+        self.data_counts, self.best_score.values = Counter(place["data_counts"]), place["scores"]
         return step
 
     def close(self) -> None:
@@ -410,7 +412,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
         processes.meet("described")
         done = _loop(trainer, workdir, checkpoints, preemption)
         if processes.is_first():
-            best = {"step": checkpoints.best(), "metric": checkpoint.Score(config).name}
+            best = {"step": checkpoints.best(), "metric": trainer.best_score.name}
             write_text(workdir / "best.json", json.dumps(best))
         checkpoints.close()
         preemption.close()
@@ -424,7 +426,7 @@ def _loop(
 ) -> int:
     """Trains from the last checkpoint on; the steps done, fewer than all when the run was asked to end."""
     config, done = trainer.config, trainer.resume(checkpoints)
-    log, score = RunLog(config, workdir, done), checkpoint.Score(config)
+    log = RunLog(config, workdir, done)
     while done < config.steps:
         log.begin(done + 1)
         with _losses_told(log):
@@ -433,10 +435,11 @@ def _loop(
         if not config.skip_nonfinite:
             check_finite(metrics, done, checkpoints.latest())
         log.end(done, metrics, samples, headline(metrics))
-        score.add(metrics)
-        stop = preemption.due(done)
-        if stop or done % config.checkpoint.every == 0 or done == config.steps:
-            checkpoints.save(done, trainer.state, trainer.place(), score.take())
+        trainer.best_score.add(metrics)
+        stop, due = preemption.due(done), done % config.checkpoint.every == 0 or done == config.steps
+        if stop or due:
+            value = trainer.best_score.take() if due else -np.inf  # a checkpoint in between is never the best
+            checkpoints.save(done, trainer.state, trainer.place(), value)
         if stop and done < config.steps:
             break
     trainer.close()

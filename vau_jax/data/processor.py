@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from transformers import AutoTokenizer
 
 from vau_jax.data import video
 from vau_jax.data.decoders import VideoError
@@ -202,7 +201,10 @@ class Processor:
             raise InputError(
                 f"model folder {folder} has no tokenizer.json: copy the tokenizer files beside the weights"
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        # All that a tokenizer is stands in tokenizer.json; AutoTokenizer would import PyTorch where it is installed.
+        from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - slow to import: mistakes are told before
+
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
         tokens = self.factor**2  # pixels of one visual token
         image, clip = VideoOptions(min_pixels=4 * tokens, max_pixels=1280 * tokens), VideoOptions()
         if self.config.timestamps:  # Qwen3-VL bounds a clip as a whole

@@ -6,7 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from vau_jax import sharding
 from vau_jax.models.lora import LoRA
 
 UNIT_NORMAL = nn.initializers.normal(1.0)  # `qwen_vl.init` scales it by the config's initializer_range
@@ -20,26 +22,41 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # by Hugging Face'
 
 
 class Dense(nn.Module):
-    """A linear layer as everywhere in the model: kernel [in, out], with its LoRA where collection `lora` has one."""
+    """A linear layer as everywhere in the model: kernel [in, out], with its LoRA where collection `lora` has one.
+
+    With `parts`, the features are several projections' heads side by side, and the output has axes for them; on a
+    `mesh` the heads are split over its tensor axis.
+    """
 
     features: int
     dtype: Any
     lora: LoRA | None = None
     bias: bool = False
+    parts: tuple[int, ...] = ()  # (projections, heads, head_dim), which multiply to `features`
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", UNIT_NORMAL, (x.shape[-1], self.features))
-        y = x @ kernel.astype(self.dtype)
+        y = self._times(x, kernel)
         if self.bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y += bias.reshape(self.parts or -1)
         if self.lora is None or not self.has_variable("lora", "a"):
             return y
         if self.lora.dropout and self.has_rng("dropout"):  # training gives the key, everything else does not
             kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.lora.dropout), 0)
         a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b"))
-        return y + (x @ a) @ b * jnp.asarray(self.lora.scale, self.dtype)
+        return y + self._times(x @ a, b) * jnp.asarray(self.lora.scale, self.dtype)
+
+    def _times(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """x @ kernel. Devices hold consecutive columns of a kernel, which are heads of one projection alone; the kernel
+        is laid out anew, being much smaller than what comes out."""
+        kernel = kernel.astype(self.dtype)
+        if not self.parts:
+            return x @ kernel
+        return jnp.tensordot(x, sharding.kernel_by_heads(kernel.reshape(-1, *self.parts), self.mesh), 1)
 
 
 class RMSNorm(nn.Module):

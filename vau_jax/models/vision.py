@@ -45,9 +45,9 @@ class VisionAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, vision: Vision, angles: jax.Array, whole_frame: jax.Array) -> jax.Array:
         c = self.config
-        qkv = Dense(3 * c.hidden_size, self.dtype, self.lora, bias=True, name="qkv")(x)
-        qkv = sharding.by_heads(qkv.reshape(*x.shape[:2], 3, c.num_heads, c.head_dim), self.mesh)
-        q, k, v = jnp.moveaxis(qkv, 2, 0)
+        parts = 3, c.num_heads, c.head_dim
+        qkv = Dense(3 * c.hidden_size, self.dtype, self.lora, True, parts, self.mesh, name="qkv")(x)
+        q, k, v = jnp.moveaxis(sharding.by_heads(qkv, self.mesh), 2, 0)
         q, k = rope.rotate(q, angles), rope.rotate(k, angles)
 
         def inside(groups: Groups) -> jax.Array:

@@ -1,0 +1,122 @@
+"""The table of launch/README.md: what an update and a decoding step need on TPU pods, by launch/compile_check.py.
+
+    python benchmarks/compile_table.py --folder=DIR [--only=grpo-3b-v5e16 ...]
+
+Writes a JSON file and the printed report for each row into DIR, leaves out rows that are there already, and prints the
+rows as Markdown: memory and time, then the collectives of an update. A row takes one to five minutes and 4 GiB.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 2**30
+MODELS = ("3b", "7b")
+TRAINING = {  # config and options
+    "grpo": ("vau_r1_qa_rft", ["--config.rollout.num_generations=8", "--only=decode step"]),
+    "grpo-lora": (
+        "vau_r1_qa_rft",
+        ["--config.rollout.num_generations=8", "--only=decode step", "--config.lora.rank=16"],
+    ),
+    "sft": ("vau_r1_sft", []),
+    "sft-lora": ("vau_r1_sft", ["--config.lora.rank=16"]),
+}
+
+
+class Pod(NamedTuple):
+    topology: str
+    fsdp: int
+    tensor: int
+
+
+PODS = {
+    "v5e16": Pod("v5e:4x4", 4, 4),
+    "v5e64": Pod("v5e:8x8", 16, 4),
+    "v5e256": Pod("v5e:16x16", 64, 4),
+    "v5p64": Pod("v5p:4x4x4", 64, 1),
+    "v6e64": Pod("v6e:8x8", 32, 2),
+}
+HEADS = (
+    "model | training | chips | mesh (fsdp, tensor) | update: peak | with the rest of the state | of | at least | "
+    "bound by | MFU at most | decoding step: at least | reads"
+)
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+def rows() -> Iterator[tuple[str, str, str, Pod]]:
+    """(name, model, training, pod), the small pods first."""
+    for (name, pod), model, training in itertools.product(PODS.items(), MODELS, TRAINING):
+        yield f"{training}-{model}-{name}", model, training, pod
+
+
+def compile_row(model: str, training: str, pod: Pod, file: Path) -> None:
+    """Runs compile_check; the printed report stays beside the JSON file. One prompt for each part of fsdp."""
+    config, options = TRAINING[training]
+    command = [sys.executable, "launch/compile_check.py", f"--config=configs/{config}.py", f"--json={file}"]
+    command += [f"--topology={pod.topology}", f"--size=qwen2.5-vl-{model}", "--only=update", *options]
+    command += [f"--config.mesh.fsdp={pod.fsdp}", f"--config.mesh.tensor={pod.tensor}"]
+    command += [f"--config.batch_size={pod.fsdp}", "--config.data.max_completion_tokens=512"]
+    with file.with_suffix(".log").open("w") as log:
+        subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)  # noqa: S603
+
+
+def line(model: str, training: str, pod: Pod, found: dict[str, Any]) -> list[str]:
+    """A row of the first table."""
+    programs = {program["program"]: program for program in found["programs"]}
+    update, decode = programs["update"], programs.get("decode step")
+    chips = pod.topology.replace(":", " ")
+    kind, _, lora = training.partition("-")
+    cells = [model.upper(), kind.upper() + (", LoRA 16" if lora else ""), chips, f"{pod.fsdp}, {pod.tensor}"]
+    if not update["seconds"]:
+        return [*cells, update["problem"], *[""] * 7]
+    cells += [f"{update[name] / GIB:.2f} GiB" for name in ("peak", "needed")]
+    cells += [f"{found['chip']['memory'] / GIB:.0f}", f"{update['seconds'] * 1e3:.0f} ms", update["bound"]]
+    cells.append(f"{update['mfu_cap']:.0%}")
+    if not decode:
+        return [*cells, "", ""]
+    return [*cells, f"{decode['seconds'] * 1e3:.1f} ms", f"{decode['bytes'] / decode['least_bytes']:.2f}"]
+
+
+def collectives(found: dict[str, Any]) -> list[str]:
+    """Of an update: number and GB of each kind."""
+    sent = next(program for program in found["programs"] if program["program"] == "update")["collectives"]
+    none = {"count": 0, "bytes": 0}
+    cells = [sent.get(kind, none) for kind in COLLECTIVES]
+    return [f"{cell['count']:,.0f}: {cell['bytes'] / 1e9:.1f} GB" if cell["count"] else "" for cell in cells]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=[], help="names of rows, such as grpo-3b-v5e16")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    first, second = [], []
+    for name, model, training, pod in rows():
+        file = args.folder / f"{name}.json"
+        if args.only and name not in args.only:
+            continue
+        if not file.exists():
+            compile_row(model, training, pod, file.resolve())
+        if not file.exists():
+            print(f"{name}: no result, see {file.with_suffix('.log')}", file=sys.stderr, flush=True)
+            continue
+        found = json.loads(file.read_text())
+        cells = line(model, training, pod, found)
+        print("| " + " | ".join(cells) + " |", file=sys.stderr, flush=True)  # how far it is
+        first.append(cells)
+        second.append([*cells[:4], *collectives(found)])
+    for heads, table in ((HEADS.split(" | "), first), ([*HEADS.split(" | ")[:4], *COLLECTIVES], second)):
+        for cells in (heads, ["---"] * len(heads), *table):
+            print("| " + " | ".join(cells) + " |")
+        print()
+
+
+if __name__ == "__main__":
+    main()
