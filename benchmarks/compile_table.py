@@ -50,8 +50,8 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 
 
 def rows() -> Iterator[tuple[str, str, str, Pod]]:
-    """(name, model, training, pod), the small pods first."""
-    for (name, pod), model, training in itertools.product(PODS.items(), MODELS, TRAINING):
+    """(name, model, training, pod), in the table's order."""
+    for training, model, (name, pod) in itertools.product(TRAINING, MODELS, PODS.items()):
         yield f"{training}-{model}-{name}", model, training, pod
 
 

@@ -109,24 +109,32 @@ def place(shape, *spec):
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
 def layers(x, w):
     return jax.lax.scan(lambda h, k: (jnp.tanh(h @ k), None), x, w)[0]
+def product(x, w):
+    return jax.lax.with_sharding_constraint(x @ w[0], NamedSharding(mesh, P()))
+found = []
 flags = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-program = jax.jit(layers).lower(place((65536, 4096)), place((6, 4096, 4096), None, "x")).compile(compiler_options=flags)
-found = hlo.read(program.as_text())
-print(json.dumps([found.bytes, found.collectives]))
+for function in (layers, product):
+    args = place((65536, 4096), None, "x"), place((6, 4096, 4096), None, "x")
+    program = jax.jit(function).lower(*args).compile(compiler_options=flags)
+    traffic = hlo.read(program.as_text())
+    found.append([traffic.bytes, traffic.collectives])
+print(json.dumps(found))
 """
 
 
 def test_traffic_counts_every_round_of_a_loop() -> None:
-    """Six layers, whose weights lie on four chips by their rows: an all-reduce of 512 MiB of activations in each, which
-    sends 2 x 3/4 of them; they are read and written at least once."""
+    """Six layers, whose weights lie on four chips by their rows: a sum over chips of 512 MiB of activations in each, of
+    which each chip keeps its columns. That sends 3/4 of them, a sum that every chip gets twice as much; what a chip has
+    of them is read and written at least once."""
     done = subprocess.run(
         [sys.executable, "-c", TRAFFIC], cwd=ROOT, env=ENV, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    moved, collectives = json.loads(done.stdout.splitlines()[-1])
+    (moved, split), (_, whole) = json.loads(done.stdout.splitlines()[-1])
     size = 512 * 2**20
-    assert collectives == {"all-reduce": {"count": 6, "bytes": 6 * 2 * 0.75 * size}}
-    assert 6 * 2 * size <= moved <= 6 * 6 * size
+    assert split == {"reduce-scatter": {"count": 6, "bytes": 6 * 0.75 * size}}
+    assert whole == {"all-reduce": {"count": 1, "bytes": 2 * 0.75 * size}}
+    assert 6 * 2 * size / 4 <= moved <= 6 * 6 * size
 
 
 def test_sizes_of_shapes() -> None:

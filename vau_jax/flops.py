@@ -84,9 +84,14 @@ def _of(jaxpr: core.Jaxpr) -> float:
         elif name == "cond":
             total += max(_of(branch.jaxpr) for branch in eqn.params["branches"])
         elif name != "pallas_call":
-            rounds = eqn.params["length"] if name == "scan" else 1
+            rounds = {"scan": eqn.params.get("length"), "shard_map": _devices(eqn.params)}.get(name, 1)
             total += rounds * sum(_of(inner) for inner in _inner(eqn.params))
     return total
+
+
+def _devices(params: dict[str, Any]) -> int:
+    """How many run the program inside an operation."""
+    return params["mesh"].size if "mesh" in params else 1
 
 
 def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:

@@ -3,10 +3,16 @@
 The head is a matrix [V, D], a row for each token of the vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from vau_jax import sharding
 
 TOKENS = 256  # of a piece, of each row of the batch
 VOCABULARY = 16384  # of a piece, at most, where the vocabulary divides well
@@ -35,11 +41,13 @@ def token_logps(
     targets: jax.Array,
     temperature: float | jax.Array = 1.0,
     never: tuple[int, ...] = (),
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and entropy of its distribution, both float32 of the targets' shape.
 
     hidden [B, ..., D] predicts targets int32 [B, ...]; head is [V, D]. Logits exist for TOKENS tokens of each row and
-    VOCABULARY entries at a time. The backward pass computes them again, and adds up the head's gradient in float32.
+    VOCABULARY entries at a time. The backward pass computes them again, and adds up the head's gradient in float32. On
+    a `mesh` each device takes its own tokens and its own part of the vocabulary.
     """
     b, dim = targets.shape[0], hidden.shape[-1]
     wanted = targets.reshape(b, -1)
@@ -56,7 +64,7 @@ def token_logps(
         return jnp.swapaxes(x.reshape(-1, b, size), 0, 1).reshape(b, -1)[:, :count].reshape(targets.shape)
 
     pieces = cut(hidden.reshape(b, count, dim)), head, cut(wanted), jnp.float32(temperature)
-    logps, entropy = _score(*pieces, never)
+    logps, entropy = _score(*pieces, never, _Layout.of(head.shape, b, mesh))
     return join(logps), join(entropy)
 
 
@@ -67,98 +75,186 @@ def vocabulary_pieces(size: int) -> int:
     return count if size // count >= VOCABULARY // 8 else 1
 
 
-def _rows(head: jax.Array, number: jax.Array, n: int, dtype: jnp.dtype) -> jax.Array:
-    """Piece `number` of head [V, D] cut into n: tokens number, n + number, 2 n + number, ... Each device that holds
-    consecutive rows then has its share of every piece, and nothing moves between devices."""
-    pieces = head.reshape(-1, n, head.shape[1])
-    return jax.lax.dynamic_index_in_dim(pieces, number, axis=1, keepdims=False).astype(dtype)
+class _Layout(NamedTuple):
+    """How the arrays of `_score` lie on the devices: the mesh axes that they are split over, none on one device. What
+    is sent is a piece of the head at a time, and sums at the end; left to the compiler, it would be much in each round.
+    """
+
+    mesh: Mesh | None = None
+    tokens: tuple[str, ...] = ()
+    vocabulary: str | None = None  # of the head's rows
+    width: str | None = None  # of the head's columns; one of `tokens`
+
+    @classmethod
+    def of(cls, head: tuple[int, int], rows: int, mesh: Mesh | None) -> "_Layout":
+        if mesh is None or mesh.size == 1:
+            return cls()
+        vocabulary, width = sharding.param_spec("lm_head", head, mesh)
+        split = rows % sharding.example_parts(mesh) == 0
+        return cls(mesh, sharding.EXAMPLES, vocabulary, width) if split else cls(mesh, (), vocabulary, None)
+
+    def on_each(self, function: Callable, inputs: str, outputs: str) -> Callable:
+        """The function on each device's parts. A letter for each array: h [m, t, D], t [m, t], w [V, D], s []."""
+        if self.mesh is None:
+            return function
+        tokens = self.tokens or None
+        places = {"h": P(None, tokens), "t": P(None, tokens), "w": P(self.vocabulary, self.width), "s": P()}
+        given, found = (tuple(places[letter] for letter in letters) for letters in (inputs, outputs))
+        return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=found, check_vma=False)
+
+    def first(self, rows: int) -> jax.Array | int:
+        """The token that this device's part of the vocabulary, of so many tokens, begins with."""
+        return jax.lax.axis_index(self.vocabulary) * rows if self.vocabulary else 0
+
+    def whole(self, rows: jax.Array) -> jax.Array:
+        """[v, D] of a part of the head with all columns."""
+        return jax.lax.all_gather(rows, self.width, axis=1, tiled=True) if self.width else rows
+
+    def own(self, d_rows: jax.Array) -> jax.Array:
+        """The sum over all tokens of [v, D], this device's columns of it."""
+        if self.width:
+            d_rows = jax.lax.psum_scatter(d_rows, self.width, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(d_rows, [axis for axis in self.tokens if axis != self.width])
+
+    def over_vocabulary(self, x: jax.Array, reduce: Callable = jax.lax.psum) -> jax.Array:
+        return reduce(x, self.vocabulary) if self.vocabulary else x
 
 
-def _scores(h: jax.Array, rows: jax.Array, forbidden: jax.Array, temperature: jax.Array) -> jax.Array:
-    """float32 [t, v] of hidden [t, D] and one piece of the head [v, D]."""
-    return logits(h, rows) / temperature + forbidden
+class _Piece(NamedTuple):
+    """A part of the vocabulary: consecutive tokens from `start` on."""
+
+    start: jax.Array
+    rows: jax.Array  # [v, D] of the head
+    forbidden: jax.Array  # [v]: 0, or -inf for tokens that are never sampled
+
+    @classmethod
+    def cut(cls, head: jax.Array, number: jax.Array, dtype: jnp.dtype, never: tuple[int, ...], layout: _Layout) -> Self:
+        """Part `number` of this device's head."""
+        size = head.shape[0] // vocabulary_pieces(head.shape[0])
+        start = layout.first(head.shape[0]) + number * size
+        rows = layout.whole(jax.lax.dynamic_slice_in_dim(head, number * size, size).astype(dtype))
+        parts = layout.mesh.shape[layout.vocabulary] if layout.vocabulary else 1
+        forbidden = _forbidden(never, head.shape[0] * parts)
+        return cls(start, rows, jax.lax.dynamic_slice_in_dim(forbidden, start, size))
+
+    def scores(self, h: jax.Array, temperature: jax.Array) -> jax.Array:
+        """float32 [t, v] of hidden [t, D]."""
+        return logits(h, self.rows) / temperature + self.forbidden
+
+    def here(self, targets: jax.Array) -> jax.Array:
+        """bool [t, v]: which token of this part is the target, if any."""
+        return (targets - self.start)[:, None] == jnp.arange(len(self.rows))
+
+
+# So far, of each token: the largest score, the sums of exp(score - largest) and of that times score, the target's.
+_Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def _totals(
-    h: jax.Array, head: jax.Array, forbidden: jax.Array, targets: jax.Array, temperature: jax.Array
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    temperature: jax.Array,
+    never: tuple[int, ...],
+    layout: _Layout,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logit of the target, log of the sum of exponentials, and entropy, [t] each; forbidden is [n, V / n]."""
-    n = len(forbidden)
+    """Logit of the target, log of the sum of exponentials, and entropy, [m, t] each, on one device."""
 
-    def add(carry: tuple[jax.Array, ...], piece: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
-        top, total, weighted, chosen = carry
-        number, forbidden = piece
-        scores = _scores(h, _rows(head, number, n, h.dtype), forbidden, temperature)
-        higher = jnp.maximum(top, scores.max(-1))
-        mass = jnp.exp(scores - higher[:, None])
-        shrink = jnp.exp(top - higher)
-        total = total * shrink + mass.sum(-1)
-        weighted = weighted * shrink + jnp.sum(mass * jnp.where(mass > 0, scores, 0.0), axis=-1)
-        inside = targets % n == number
-        found = jnp.take_along_axis(scores, (targets // n)[:, None], axis=1)[:, 0]
-        return (higher, total, weighted, jnp.where(inside, found, chosen)), None
+    def add(sums: _Sums, number: jax.Array) -> tuple[_Sums, None]:
+        piece = _Piece.cut(head, number, hidden.dtype, never, layout)
 
-    low = jnp.full(h.shape[0], jnp.finfo(jnp.float32).min)
-    none = jnp.zeros(h.shape[0])
-    (top, total, weighted, chosen), _ = jax.lax.scan(add, (low, none, none, none), (jnp.arange(n), forbidden))
+        def of_tokens(given: tuple[Any, ...]) -> _Sums:
+            h, targets, top, total, weighted, chosen = given
+            scores = piece.scores(h, temperature)
+            higher = jnp.maximum(top, scores.max(-1))
+            mass = jnp.exp(scores - higher[:, None])
+            shrink = jnp.exp(top - higher)
+            total = total * shrink + mass.sum(-1)
+            weighted = weighted * shrink + jnp.sum(mass * jnp.where(mass > 0, scores, 0.0), axis=-1)
+            return higher, total, weighted, chosen + jnp.where(piece.here(targets), scores, 0.0).sum(-1)
+
+        return jax.lax.map(of_tokens, (hidden, targets, *sums)), None
+
+    low = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
+    none = jnp.zeros(targets.shape)
+    numbers = jnp.arange(vocabulary_pieces(head.shape[0]))
+    (own_top, total, weighted, chosen), _ = jax.lax.scan(add, (low, none, none, none), numbers)
+    top = layout.over_vocabulary(own_top, jax.lax.pmax)
+    share = jnp.exp(own_top - top)
+    total, weighted, chosen = (layout.over_vocabulary(x) for x in (total * share, weighted * share, chosen))
     log_total = top + jnp.log(total)
     return chosen, log_total, log_total - weighted / total
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _score(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, never: tuple[int, ...]
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    temperature: jax.Array,
+    never: tuple[int, ...],
+    layout: _Layout,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies [m, t] of hidden [m, t, D], targets [m, t]."""
-    return _score_forward(hidden, head, targets, temperature, never)[0]
+    return _score_forward(hidden, head, targets, temperature, never, layout)[0]
 
 
 def _score_forward(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, never: tuple[int, ...]
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    temperature: jax.Array,
+    never: tuple[int, ...],
+    layout: _Layout,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    forbidden = _forbidden(never, head.shape[0]).reshape(-1, vocabulary_pieces(head.shape[0])).T
-    chosen, log_total, entropy = jax.lax.map(
-        lambda piece: _totals(piece[0], head, forbidden, piece[1], temperature), (hidden, targets)
-    )
+    totals = layout.on_each(partial(_totals, never=never, layout=layout), "hwts", "ttt")
+    chosen, log_total, entropy = totals(hidden, head, targets, temperature)
     return (chosen - log_total, entropy), (hidden, head, targets, temperature, log_total, entropy)
 
 
 def _score_backward(
-    never: tuple[int, ...], kept: tuple[jax.Array, ...], grads: tuple[jax.Array, jax.Array]
+    never: tuple[int, ...], layout: _Layout, kept: tuple[jax.Array, ...], grads: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None, None]:
-    """With p the probabilities, d logp_i / d logit_j = [i = j] - p_j and d entropy / d logit_j = -p_j (log p_j + H)."""
-    hidden, head, targets, temperature, log_total, entropy = kept
+    gradients = layout.on_each(partial(_gradients, never=never, layout=layout), "hwtsttt" + "t", "hw")
+    return *gradients(*kept, *grads), None, None
+
+
+def _gradients(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    temperature: jax.Array,
+    *of_tokens: jax.Array,
+    never: tuple[int, ...],
+    layout: _Layout,
+) -> tuple[jax.Array, jax.Array]:
+    """By hidden and head, on one device. `of_tokens` are log_total, entropy and the gradients by logp and entropy.
+
+    With p the probabilities, d logp_i / d logit_j = [i = j] - p_j and d entropy / d logit_j = -p_j (log p_j + H).
+    """
     n = vocabulary_pieces(head.shape[0])
-    forbidden = _forbidden(never, head.shape[0]).reshape(-1, n).T
 
-    def over_vocabulary(
-        sums: tuple[jax.Array, jax.Array], piece: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        d_hidden, d_head = sums
-        number, forbidden = piece
-        rows = _rows(head, number, n, hidden.dtype)
+    def add(d_hidden: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        piece = _Piece.cut(head, number, hidden.dtype, never, layout)
 
-        def over_tokens(d_rows: jax.Array, tokens: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        def of_piece(d_rows: jax.Array, tokens: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
             h, d_h, targets, log_total, entropy, by_logp, by_entropy = tokens
-            logp = _scores(h, rows, forbidden, temperature) - log_total[:, None]
+            logp = piece.scores(h, temperature) - log_total[:, None]
             p = jnp.exp(logp)
             finite = jnp.where(p > 0, logp, 0.0)
-            here = (targets % n == number)[:, None] & ((targets // n)[:, None] == jnp.arange(rows.shape[0]))
-            g = jnp.where(here, by_logp[:, None], 0.0) - p * (
+            g = jnp.where(piece.here(targets), by_logp[:, None], 0.0) - p * (
                 by_logp[:, None] + by_entropy[:, None] * (finite + entropy[:, None])
             )
             g = (g / temperature).astype(h.dtype)
             d_rows = d_rows + jnp.einsum("tv,td->vd", g, h, preferred_element_type=jnp.float32)
-            return d_rows, d_h + jnp.einsum("tv,vd->td", g, rows, preferred_element_type=jnp.float32)
+            return d_rows, d_h + jnp.einsum("tv,vd->td", g, piece.rows, preferred_element_type=jnp.float32)
 
-        tokens = (hidden, d_hidden, targets, log_total, entropy, *grads)
-        d_rows, d_hidden = jax.lax.scan(over_tokens, jnp.zeros(rows.shape, jnp.float32), tokens)
-        d_head = jax.lax.dynamic_update_index_in_dim(d_head, d_rows.astype(d_head.dtype), number, axis=1)
-        return (d_hidden, d_head), None
+        blank = jnp.zeros(piece.rows.shape, jnp.float32)
+        d_rows, d_hidden = jax.lax.scan(of_piece, blank, (hidden, d_hidden, targets, *of_tokens))
+        return d_hidden, layout.own(d_rows).astype(head.dtype)
 
-    blank = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros((head.shape[0] // n, n, head.shape[1]), head.dtype)
-    (d_hidden, d_head), _ = jax.lax.scan(over_vocabulary, blank, (jnp.arange(n), forbidden))
-    return d_hidden.astype(hidden.dtype), d_head.reshape(head.shape), None, None
+    d_hidden, d_head = jax.lax.scan(add, jnp.zeros(hidden.shape, jnp.float32), jnp.arange(n))
+    return layout.over_vocabulary(d_hidden).astype(hidden.dtype), d_head.reshape(head.shape)
 
 
 _score.defvjp(_score_forward, _score_backward)

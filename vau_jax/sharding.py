@@ -7,6 +7,7 @@ Mesh axes: `data` (copies of the model, different examples), `fsdp` (examples to
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -144,12 +145,34 @@ def between_layers(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(_examples_of(x, mesh), "tensor")))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def whole_tokens(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The inverse of `between_layers`, before a layer's products: each device of the tensor axis gets all tokens. Of
+    the gradient's sum over these devices each keeps its tokens again."""
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(_examples_of(x, mesh))))
+
+
+whole_tokens.defvjp(lambda x, mesh: (whole_tokens(x, mesh), None), lambda mesh, _, grad: (between_layers(grad, mesh),))
+
+
 def by_heads(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Splits the heads of x [B, ..., heads, H] over the tensor axis; where there are too few, each device has all."""
     if mesh is None or mesh.shape["tensor"] == 1:
         return x
     heads = "tensor" if x.shape[-2] % mesh.shape["tensor"] == 0 else None
     place = P(_examples_of(x, mesh), *(None,) * (x.ndim - 3), heads, None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
+
+
+def by_hidden(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Splits the hidden units of x [B, ..., F] over the tensor axis. Left to the compiler, tokens may stay split there
+    instead, and every weight is sent to every device."""
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return x
+    hidden = "tensor" if x.shape[-1] % mesh.shape["tensor"] == 0 else None
+    place = P(_examples_of(x, mesh), *(None,) * (x.ndim - 2), hidden)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
 
 

@@ -38,7 +38,8 @@ def policy_logps(
     hidden = model.apply(variables, batch, completions, method="hidden", rngs=rngs)
     predicting = logprobs.completion_hidden(hidden, batch.mask, completions.tokens.shape[1])
     head = qwen_vl.unembedding(variables, model.config)
-    return logprobs.token_logps(predicting, head, completions.tokens, temperature, model.config.never_sampled)
+    never = model.config.never_sampled
+    return logprobs.token_logps(predicting, head, completions.tokens, temperature, never, model.mesh)
 
 
 def policy(trained: Params, base: Params | None) -> Variables:

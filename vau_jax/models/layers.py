@@ -87,6 +87,12 @@ class LayerNorm(nn.Module):
         return (wide * weight + bias).astype(x.dtype)
 
 
+def _rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """x [..., D] as a plain matrix, whose gradients XLA on CPU computes nearly twice as fast; split over devices as it
+    is, since axes made one would be split as one."""
+    return x.reshape(-1, x.shape[-1]) if mesh is None or mesh.shape["tensor"] == 1 else x
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
@@ -94,14 +100,15 @@ class SwiGLU(nn.Module):
     dtype: Any
     lora: LoRA | None = None
     bias: bool = False
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        rows = x.reshape(-1, x.shape[-1])  # XLA on CPU is nearly twice as fast at gradients of plain matrices
+        rows = _rows(x, self.mesh)
         gate = Dense(self.hidden, self.dtype, self.lora, self.bias, name="gate_proj")(rows)
         up = Dense(self.hidden, self.dtype, self.lora, self.bias, name="up_proj")(rows)
         down = Dense(x.shape[-1], self.dtype, self.lora, self.bias, name="down_proj")
-        return down(nn.silu(gate) * up).reshape(x.shape)
+        return down(sharding.by_hidden(nn.silu(gate) * up, self.mesh)).reshape(x.shape)
 
 
 class MLP(nn.Module):
@@ -112,10 +119,12 @@ class MLP(nn.Module):
     activation: str  # a name in ACTIVATIONS
     dtype: Any
     lora: LoRA | None = None
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        rows = x.reshape(-1, x.shape[-1])  # as in SwiGLU
+        rows = _rows(x, self.mesh)
         rows = Dense(self.hidden, self.dtype, self.lora, bias=True, name="fc1")(rows)
-        rows = Dense(self.features, self.dtype, self.lora, bias=True, name="fc2")(ACTIVATIONS[self.activation](rows))
+        hidden = sharding.by_hidden(ACTIVATIONS[self.activation](rows), self.mesh)
+        rows = Dense(self.features, self.dtype, self.lora, bias=True, name="fc2")(hidden)
         return rows.reshape(*x.shape[:-1], self.features)

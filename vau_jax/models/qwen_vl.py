@@ -55,13 +55,14 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """x is [B, S, D]: a packed sequence, or one token of each completion when `caches` (prompt, own) are given."""
         c, packed = self.config, isinstance(where, Packed)
-        h = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
+        gathered, split = (f if packed else _same for f in (sharding.whole_tokens, sharding.between_layers))
+        h = gathered(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), self.mesh)
         out, kv = self._attention(h, where, caches)
-        x = x + self._dense("o_proj", c.hidden_size, c.out_bias)(out.reshape(*x.shape[:2], -1))
-        h = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
-        x = x + SwiGLU(c.intermediate_size, self.dtype, self.lora, name="mlp")(h)
+        x = split(x + self._dense("o_proj", c.hidden_size, c.out_bias)(out.reshape(*x.shape[:2], -1)), self.mesh)
+        h = gathered(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x), self.mesh)
+        x = x + SwiGLU(c.intermediate_size, self.dtype, self.lora, mesh=self.mesh, name="mlp")(h)
         x = _add_deep(x, where.deep, number) if packed and where.deep is not None else x
-        return sharding.between_layers(x, self.mesh) if packed else x, kv
+        return split(x, self.mesh), kv
 
     def _dense(self, name: str, features: int, bias: bool) -> Dense:
         return Dense(features, self.dtype, self.lora, bias, name=name)
@@ -92,6 +93,10 @@ class DecoderLayer(nn.Module):
             Keys(own.k, own.v, written[None, None]),
         )
         return out, KVCache(k, v)
+
+
+def _same(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    return x
 
 
 def _add_deep(x: jax.Array, deep: jax.Array, number: jax.Array) -> jax.Array:

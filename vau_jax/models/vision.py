@@ -80,9 +80,9 @@ class VisionBlock(nn.Module):
         attend = VisionAttention(c, self.dtype, self.lora, self.mesh, name="attn")
         x = x + attend(norm(c, "norm1")(x), vision, angles, whole_frame)
         if c.gated:
-            mlp = SwiGLU(c.intermediate_size, self.dtype, self.lora, bias=True, name="mlp")
+            mlp = SwiGLU(c.intermediate_size, self.dtype, self.lora, True, self.mesh, name="mlp")
         else:
-            mlp = MLP(c.intermediate_size, c.hidden_size, c.activation, self.dtype, self.lora, name="mlp")
+            mlp = MLP(c.intermediate_size, c.hidden_size, c.activation, self.dtype, self.lora, self.mesh, name="mlp")
         x = x + mlp(norm(c, "norm2")(x))
         if kept is not None:
             kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
