@@ -91,13 +91,21 @@ def collectives(found: dict[str, Any]) -> list[str]:
     return [f"{cell['count']:,.0f}: {cell['bytes'] / 1e9:.1f} GB" if cell["count"] else "" for cell in cells]
 
 
+def print_tables(cells: list[list[str]], sent: list[list[str]]) -> None:
+    heads = HEADS.split(" | ")
+    for names, table in ((heads, cells), ([*heads[:4], *COLLECTIVES], sent)):
+        for row in (names, ["---"] * len(names), *table):
+            print("| " + " | ".join(row) + " |")
+        print()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=[], help="names of rows, such as grpo-3b-v5e16")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    first, second = [], []
+    cells, sent = [], []
     for name, model, training, pod in rows():
         file = args.folder / f"{name}.json"
         if args.only and name not in args.only:
@@ -108,14 +116,10 @@ def main() -> None:
             print(f"{name}: no result, see {file.with_suffix('.log')}", file=sys.stderr, flush=True)
             continue
         found = json.loads(file.read_text())
-        cells = line(model, training, pod, found)
-        print("| " + " | ".join(cells) + " |", file=sys.stderr, flush=True)  # how far it is
-        first.append(cells)
-        second.append([*cells[:4], *collectives(found)])
-    for heads, table in ((HEADS.split(" | "), first), ([*HEADS.split(" | ")[:4], *COLLECTIVES], second)):
-        for cells in (heads, ["---"] * len(heads), *table):
-            print("| " + " | ".join(cells) + " |")
-        print()
+        cells.append(line(model, training, pod, found))
+        sent.append([*cells[-1][:4], *collectives(found)])
+        print(" | ".join(cells[-1]), file=sys.stderr, flush=True)  # how far it is
+    print_tables(cells, sent)
 
 
 if __name__ == "__main__":

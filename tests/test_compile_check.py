@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from benchmarks import compile_table
 from launch import hlo
 from launch.compile_check import Programs, held
 from tests.small_models import make_model
@@ -46,6 +47,10 @@ def test_a_small_config_compiles_for_four_chips(tmp_path: Path) -> None:
     sent = programs["update"]["collectives"]
     assert sent["all-gather"]["count"] > 2 and sent["all-reduce"]["bytes"] > 0
     assert "2 prompts of 256 tokens, 4 x 64 completion tokens" in done.stdout
+    assert 1.5 < programs["update"]["repeated"] < 4, "prompts are four times as long as completions"
+    cells = compile_table.line("3b", "grpo", compile_table.PODS["v5e16"], found)
+    assert len(cells) == compile_table.HEADS.count("|") + 1 and cells[1] == "GRPO" and all(cells)
+    assert "GB" in compile_table.collectives(found)[0]
 
 
 def test_what_does_not_fit_is_said_with_what_would_help() -> None:

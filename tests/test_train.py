@@ -1,6 +1,7 @@
 """Every training config runs on a real model folder and real videos, and learning lowers the loss."""
 
 import importlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 
 from vau_jax import checkpoint, train
 from vau_jax.files import InputError, read_json
-from vau_jax.metric_writer import read_metrics
+from vau_jax.metric_writer import MetricWriter, read_metrics
 from vau_jax.models import hf
 from vau_jax.vlm import VideoLM
 
@@ -81,11 +82,23 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step() -> None:
         train.check_finite({"loss": float("nan"), "grad_norm": 1.0}, 7, 5)
 
 
-def test_weights_and_biases_without_its_package_is_one_error(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
-    c = small("vau_r1_sft", model_folder, dataset)
-    c.wandb = "project"
+def test_weights_and_biases_gets_what_the_metrics_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: the package's own file of the run, whose records are not compressed, lies in the workdir."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    writer = MetricWriter(tmp_path, 0, "some-project")
+    writer.write(1, {"loss": 2.375}, [])
+    writer.write(2, {"loss": 1.625}, [])
+    writer.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert all(text in file.read_bytes() for text in (b"some-project", tmp_path.name.encode(), b"2.375", b"1.625"))
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [2.375, 1.625]
+
+
+def test_weights_and_biases_without_its_package_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="pip install wandb"):
-        train.run(c, tmp_path)
+        MetricWriter(tmp_path, 0, "project")
 
 
 def test_a_metric_for_the_best_checkpoint_that_is_none_is_refused() -> None:
