@@ -12,8 +12,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
-# Most of the tests' time is compilation; programs that LLVM leaves as they are, with fused loops by XLA's older emitters,
-# compile in a third of it. The demo's test runs without this, as users do.
+# Most of the tests' time is compilation. Programs that LLVM leaves as they are, with fused loops by XLA's older
+# emitters, compile in a third of it. The demo's test runs without this, as users do.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 from collections.abc import Iterator

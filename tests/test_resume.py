@@ -21,6 +21,7 @@ import pytest
 from tests.runs import arguments
 from vau_jax import checkpoint
 from vau_jax.files import read_json
+from vau_jax.types import State
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILLS", "2"))
@@ -153,6 +154,27 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(model_folder: Path, data
     done = subprocess.run(args, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: cannot write to {tmp_path / 'file' / 'run'}")
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, **_: object) -> None:
+        if path.exists():
+            raise SystemExit
+
+    state = State(np.int32(0), {"w": np.zeros(3, np.float32)}, ())
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(2, state, {}, 1.0)
+    checkpoints.save(4, state, {}, 3.0)
+    checkpoints.save(6, state, {}, 2.0)
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(SystemExit):
+        checkpoints.save(8, state, {}, 1.0)  # 6 goes: it is neither the newest nor the best
+    monkeypatch.undo()
+    again = checkpoint.Checkpoints(tmp_path, keep=1)
+    assert checkpoint.steps(tmp_path) == [4, 8] and again.best() == 4
+    assert not again.removed.exists()
 
 
 def test_the_best_checkpoint_stays_besides_the_newest(straight: Path) -> None:

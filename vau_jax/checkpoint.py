@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from vau_jax import processes
 from vau_jax.files import InputError, read_json, write_text
 from vau_jax.models.lora import LoRA
 from vau_jax.types import Params, State
@@ -27,12 +28,15 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2) -> None:
         folder = Path(workdir).resolve() / CHECKPOINTS
+        self.removed = folder / "removed"
+        self._empty()
         best = BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)
         options = ocp.CheckpointManagerOptions(
             best_fn=lambda metrics: metrics["score"],  # without it no metrics are kept
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
             create=True,
             enable_async_checkpointing=False,
+            todelete_subdir=self.removed.name,  # whole, so that a kill leaves no half of it among the others
         )
         self.manager = ocp.CheckpointManager(folder, options=options)
 
@@ -44,6 +48,11 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         self.manager.save(step, args=args, metrics={"score": score})
         self.manager.wait_until_finished()
+        self._empty()
+
+    def _empty(self) -> None:
+        if processes.is_first():
+            shutil.rmtree(self.removed, ignore_errors=True)
 
     def best(self) -> int | None:
         """The step of the best score."""
