@@ -1,6 +1,7 @@
 """Real video files for tests, in many codecs; every frame tells its number."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -74,9 +75,11 @@ def write(
 
 
 def write_as(folder: Path, name: str, **kwargs: object) -> Path:
-    """A clip in one of CODECS."""
+    """A clip in one of CODECS, written by a thread of its own: SVT-AV1 gives the calling thread real-time priority if
+    it may, and everything that is started from there would keep others from running."""
     codec, options = CODECS[name]
-    return write(folder / name, codec=codec, options=options, **kwargs)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(write, folder / name, codec=codec, options=options, **kwargs).result()
 
 
 def fast_start(path: Path, count: int) -> Path:
