@@ -130,7 +130,8 @@ def test_still_images_stay_as_they_are(prompted: VideoLM, family_folder: Path) -
     image = frames(prompted, 1)[0]
     question = ask({"type": "image", "image": image})
     plain = VideoLM.load(family_folder)
-    np.testing.assert_array_equal(prompted.logits(prompted.encode([question])), plain.logits(plain.encode([question])))
+    a, b = (np.asarray(vlm.logits(vlm.encode([question]))) for vlm in (prompted, plain))
+    np.testing.assert_allclose(a, b, atol=1e-5)  # two programs: sums in other orders
 
 
 def test_a_file_gives_one_frame_more_and_the_times_of_the_later_ones(prompted: VideoLM, tmp_path: Path) -> None:
