@@ -55,6 +55,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """x is [B, S, D]: a packed sequence, or one token of each completion when `caches` (prompt, own) are given."""
         c, packed = self.config, isinstance(where, Packed)
+        # Tokens of a packed sequence are split over devices but for the products; a decoding step has too few.
         gathered, split = (f if packed else _same for f in (sharding.whole_tokens, sharding.between_layers))
         h = gathered(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), self.mesh)
         out, kv = self._attention(h, where, caches)
