@@ -89,7 +89,7 @@ def test_gpu_memory_is_estimated_without_a_gpu() -> None:
 
 @pytest.mark.parametrize(
     ("size", "shape", "peak"),
-    [("qwen2.5-vl-3b", (4, 4), 4.88), ("qwen2.5-vl-7b", (4, 4), 9.97), ("qwen2.5-vl-3b", (64, 1), 4.56)],
+    [("qwen2.5-vl-3b", (4, 4), 4.81), ("qwen2.5-vl-7b", (4, 4), 9.69), ("qwen2.5-vl-3b", (64, 1), 4.64)],
     ids=str,
 )
 def test_the_estimate_is_near_the_compilers_plan(size: str, shape: tuple[int, int], peak: float) -> None:

@@ -96,15 +96,20 @@ def rft_of_two(model_folder: Path, dataset: Path, tmp_path_factory: pytest.TempP
     return folder
 
 
-def test_rft_of_two_processes_is_that_of_one(
-    rft_of_two: Path, model_folder: Path, dataset: Path, tmp_path: Path
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_rft_of_several_processes_is_that_of_one(
+    processes: int, rft_of_two: Path, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
     """With difficulty, KL in the reward, a batch-wide scale and groups without variance replaced, which all look at the
     whole batch."""
+    several = rft_of_two / "run"
+    if processes != 2:
+        several = tmp_path / "several"
+        run(processes, options("rft", model_folder, dataset, several))
     run(1, options("rft", model_folder, dataset, tmp_path / "one"), tmp_path / "told")
     names = ("loss", "grad_norm", "reward", "reward_std", "length/mean", "tokens_seen")
     names += ("final_score", "difficulty/hard", "groups_without_variance", "dynamic/draws", "dynamic/replaced")
-    found = curve(rft_of_two / "run", *names)
+    found = curve(several, *names)
     np.testing.assert_allclose(found, curve(tmp_path / "one", *names), **SAME)
     assert found[:, -1].max() > 0, "no group was replaced"
 
