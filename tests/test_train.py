@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vau_jax import checkpoint, train
+from vau_jax.chips import Chip
 from vau_jax.files import InputError, read_json
 from vau_jax.metric_writer import MetricWriter, read_metrics
 from vau_jax.models import hf
@@ -80,6 +81,25 @@ def test_rft_begins_at_its_reference(model_folder: Path, dataset: Path, tmp_path
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step() -> None:
     with pytest.raises(InputError, match="loss is nan at step 7; the last good checkpoint is of step 5"):
         train.check_finite({"loss": float("nan"), "grad_norm": 1.0}, 7, 5)
+
+
+def test_a_run_tells_where_its_time_goes(
+    model_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a chip of 1 TFLOP/s: the parts of a step, speed, share of the peak, memory; and a trace of the steps that were
+    asked for."""
+    monkeypatch.setattr(train, "chip", lambda kind: Chip(1e12, 1e11, 2.0**34, 1e10))
+    c = small("vau_r1_sft", model_folder, dataset)
+    c.steps, c.profile_steps = 3, (2, 3)
+    train.run(c, tmp_path)
+    for step in read_metrics(tmp_path):
+        parts = step["seconds/data"] + step["seconds/update"]
+        assert 0 < parts <= step["seconds/step"]
+        tokens = step["tokens_per_s"] * step["seconds/step"]
+        assert 0 < step["mfu"] < 1 and step["memory/host_gib"] > 0.1 and tokens > c.batch_size
+    assert step["tokens_seen"] == pytest.approx(tokens + read_metrics(tmp_path)[1]["tokens_seen"])
+    (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
+    assert trace.stat().st_size > 1000
 
 
 def test_weights_and_biases_gets_what_the_metrics_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
