@@ -160,6 +160,19 @@ class Programs:
     def variables(self) -> dict[str, Params]:
         return update.policy(self.trained, self.base)
 
+    @property
+    def tower_is_frozen(self) -> bool:
+        """With adapters of the decoder alone."""
+        return self.base is not None and "visual" not in self.trained
+
+    @property
+    def seen(self) -> Batch:
+        """The prompts as all but the tower get them: a frozen tower has seen them before, once for all uses."""
+        if not self.tower_is_frozen:
+            return self.batch
+        features = jax.eval_shape(partial(self.model.apply, method="see"), self.variables, self.batch)
+        return replace(self.batch, vision=jax.tree.map(lambda x: self._rows(*x.shape[1:], dtype=x.dtype), features))
+
     def _completions(self) -> Completions:
         return Completions(self._rows(self.g, self.c), self._rows(self.g, self.c, dtype=bool))
 
@@ -180,7 +193,7 @@ class Programs:
                 temperature = self.config.rollout.temperature
                 score = jax.jit(partial(update.policy_logps, model=self.model, temperature=temperature))
                 reference = {"params": self.base or self.trained}
-                yield add("score", score, (reference, self.batch, self._completions()))
+                yield add("score", score, (reference, self.seen, self._completions()))
         own = held((state, base))
         yield replace(self.update(), resident=everything - own)
 
@@ -197,7 +210,7 @@ class Programs:
         if self.mesh.shape["fsdp"] > 1:
             read = jax.eval_shape(partial(sampling.for_reading, dtype=self.model.dtype, mesh=self.mesh), variables)
             variables = _placed(read, sharding.gathered(variables, self.mesh))
-        given = variables, self.batch, knobs
+        given = variables, self.seen, knobs
         yield "prefill", sampling._start, given, {"fixed": fixed, "size": size}
         loop, prompts = jax.eval_shape(partial(sampling._start, fixed=fixed, size=size), *given)
         place = partial(jax.tree.map, self._where)
@@ -235,7 +248,7 @@ class Programs:
                 inputs["ref_logps"] = self._rows(*shape, dtype=jnp.float32)
             if self.config.grpo.iterations > 1:
                 inputs["old_logps"] = self._rows(*shape, dtype=jnp.float32)
-        return TrainBatch(self.batch, self._completions(), inputs)
+        return TrainBatch(self.seen, self._completions(), inputs)
 
     def _reference(self) -> Params | None:
         """The reference policy, where it is a copy of its own."""
@@ -313,6 +326,8 @@ class Programs:
             "frame_pairs": float(math.prod(frames) * frames[2]),
             "window_pairs": float(math.prod(windows) * windows[2]),
         }
+        if self.tower_is_frozen and program != "vision tower":
+            size = {name: value for name, value in size.items() if name in ("prompt", "drawn", "pairs")}
         if program == "prefill":
             return size | {"drawn": b * self.g, "pairs": b * t * (t + 1) / 2}
         if program == "decode step":  # in the middle of a completion
