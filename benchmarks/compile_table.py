@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from launch.hlo import COLLECTIVES
+from vau_jax.chips import GIB
+
 ROOT = Path(__file__).resolve().parents[1]
-GIB = 2**30
 MODELS = ("3b", "7b")
 TRAINING = {  # config and options
     "grpo": ("vau_r1_qa_rft", ["--config.rollout.num_generations=8", "--only=decode step"]),
@@ -42,11 +44,8 @@ PODS = {
     "v5p64": Pod("v5p:4x4x4", 64, 1),
     "v6e64": Pod("v6e:8x8", 32, 2),
 }
-HEADS = (
-    "model | training | chips | mesh (fsdp, tensor) | update: peak | with the rest of the state | of | at least | "
-    "bound by | MFU at most | decoding step: at least | reads"
-)
-COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+HEADS = ["model", "training", "chips", "mesh (fsdp, tensor)", "update: peak", "with the rest of the state", "of"]
+HEADS += ["at least", "bound by", "MFU at most", "decoding step: at least", "reads"]
 
 
 def rows() -> Iterator[tuple[str, str, str, Pod]]:
@@ -92,8 +91,7 @@ def collectives(found: dict[str, Any]) -> list[str]:
 
 
 def print_tables(cells: list[list[str]], sent: list[list[str]]) -> None:
-    heads = HEADS.split(" | ")
-    for names, table in ((heads, cells), ([*heads[:4], *COLLECTIVES], sent)):
+    for names, table in ((HEADS, cells), ([*HEADS[:4], *COLLECTIVES], sent)):
         for row in (names, ["---"] * len(names), *table):
             print("| " + " | ".join(row) + " |")
         print()
@@ -102,13 +100,14 @@ def print_tables(cells: list[list[str]], sent: list[list[str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", default=[], help="names of rows, such as grpo-3b-v5e16")
+    names = [name for name, *_ in rows()]
+    parser.add_argument("--only", nargs="*", choices=names, default=names, metavar="ROW", help=", ".join(names))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     cells, sent = [], []
     for name, model, training, pod in rows():
         file = args.folder / f"{name}.json"
-        if args.only and name not in args.only:
+        if name not in args.only:
             continue
         if not file.exists():
             compile_row(model, training, pod, file.resolve())

@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 SCATTERED = "all-reduce-scatter"  # what TPU's compiler calls a fused all-reduce of which each chip keeps a part
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "while")
 FREE += ("conditional", "call", "copy-done", "async-done", "slice-done", "opt-barrier", "custom-call")
 CUTS = ("dynamic-slice", "slice", "gather")

@@ -63,8 +63,8 @@ def token_logps(
     def join(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x.reshape(-1, b, size), 0, 1).reshape(b, -1)[:, :count].reshape(targets.shape)
 
-    pieces = cut(hidden.reshape(b, count, dim)), head, cut(wanted), jnp.float32(temperature)
-    logps, entropy = _score(*pieces, never, _Layout.of(head.shape, b, mesh))
+    given = _Given(cut(hidden.reshape(b, count, dim)), head, cut(wanted), jnp.float32(temperature))
+    logps, entropy = _score(given, never, _Layout.of(head.shape, b, mesh))
     return join(logps), join(entropy)
 
 
@@ -73,6 +73,15 @@ def vocabulary_pieces(size: int) -> int:
     part above VOCABULARY, or 1 when that would leave parts too small to be worth it."""
     count = next(n for n in range(-(-size // VOCABULARY), size + 1) if size % n == 0)
     return count if size // count >= VOCABULARY // 8 else 1
+
+
+class _Given(NamedTuple):
+    """What `_score` scores, or how each lies on the devices."""
+
+    hidden: Any  # [m, t, D]
+    head: Any  # [V, D]
+    targets: Any  # int32 [m, t]
+    temperature: Any  # []
 
 
 class _Layout(NamedTuple):
@@ -93,14 +102,16 @@ class _Layout(NamedTuple):
         split = rows % sharding.example_parts(mesh) == 0
         return cls(mesh, sharding.EXAMPLES, vocabulary, width) if split else cls(mesh, (), vocabulary, None)
 
-    def on_each(self, function: Callable, inputs: str, outputs: str) -> Callable:
-        """The function on each device's parts. A letter for each array: h [m, t, D], t [m, t], w [V, D], s []."""
+    def on_each(self, function: Callable, of_tokens: int, gradients: bool) -> Callable:
+        """The function of `_Given` and so many arrays [m, t] on each device's parts. It returns the gradients by hidden
+        and head, or else three arrays [m, t]."""
         if self.mesh is None:
             return function
-        tokens = self.tokens or None
-        places = {"h": P(None, tokens), "t": P(None, tokens), "w": P(self.vocabulary, self.width), "s": P()}
-        given, found = (tuple(places[letter] for letter in letters) for letters in (inputs, outputs))
-        return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=found, check_vma=False)
+        tokens, head = P(None, self.tokens or None), P(self.vocabulary, self.width)
+        given = _Given(tokens, head, tokens, P())
+        found = (tokens, head) if gradients else (tokens,) * 3
+        places = given, *(tokens,) * of_tokens
+        return jax.shard_map(function, mesh=self.mesh, in_specs=places, out_specs=found, check_vma=False)
 
     def first(self, rows: int) -> jax.Array | int:
         """The token that this device's part of the vocabulary, of so many tokens, begins with."""
@@ -150,21 +161,15 @@ class _Piece(NamedTuple):
 _Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
-def _totals(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    temperature: jax.Array,
-    never: tuple[int, ...],
-    layout: _Layout,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _totals(given: _Given, never: tuple[int, ...], layout: _Layout) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logit of the target, log of the sum of exponentials, and entropy, [m, t] each, on one device."""
+    hidden, head, targets, temperature = given
 
     def add(sums: _Sums, number: jax.Array) -> tuple[_Sums, None]:
         piece = _Piece.cut(head, number, hidden.dtype, never, layout)
 
-        def of_tokens(given: tuple[Any, ...]) -> _Sums:
-            h, targets, top, total, weighted, chosen = given
+        def of_tokens(tokens: tuple[jax.Array, ...]) -> _Sums:
+            h, targets, top, total, weighted, chosen = tokens
             scores = piece.scores(h, temperature)
             higher = jnp.maximum(top, scores.max(-1))
             mass = jnp.exp(scores - higher[:, None])
@@ -186,52 +191,38 @@ def _totals(
     return chosen, log_total, log_total - weighted / total
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _score(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    temperature: jax.Array,
-    never: tuple[int, ...],
-    layout: _Layout,
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities and entropies [m, t] of hidden [m, t, D], targets [m, t]."""
-    return _score_forward(hidden, head, targets, temperature, never, layout)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _score(given: _Given, never: tuple[int, ...], layout: _Layout) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities and entropies [m, t]."""
+    return _score_forward(given, never, layout)[0]
 
 
 def _score_forward(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    temperature: jax.Array,
-    never: tuple[int, ...],
-    layout: _Layout,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    totals = layout.on_each(partial(_totals, never=never, layout=layout), "hwts", "ttt")
-    chosen, log_total, entropy = totals(hidden, head, targets, temperature)
-    return (chosen - log_total, entropy), (hidden, head, targets, temperature, log_total, entropy)
+    given: _Given, never: tuple[int, ...], layout: _Layout
+) -> tuple[tuple[jax.Array, jax.Array], tuple[_Given, jax.Array, jax.Array]]:
+    totals = layout.on_each(partial(_totals, never=never, layout=layout), of_tokens=0, gradients=False)
+    chosen, log_total, entropy = totals(given)
+    return (chosen - log_total, entropy), (given, log_total, entropy)
 
 
 def _score_backward(
-    never: tuple[int, ...], layout: _Layout, kept: tuple[jax.Array, ...], grads: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, None, None]:
-    gradients = layout.on_each(partial(_gradients, never=never, layout=layout), "hwtsttt" + "t", "hw")
-    return *gradients(*kept, *grads), None, None
+    never: tuple[int, ...],
+    layout: _Layout,
+    kept: tuple[_Given, jax.Array, jax.Array],
+    grads: tuple[jax.Array, jax.Array],
+) -> tuple[_Given]:
+    gradients = layout.on_each(partial(_gradients, never=never, layout=layout), of_tokens=4, gradients=True)
+    return (_Given(*gradients(*kept, *grads), None, None),)
 
 
 def _gradients(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    temperature: jax.Array,
-    *of_tokens: jax.Array,
-    never: tuple[int, ...],
-    layout: _Layout,
+    given: _Given, *of_tokens: jax.Array, never: tuple[int, ...], layout: _Layout
 ) -> tuple[jax.Array, jax.Array]:
     """By hidden and head, on one device. `of_tokens` are log_total, entropy and the gradients by logp and entropy.
 
     With p the probabilities, d logp_i / d logit_j = [i = j] - p_j and d entropy / d logit_j = -p_j (log p_j + H).
     """
+    hidden, head, targets, temperature = given
     n = vocabulary_pieces(head.shape[0])
 
     def add(d_hidden: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
