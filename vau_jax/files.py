@@ -1,5 +1,6 @@
 """Writing files so that a reader never sees half of one, and reporting a user's mistake in one line."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -64,6 +65,15 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"cannot read {path} as JSON: {error}") from error
+
+
+def content_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's contents, as hex digits; read anew at each call. Raises InputError."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def exit_on_input_error(main: Callable[[], Any]) -> None:
