@@ -16,18 +16,19 @@ import pytest
 
 from tests.runs import arguments
 from vau_jax import checkpoint
+from vau_jax.metric_writer import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS = 4
 SAME = {"rtol": 1e-4, "atol": 1e-6}  # sums of float32 in other orders, four steps long
 
 
-def options(stage: str, model: Path, data: Path, workdir: Path) -> list[str]:
+def options(stage: str, model: Path, data: Path, workdir: Path, steps: int = STEPS) -> list[str]:
     changed = {"rollout.temperature": 0.5}
     if stage == "rft":
         changed |= {"user_rewards": "(('tests.reward_functions:told', 1.0),)", "data.difficulty.enabled": True}
         changed |= {"grpo.kl_in": "reward", "grpo.scale": "batch", "rollout.max_draws": 3}
-    return arguments(stage, model, data, workdir, STEPS, **changed)
+    return arguments(stage, model, data, workdir, steps, **changed)
 
 
 def start(processes: int, args: list[str], told: Path | None = None) -> subprocess.Popen:
@@ -112,6 +113,21 @@ def test_rft_of_several_processes_is_that_of_one(
     found = curve(several, *names)
     np.testing.assert_allclose(found, curve(tmp_path / "one", *names), **SAME)
     assert found[:, -1].max() > 0, "no group was replaced"
+
+
+def test_what_processes_tell_each_other_soon_compiles_nothing(rft_of_two: Path) -> None:
+    """Lists of names, scores and counts that have another length at each step."""
+    programs = curve(rft_of_two / "run", "compile/programs")[:, 0]
+    assert programs[0] > 0 and programs[-1] == 0, programs
+
+
+@pytest.mark.long
+def test_a_run_of_two_processes_compiles_nothing_after_its_tenth_step(
+    model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    run(2, options("rft", model_folder, dataset, tmp_path / "run", 30))
+    programs = [line["compile/programs"] for line in read_metrics(tmp_path / "run")]
+    assert len(programs) == 30 and programs[0] > 0 and not any(programs[10:])
 
 
 def test_rewards_are_computed_once_and_where_the_samples_are(

@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +19,8 @@ from ml_collections import ConfigDict
 from vau_jax import processes
 from vau_jax.data.decoders import short
 from vau_jax.files import InputError, read_json, write_text
+
+COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX says after each program
 
 
 class Progress:
@@ -134,11 +137,36 @@ def memory() -> dict[str, float]:
     return found
 
 
+class Programs:
+    """The programs that this process has compiled, or read from the compilation cache, since this object was made.
+
+    A run should soon come to an end with it: one that goes on has arrays of ever new shapes, and slows down.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.seconds = 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, seconds: float, **_: Any) -> None:
+        if event == COMPILED:
+            self.count, self.seconds = self.count + 1, self.seconds + seconds
+
+    def take(self) -> dict[str, float]:
+        """How many there were since the last call, and the seconds that they took."""
+        found = {"compile/programs": self.count, "compile/seconds": self.seconds}
+        self.count, self.seconds = 0, 0.0
+        return found
+
+
+_programs = cache(Programs)  # one for all runs of the process: JAX's listeners stay
+
+
 class RunLog:
     """What a run tells of its steps; all but the sign of life by the first process alone."""
 
     def __init__(self, config: ConfigDict, workdir: Path, done: int) -> None:
         self.config, self.workdir = config, workdir
+        self.programs = _programs()
         self.heartbeat = Heartbeat(workdir)
         first = processes.is_first()
         self.writer = MetricWriter(workdir, done, config.wandb) if first else None
@@ -147,6 +175,7 @@ class RunLog:
     def begin(self, step: int) -> None:
         if step == self.config.profile_steps[0]:
             jax.profiler.start_trace(str(self.workdir / "profile"))
+        self.programs.take()
 
     def end(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]], note: str) -> None:
         first, last = self.config.profile_steps
@@ -154,7 +183,7 @@ class RunLog:
             jax.profiler.stop_trace()
         self.heartbeat.beat(step, metrics["seconds/step"])
         if self.writer and (step % self.config.log_every == 0 or step == self.config.steps):
-            self.writer.write(step, metrics | memory(), samples)
+            self.writer.write(step, metrics | memory() | self.programs.take(), samples)
         if self.progress:
             self.progress.show(step, note)
 

@@ -27,6 +27,7 @@ from vau_jax.files import InputError
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
 START = 600  # seconds to wait for all processes at the start
+SHORTEST = 4096  # bytes of JSON that processes send to each other: more are padded to the next power of two
 
 
 def start() -> None:
@@ -65,10 +66,16 @@ def meet(place: str) -> None:
 
 
 def _exchange(value: Any) -> list[Any]:
-    """The JSON values of all processes, in their order."""
+    """The JSON values of all processes, in their order.
+
+    Each length is a program of its own: they are padded to powers of two, so that a run soon has all that it needs.
+    (The coordination service's store compiles nothing, but it is no public part of JAX, and one process's socket
+    would carry what all tell all.)
+    """
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    padded = np.pad(text, (0, int(sizes.max()) - len(text)))
+    length = max(SHORTEST, 1 << (int(sizes.max()) - 1).bit_length())
+    padded = np.pad(text, (0, length - len(text)))
     texts = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(t[:size])) for t, size in zip(texts, sizes, strict=True)]
 
