@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,8 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from vau_jax import processes
+from vau_jax import checksums, processes
+from vau_jax.data.decoders import short
 from vau_jax.files import InputError, read_json, write_text
 from vau_jax.models.lora import LoRA
 from vau_jax.types import Params, State
@@ -20,16 +23,20 @@ from vau_jax.types import Params, State
 MODEL_FOLDER = "model"  # config, tokenizer and processor files of the run's model, without weights
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter.json"
+DAMAGED = "damaged"  # in the workdir: checkpoints that are not as they were written
+STATE = "state/"  # how the names of a checkpoint's large files begin
 
 
 class Checkpoints:
     """The checkpoints of a workdir: the newest `keep`, and the one of the best score. A step is either there whole or
-    not at all."""
+    not at all; one that was damaged since is put away, with a warning."""
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2) -> None:
-        folder = Path(workdir).resolve() / CHECKPOINTS
-        self.removed = folder / "removed"
+        self.workdir = Path(workdir).resolve()
+        self.folder = self.workdir / CHECKPOINTS
+        self.removed = self.folder / "removed"
         self._empty()
+        self._put_damaged_away()
         best = BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)
         options = ocp.CheckpointManagerOptions(
             best_fn=lambda metrics: metrics["score"],  # without it no metrics are kept
@@ -38,7 +45,7 @@ class Checkpoints:
             enable_async_checkpointing=False,
             todelete_subdir=self.removed.name,  # whole, so that a kill leaves no half of it among the others
         )
-        self.manager = ocp.CheckpointManager(folder, options=options)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
@@ -48,7 +55,40 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         self.manager.save(step, args=args, metrics={"score": score})
         self.manager.wait_until_finished()
+        processes.meet("saved")  # the first process has given the folder its name
+        checksums.write(self.folder / str(step))
         self._empty()
+
+    def _put_damaged_away(self) -> None:
+        """Moves steps that are not as they were written out of the way; all of the newest is read for that (where it is
+        damaged, of the one before), and of the others the small files, which are needed to know the best."""
+        damaged, newest = {}, None
+        for step in reversed(processes.from_first(lambda: steps(self.workdir))):
+            skip = None if newest is None else STATE
+            if problem := checksums.damage(self.folder / str(step), skip, together=True):
+                damaged[step] = problem
+            else:
+                newest = newest or step
+        if damaged and newest is None:
+            told = ", ".join(f"step {step} ({problem})" for step, problem in damaged.items())
+            raise InputError(
+                f"no checkpoint of {self.workdir} is whole: {told}; put a copy back, or begin anew in another --workdir"
+            )
+        if damaged and processes.is_first():
+            for step, problem in damaged.items():
+                self._put_away(step)
+                print(
+                    f"warning: the checkpoint of step {step} is damaged ({problem}): it is now in "
+                    f"{self.workdir / DAMAGED / str(step)}, and the run goes on from step {newest}",
+                    flush=True,
+                )
+        processes.meet("damaged checkpoints are put away")
+
+    def _put_away(self, step: int) -> None:
+        target = self.workdir / DAMAGED / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
+        (self.folder / str(step)).rename(target)
 
     def _empty(self) -> None:
         if processes.is_first():
@@ -60,9 +100,10 @@ class Checkpoints:
         return max(scores, key=scores.get) if scores else None
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
-        """Reads a step back onto the shapes and shardings of `like`."""
+        """Reads a step back onto the shapes and shardings of `like`. Raises InputError."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
-        restored = self.manager.restore(step, args=args)
+        with _reading(self.folder / str(step)):
+            restored = self.manager.restore(step, args=args)
         return restored.state, restored.data
 
     def close(self) -> None:
@@ -91,10 +132,43 @@ class Score:
 
 
 def restore_params(step_folder: str | os.PathLike) -> Params:
-    """The parameters of one checkpoint, as host arrays."""
+    """The parameters of one checkpoint, as host arrays. Raises InputError where it is not as it was written.
+
+    No other step takes its place: what is told of a step would be another's.
+    """
     reader = ocp.PyTreeCheckpointer()
-    folder = Path(step_folder).resolve() / "state"
-    tree = reader.metadata(folder).item_metadata.tree
+    step_folder = Path(step_folder).resolve()
+    if problem := checksums.damage(step_folder):
+        raise InputError(f"the checkpoint {step_folder} is damaged ({problem}): {_way_out(step_folder)}")
+    with _reading(step_folder):
+        return _params(reader, step_folder / "state")
+
+
+@contextmanager
+def _reading(step_folder: Path) -> Iterator[None]:
+    """Turns what orbax raises into an InputError that says what else there is."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        told = f"cannot read the checkpoint {step_folder} ({short(error)})"
+        raise InputError(f"{told}: {_way_out(step_folder)}") from error
+
+
+def _way_out(step_folder: Path) -> str:
+    """What to do about a checkpoint that cannot be read: which other step of the run is whole."""
+    folder = step_folder.parent
+    for step in reversed(steps(folder.parent)):
+        other = folder / str(step)
+        if other != step_folder and (other / checksums.NOTE).exists() and not checksums.damage(other):
+            return f"step {step} is whole, give {other}, or move the damaged one away and train on from there"
+    return "no other step of the run is whole; put a copy back"
+
+
+def _params(reader: ocp.PyTreeCheckpointer, folder: Path) -> Params:
+    described = reader.metadata(folder).item_metadata
+    if described is None:
+        raise ValueError(f"{folder} does not say what it holds")
+    tree = described.tree
     template = {"params": jax.tree.map(lambda leaf: 0, tree["params"], is_leaf=lambda x: hasattr(x, "shape"))}
     args = ocp.args.PyTreeRestore(
         item=template,

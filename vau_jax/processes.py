@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import FrameType
@@ -65,19 +65,37 @@ def meet(place: str) -> None:
         multihost_utils.sync_global_devices(place)
 
 
-def _exchange(value: Any) -> list[Any]:
-    """The JSON values of all processes, in their order.
+def exchange(value: Any) -> list[Any]:
+    """The JSON values of all processes, in their order: what each of them calls this with.
 
     Each length is a program of its own: they are padded to powers of two, so that a run soon has all that it needs.
     (The coordination service's store compiles nothing, but it is no public part of JAX, and one process's socket
     would carry what all tell all.)
     """
+    if jax.process_count() == 1:
+        return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(text)))
     length = max(SHORTEST, 1 << (int(sizes.max()) - 1).bit_length())
     padded = np.pad(text, (0, length - len(text)))
     texts = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(t[:size])) for t, size in zip(texts, sizes, strict=True)]
+
+
+def from_first(find: Callable[[], Any]) -> Any:
+    """What `find` returns in the first process, as a JSON value; the others wait for it. Its InputError is raised in all."""
+    if jax.process_count() == 1:
+        return find()
+    said: dict[str, Any] = {}
+    if is_first():
+        try:
+            said["found"] = find()
+        except InputError as error:
+            said["error"] = str(error)
+    said, *_ = exchange(said)
+    if "error" in said:
+        raise InputError(said["error"])
+    return said["found"]
 
 
 @dataclass(frozen=True)
@@ -149,7 +167,7 @@ class Rows:
         if jax.process_count() == 1:
             return values
         found: list[Any] = [None] * self.count
-        for rows, theirs in zip(self.of_process, _exchange(values), strict=True):
+        for rows, theirs in zip(self.of_process, exchange(values), strict=True):
             for row, value in zip(rows, theirs, strict=True):
                 found[row] = value
         return found
