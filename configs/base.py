@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.stage = "sft"  # sft: learn given completions; rft: GRPO on sampled ones
     c.model = ""  # Hugging Face folder: config, tokenizer, safetensors
-    c.init_from = ""  # folder or earlier run that the weights come from; empty: model
+    c.init_from = ""  # folder or earlier run (its last step now, for good) that the weights come from; empty: model
     c.seed = 0  # of data order, augmentation and sampling
     c.steps = 1000  # updates
     c.batch_size = 8  # prompts an update, over all devices
@@ -136,7 +136,7 @@ def get_config() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps between checkpoints; the last step is always one
-    c.checkpoint.keep = 2  # the newest so many
+    c.checkpoint.keep = 2  # the newest so many, and steps that other runs began with
     c.checkpoint.best = "auto"  # and the best by the mean of this metric since the one before; auto: reward, or -loss
 
     c.judge = endpoint()  # marks descriptions, where rewards.judge has a weight

@@ -17,11 +17,11 @@ from configs import srvau_r1_rft, srvau_r1_sft
 from tests import oracle
 from tests.oracle import ask, video
 from tests.small_models import targets_of, with_adapters
-from vau_jax import train, update
+from vau_jax import checkpoint, train, update
 from vau_jax.files import InputError
 from vau_jax.models import hf, lora, peft
 from vau_jax.models.lora import LoRA
-from vau_jax.types import Completions
+from vau_jax.types import Completions, Params, State
 from vau_jax.vlm import VideoLM
 
 
@@ -143,24 +143,104 @@ def run_config(stage: str, model_folder: Path, dataset: Path) -> ConfigDict:
     return c
 
 
-def test_training_saves_adapters_alone_and_loads_whole(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
-    train.run(run_config("sft", model_folder, dataset), tmp_path / "sft")
-    trained, base = VideoLM.load(tmp_path / "sft"), VideoLM.load(model_folder)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), trained.params, base.params))
+@pytest.fixture(scope="module")
+def runs(model_folder: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With `sft`, a run of adapters, and `rft`, one that begins with it."""
+    folder = tmp_path_factory.mktemp("runs")
+    train.run(run_config("sft", model_folder, dataset), folder / "sft")
+    train.run(rft_config(model_folder, dataset, folder), folder / "rft")
+    return folder
+
+
+def rft_config(model_folder: Path, dataset: Path, runs: Path) -> ConfigDict:
+    c = run_config("rft", model_folder, dataset)
+    c.init_from = str(runs / "sft")
+    return c
+
+
+def equal(a: Params, b: Params) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+def test_training_saves_adapters_alone_and_loads_whole(model_folder: Path, runs: Path, tmp_path: Path) -> None:
+    trained, base = VideoLM.load(runs / "sft"), VideoLM.load(model_folder)
+    assert equal(trained.params, base.params)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(trained.adapters)), "b begins at zero"
-    stored = sum(p.stat().st_size for p in (tmp_path / "sft" / "checkpoints").rglob("*") if p.is_file())
+    stored = sum(p.stat().st_size for p in (runs / "sft" / "checkpoints").rglob("*") if p.is_file())
     assert stored < (model_folder / hf.SINGLE).stat().st_size / 2
 
-    c = run_config("rft", model_folder, dataset)
-    c.init_from = str(tmp_path / "sft")
-    train.run(c, tmp_path / "rft")
-    step = json.loads((tmp_path / "rft" / "metrics.jsonl").read_text().splitlines()[0])
+    step = json.loads((runs / "rft" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(step["kl"]) < 1e-6, "the reference is the merged start"
-    after = VideoLM.load(tmp_path / "rft")
-    expected = trained.merged().params
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), after.params, expected))
+    after = VideoLM.load(runs / "rft")
+    assert equal(after.params, trained.merged().params)
     after.save_adapter(tmp_path / "adapter")
     assert load_file(tmp_path / "adapter" / peft.WEIGHTS)
+
+
+@pytest.fixture
+def moved(runs: Path, tmp_path: Path) -> Path:
+    """A copy of `runs`; the notes of `rft` name the new place of what it began with."""
+    shutil.copytree(runs, tmp_path / "runs")
+    for note in (checkpoint.ADAPTER, checkpoint.INPUTS):
+        path = tmp_path / "runs" / "rft" / note
+        path.write_text(path.read_text().replace(str(runs), str(tmp_path / "runs")))
+    return tmp_path / "runs"
+
+
+def go_on(run: Path) -> None:
+    """As if the run of adapters had trained for another step."""
+    checkpoints = checkpoint.Checkpoints(run, keep=1)
+    adapters = checkpoint.restore_params(run / "checkpoints" / "2")
+    checkpoints.save(3, State(np.zeros((), np.int32), jax.tree.map(lambda x: x + 1, adapters), ()), {}, 1e9)
+
+
+def test_a_run_stays_with_the_step_that_it_began_with(model_folder: Path, dataset: Path, moved: Path) -> None:
+    """When the run behind it goes on: for whoever loads it, and where it goes on itself."""
+    before = VideoLM.load(moved / "rft")
+    checkpoint.need(checkpoint.source(moved / "sft"), moved / "rft")
+    go_on(moved / "sft")
+    assert checkpoint.steps(moved / "sft") == [2, 3], "a step that another run needs is not deleted"
+    assert equal(VideoLM.load(moved / "rft").params, before.params)
+    source = train.inputs(rft_config(model_folder, dataset, moved), moved / "rft")["source"]
+    assert source["path"] == str(moved / "sft" / "checkpoints" / "2")
+    assert checkpoint.source(moved / "sft").path == str(moved / "sft" / "checkpoints" / "3"), "a new run takes the last"
+
+
+def test_a_run_whose_start_is_another_by_now_is_refused(model_folder: Path, dataset: Path, moved: Path) -> None:
+    go_on(moved / "sft")
+    step = moved / "sft" / "checkpoints" / "2"
+    shutil.rmtree(step, ignore_errors=True)
+    shutil.copytree(step.parent / "3", step)
+    changed = rf"{step}/state/.* has changed since {moved / 'rft'} began with it: put it back"
+    with pytest.raises(InputError, match=changed):
+        VideoLM.load(moved / "rft")
+    with pytest.raises(InputError, match=changed):
+        train.inputs(rft_config(model_folder, dataset, moved), moved / "rft")
+
+
+def test_a_changed_model_folder_or_annotation_file_is_named(dataset: Path, moved: Path, tmp_path: Path) -> None:
+    model, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(moved / "rft" / "model", model)
+    (model / hf.SINGLE).write_bytes(b"weights")
+    data.mkdir()
+    names = {"csv": "train.csv", "reflection": "train_reflection.jsonl"}
+    c = run_config("rft", model, data)
+    (data / "words.json").write_text("{}")
+    c.data.templates = str(data / "words.json")
+    for name in names.values():
+        shutil.copy(dataset / name, data)
+    run = tmp_path / "run"
+    shutil.copytree(moved / "rft", run)
+    (run / checkpoint.INPUTS).unlink()
+    (run / checkpoint.INPUTS).write_text(json.dumps(train.inputs(c, run)))
+    files = [*(data / name for name in names.values()), data / "words.json", model / "config.json", model / hf.SINGLE]
+    for file in files:
+        was = file.read_bytes()
+        file.write_bytes(was + b" ")
+        with pytest.raises(InputError, match=rf"{file} .*has changed since .*{run} began"):
+            train.inputs(c, run)
+        file.write_bytes(was)
+    train.inputs(c, run)
 
 
 @pytest.mark.long

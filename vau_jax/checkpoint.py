@@ -1,9 +1,10 @@
 """Checkpoints of a run: state, data iterator and step by orbax; and finding the model in a folder."""
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN, PreservationPolicy
 
 from vau_jax import checksums, processes
 from vau_jax.data.decoders import short
@@ -23,13 +24,17 @@ from vau_jax.types import Params, State
 MODEL_FOLDER = "model"  # config, tokenizer and processor files of the run's model, without weights
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter.json"
+INPUTS = "inputs.json"  # what a run reads, with hashes
+NEEDED = "needed_by"  # in the workdir: a note of each run that began with one of its checkpoints
 DAMAGED = "damaged"  # in the workdir: checkpoints that are not as they were written
 STATE = "state/"  # how the names of a checkpoint's large files begin
 
 
 class Checkpoints:
-    """The checkpoints of a workdir: the newest `keep`, and the one of the best score. A step is either there whole or
-    not at all; one that was damaged since is put away, with a warning."""
+    """The checkpoints of a workdir: the newest `keep`, the one of the best score, and those that other runs began with.
+
+    A step is either there whole or not at all; one that was damaged since is put away, with a warning.
+    """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2) -> None:
         self.workdir = Path(workdir).resolve()
@@ -40,7 +45,7 @@ class Checkpoints:
         best = BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)
         options = ocp.CheckpointManagerOptions(
             best_fn=lambda metrics: metrics["score"],  # without it no metrics are kept
-            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), best, _Needed(self.workdir)]),
             create=True,
             enable_async_checkpointing=False,
             todelete_subdir=self.removed.name,  # whole, so that a kill leaves no half of it among the others
@@ -187,10 +192,17 @@ def steps(workdir: str | os.PathLike) -> list[int]:
     return sorted(int(p.name) for p in numbered if ocp.utils.is_checkpoint_finalized(p))
 
 
+class Source(NamedTuple):
+    """What a run begins with: no folder that may hold something else tomorrow, but these files with these contents."""
+
+    path: str  # absolute: a model folder, or workdir/checkpoints/STEP
+    files: dict[str, str]  # SHA-256 of each, under its name in the model folder or the workdir
+
+
 class Adapter(NamedTuple):
     """What a run with LoRA trains: its checkpoints hold the adapters alone."""
 
-    base: str  # folder or run that the other parameters come from
+    base: Source  # of the other parameters
     lora: LoRA
 
 
@@ -200,9 +212,49 @@ class Found(NamedTuple):
     adapter: Adapter | None = None
 
 
+def source(path: str | os.PathLike) -> Source:
+    """What `path` (see `find_model`) holds now. Reads all of a model folder's weights. Raises InputError."""
+    found = find_model(path)
+    return Source(str((found.step_folder or found.folder).resolve()), _contents(found))
+
+
+def _contents(found: Found) -> dict[str, str]:
+    names = [file.name for file in _model_files(found.folder)]
+    if found.step_folder is None:
+        weights = sorted(file.name for file in found.folder.glob("*.safetensors"))
+        return checksums.of_files(found.folder, [*names, *weights])
+    model = checksums.of_files(found.folder, names)
+    state = checksums.of_files(found.step_folder, below=STATE)
+    step = f"{CHECKPOINTS}/{found.step_folder.name}"
+    return {f"{MODEL_FOLDER}/{name}": x for name, x in model.items()} | {f"{step}/{n}": x for n, x in state.items()}
+
+
+def check_source(source: Source, user: str | os.PathLike) -> None:
+    """Raises InputError unless the source of `user`, a run, is as it was when that began.
+
+    Of several processes that load together the first alone reads the files for that.
+    """
+    path = Path(source.path)
+    if not path.is_dir():
+        raise InputError(
+            f"{user} began with {path}, which does not exist: put it back, or name its new place in "
+            f"{Path(user) / ADAPTER} and {Path(user) / INPUTS}"
+        )
+    if not processes.is_first():
+        return
+    now = _contents(find_model(path))
+    changed = [name for name, content in source.files.items() if now.get(name) != content]
+    if changed:
+        root = path.parent.parent if _is_step(path) else path
+        raise InputError(
+            f"{root / changed[0]} has changed since {user} began with it: put it back as it was, or train anew in "
+            "another --workdir"
+        )
+
+
 def write_adapter(workdir: str | os.PathLike, adapter: Adapter) -> None:
     """Notes in a run's workdir that its checkpoints hold adapters, and for what."""
-    note = {"base": str(Path(adapter.base).resolve()), "lora": vars(adapter.lora)}
+    note = {"base": adapter.base.path, "files": adapter.base.files, "lora": vars(adapter.lora)}
     write_text(Path(workdir) / ADAPTER, json.dumps(note, indent=1))
 
 
@@ -210,7 +262,34 @@ def _adapter(workdir: Path) -> Adapter | None:
     if not (workdir / ADAPTER).is_file():
         return None
     raw = read_json(workdir / ADAPTER)
-    return Adapter(raw["base"], LoRA(**{**raw["lora"], "targets": tuple(raw["lora"]["targets"])}))
+    kind = LoRA(**{**raw["lora"], "targets": tuple(raw["lora"]["targets"])})
+    return Adapter(Source(raw["base"], raw.get("files", {})), kind)
+
+
+def need(source: Source, workdir: str | os.PathLike) -> None:
+    """Asks the run whose checkpoint `source` is to keep it for as long as `workdir` is there."""
+    path = Path(source.path)
+    if not _is_step(path):
+        return
+    user = str(Path(workdir).resolve())
+    note = path.parent.parent / NEEDED / f"{hashlib.sha256(user.encode()).hexdigest()[:16]}.json"
+    try:
+        note.parent.mkdir(exist_ok=True)
+        write_text(note, json.dumps({"step": int(path.name), "by": user}))
+    except OSError as error:
+        print(f"warning: {path} cannot be marked as needed ({short(error)}): keep it", flush=True)
+
+
+class _Needed(PreservationPolicy):
+    """Keeps the steps of a workdir that other runs, which are still there, began with."""
+
+    def __init__(self, workdir: Path) -> None:
+        self.folder = workdir / NEEDED
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        notes = [read_json(path) for path in self.folder.glob("*.json")]
+        needed = {note["step"] for note in notes if Path(note["by"]).is_dir()}
+        return [checkpoint.step in needed for checkpoint in checkpoints]
 
 
 def find_model(path: str | os.PathLike) -> Found:
@@ -221,7 +300,7 @@ def find_model(path: str | os.PathLike) -> Found:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"model folder {path} does not exist: give a Hugging Face folder or the workdir of a run")
-    if path.parent.name == CHECKPOINTS and path.name.isdigit():
+    if _is_step(path):
         return Found(path.parent.parent / MODEL_FOLDER, path, _adapter(path.parent.parent))
     if (path / MODEL_FOLDER).is_dir():
         found = steps(path)
@@ -231,15 +310,24 @@ def find_model(path: str | os.PathLike) -> Found:
     return Found(path, None)
 
 
+def _is_step(path: Path) -> bool:
+    return path.parent.name == CHECKPOINTS and path.name.isdigit()
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """A model folder's config, tokenizer and processor files."""
+    known = (".json", ".jinja", ".txt")
+    return sorted(f for f in folder.iterdir() if f.suffix in known and not f.name.endswith(".index.json"))
+
+
 def copy_model_files(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
     """Copies a model folder's config, tokenizer and processor files to workdir/model, so that the run stands alone."""
     target = Path(workdir) / MODEL_FOLDER
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    for file in Path(source).iterdir():
-        if file.suffix in (".json", ".jinja", ".txt") and not file.name.endswith(".index.json"):
-            shutil.copy2(file, part)
+    for file in _model_files(Path(source)):
+        shutil.copy2(file, part)
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
 

@@ -56,8 +56,13 @@ def damage(folder: Path, skip: str | None = None, together: bool = False) -> str
     return ", ".join(problems[:2]) + (f" and {len(problems) - 2} more" if len(problems) > 2 else "")
 
 
-def hashes(folder: Path, below: str) -> dict[str, str]:
-    """Of the files whose names begin with `below`: as noted, or else of what they hold."""
+def of_files(folder: Path, names: Iterable[str] = (), below: str | None = None) -> dict[str, str]:
+    """The SHA-256 of the files with these names; or of those whose names begin with `below`, as noted where they are.
+
+    Empty where a file cannot be read.
+    """
+    if below is None:
+        return _hashes(folder, names)
     known = noted(folder)
     if known is None:
         return _hashes(folder, [name for name in _by_size(folder) if name.startswith(below)])

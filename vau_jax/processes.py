@@ -83,7 +83,7 @@ def exchange(value: Any) -> list[Any]:
 
 
 def from_first(find: Callable[[], Any]) -> Any:
-    """What `find` returns in the first process, as a JSON value; the others wait for it. Its InputError is raised in all."""
+    """What `find` returns in the first process, as a JSON value; the others wait for it. All raise its InputError."""
     if jax.process_count() == 1:
         return find()
     said: dict[str, Any] = {}

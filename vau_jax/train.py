@@ -33,7 +33,7 @@ from vau_jax.data.decoders import short
 from vau_jax.data.pipeline import HostBatch
 from vau_jax.data.processor import Shape
 from vau_jax.difficulty import Difficulty
-from vau_jax.files import InputError, read_json, write_text
+from vau_jax.files import InputError, content_hash, read_json, write_text
 from vau_jax.metric_writer import RunLog
 from vau_jax.models import hf, lora, motion_prompt, qwen_vl
 from vau_jax.models.lora import LoRA
@@ -51,10 +51,11 @@ ADAPTER_STREAM = 2**31 - 2  # no step number: the key of fresh adapters and the 
 class Trainer:
     """Everything of a run that is set up once: model, state, data, compiled functions.
 
-    Answers of a judge are kept in `workdir`, where there is one.
+    Answers of a judge are kept in `workdir`, where there is one. `source` is the model folder or the checkpoint that
+    the run begins with; else what config names now, which of a run is its last checkpoint.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path | None = None) -> None:
+    def __init__(self, config: ConfigDict, workdir: Path | None = None, source: str = "") -> None:
         check(config)
         self.config = config
         self.mesh = sharding.make_mesh(config.mesh)
@@ -66,7 +67,7 @@ class Trainer:
         self.lora = LoRA(**config.lora) if config.lora.rank else None
         # What is not trained needs no more bits than it is used in.
         held = config.dtype if self.lora else config.param_dtype
-        start = VideoLM.load(config.init_from or config.model, held, self.mesh).merged()
+        start = VideoLM.load(source or config.init_from or config.model, held, self.mesh).merged()
         if config.motion.enabled:
             start = start.with_motion(config.motion)
         self.processor = start.processor
@@ -398,6 +399,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     goes on. Raises InputError where the workdir cannot be written to.
     """
     workdir = Path(workdir)
+    check(config)
     check_same_run(config, workdir)
     with _writing_to(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -406,9 +408,12 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
             print(f"{config.stage}: {config.steps} steps are done already ({workdir})", flush=True)
             return workdir
         preemption = processes.Preemption()
-        trainer = Trainer(config, workdir)
+        read = processes.from_first(lambda: inputs(config, workdir))
+        source = checkpoint.Source(**read["source"])
+        trainer = Trainer(config, workdir, source.path)
         if processes.is_first():
-            _describe(trainer, workdir)
+            _describe(trainer, workdir, source)
+            write_text(workdir / checkpoint.INPUTS, json.dumps(read, indent=1))
         processes.meet("described")
         done = _loop(trainer, workdir, checkpoints, preemption)
         if processes.is_first():
@@ -490,7 +495,7 @@ def _writing_to(workdir: Path) -> Iterator[None]:
         raise InputError(f"cannot write to {workdir}: {short(error)}; {kept}: make room, or choose another") from error
 
 
-def _describe(trainer: Trainer, workdir: Path) -> None:
+def _describe(trainer: Trainer, workdir: Path, source: checkpoint.Source) -> None:
     """Writes what a run is: its model's files, config, versions and devices."""
     config = trainer.config
     (workdir / PREEMPTED).unlink(missing_ok=True)
@@ -499,7 +504,8 @@ def _describe(trainer: Trainer, workdir: Path) -> None:
     if motion := trainer.processor.config.vision.motion:
         motion_prompt.write_file(workdir / checkpoint.MODEL_FOLDER, motion, trainer.state.params["motion_prompt"])
     if trainer.lora:
-        checkpoint.write_adapter(workdir, checkpoint.Adapter(config.init_from or config.model, trainer.lora))
+        checkpoint.write_adapter(workdir, checkpoint.Adapter(source, trainer.lora))
+    checkpoint.need(source, workdir)
     write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
     write_text(workdir / "about.json", json.dumps(about(), indent=1))
 
@@ -534,6 +540,33 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
     changed = [f"{name} (was {old.get(name)!r}, is {new.get(name)!r})" for name in changed if name not in MAY_CHANGE]
     if changed:
         raise InputError(f"{workdir} holds a run with other settings: {', '.join(changed)}; choose another --workdir")
+
+
+def inputs(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """What the run in `workdir` reads besides videos: the `source` of its weights, and hashes of its `data` files.
+
+    A run that goes on keeps its source, also where config names a run that has another last checkpoint by now. Raises
+    InputError when that, or one of the files, is not what it was when the run began.
+    """
+    path, old = workdir / checkpoint.INPUTS, {}
+    if path.exists() and checkpoint.steps(workdir):
+        old = read_json(path)
+    data = {}
+    for name in ("csv", "reflection", "templates"):
+        file = config.data[name]
+        if file and Path(file).is_file():  # where it is not, loading it says so
+            data[f"data.{name}"] = content_hash(file)
+            if old and old["data"].get(f"data.{name}") != data[f"data.{name}"]:
+                raise InputError(
+                    f"{file} (data.{name}) has changed since the run in {workdir} began: put it back as it was, or "
+                    "choose another --workdir"
+                )
+    if old:
+        source = checkpoint.Source(**old["source"])
+        checkpoint.check_source(source, workdir)
+    else:
+        source = checkpoint.source(config.init_from or config.model)
+    return {"source": source._asdict(), "data": data}
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

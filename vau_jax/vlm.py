@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -89,12 +88,8 @@ class VideoLM:
     def _open(cls, path: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | None) -> "VideoLM":
         found = checkpoint.find_model(path)
         if found.adapter is not None:  # the checkpoint holds adapters alone: the rest is where the run began
-            if not Path(found.adapter.base).is_dir():
-                raise InputError(
-                    f"{path} holds adapters for {found.adapter.base}, which does not exist: put it back, or name its "
-                    f"new place in {found.folder.parent / checkpoint.ADAPTER}"
-                )
-            base = cls._open(found.adapter.base, dtype, mesh).merged()
+            checkpoint.check_source(found.adapter.base, found.folder.parent)
+            base = cls._open(found.adapter.base.path, dtype, mesh).merged()
             flat = hf.flatten(checkpoint.restore_params(found.step_folder))
             base = base._in_form(model_config.read_motion(found.folder))
             return base._with_adapters(found.adapter.lora, flat, mesh)
