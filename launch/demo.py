@@ -18,7 +18,7 @@ from configs import eval as eval_config
 from data_prep import cache_frames, random_model
 from vau_jax import cli, evaluate, parsing, report, train
 from vau_jax.data import annotations, prompts, synthetic
-from vau_jax.files import InputError, read_json, write_text
+from vau_jax.files import InputError, locked, read_json, write_text
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -34,11 +34,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
     for name in config.stages:
         stages[name] = partial(train.run, train_config(config, workdir, name), workdir / name)
         stages[f"evaluate {name}"] = partial(evaluate_stage, config, workdir, name)
-    for number, (name, stage) in enumerate(stages.items(), start=1):
-        print(f"--- {number}/{len(stages)} {name}", flush=True)
-        began = time.monotonic()
-        stage()
-        print(f"--- {name} took {time.monotonic() - began:.0f} s", flush=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir):
+        for number, (name, stage) in enumerate(stages.items(), start=1):
+            print(f"--- {number}/{len(stages)} {name}", flush=True)
+            began = time.monotonic()
+            stage()
+            print(f"--- {name} took {time.monotonic() - began:.0f} s", flush=True)
     print(report.write([workdir], workdir / "report.html"), flush=True)
 
 

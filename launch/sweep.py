@@ -33,7 +33,7 @@ from plotly.subplots import make_subplots
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # called by its path, this file's folder stands there instead
 
-from vau_jax.files import InputError, exit_on_input_error, read_json, write_text  # noqa: E402
+from vau_jax.files import InputError, exit_on_input_error, locked, read_json, write_text  # noqa: E402
 from vau_jax.report import ROWS, escape, lookup, markdown  # noqa: E402
 from vau_jax.train import PREEMPTED  # noqa: E402
 
@@ -209,12 +209,17 @@ def run(config: Path, workdir: Path, backend: str, at_once: int, dry_run: bool) 
         local = "\n".join(" ".join(trial.command) for trial in found)
         print(local if backend == "local" else jobs(found, backend), flush=True)
         return 0
+    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir):
+        return _run(found, workdir, backend, at_once)
+
+
+def _run(found: list[Trial], workdir: Path, backend: str, at_once: int) -> int:
     well = [True]
     if backend == "local":
         with ThreadPoolExecutor(at_once) as pool:
             well = list(pool.map(Trial.run, found))
     else:
-        workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / "jobs.sh", jobs(found, backend))
         print(f"{sum(not t.finished for t in found)} jobs to submit: bash {workdir / 'jobs.sh'}", flush=True)
     folders = [(trial.group, trial.folder) for trial in found]

@@ -1,6 +1,8 @@
 """Files are written whole, also by several threads at once."""
 
 import hashlib
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,3 +25,25 @@ def test_a_file_s_hash_is_that_of_its_contents_as_they_are_now(tmp_path: Path) -
         assert files.content_hash(tmp_path / "a.csv") == hashlib.sha256(text).hexdigest()
     with pytest.raises(files.InputError, match=r"cannot read .*b\.csv: No such file"):
         files.content_hash(tmp_path / "b.csv")
+
+
+HOLD = """
+import sys, time
+from vau_jax.files import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_process_s_until_that_dies(tmp_path: Path) -> None:
+    """The process is killed, so that nothing of its own can give the folder back."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(files.InputError, match=rf"{tmp_path} is in use by process {holder.pid} on .* since .*: wait"):
+        files.locked(tmp_path).__enter__()
+    holder.kill()
+    holder.wait()
+    for _ in range(2):  # and given back at the end of the block
+        with files.locked(tmp_path):
+            pass

@@ -1,6 +1,7 @@
 """Every training config runs on a real model folder and real videos, and learning lowers the loss."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vau_jax import checkpoint, train
+from launch import sweep
+from vau_jax import checkpoint, evaluate, train
 from vau_jax.chips import Chip
-from vau_jax.files import InputError, read_json
+from vau_jax.files import LOCK, InputError, locked, read_json
 from vau_jax.metric_writer import MetricWriter, read_metrics
 from vau_jax.models import hf
 from vau_jax.vlm import VideoLM
@@ -49,6 +51,21 @@ def test_a_config_trains(name: str, model_folder: Path, dataset: Path, tmp_path:
     step = read_metrics(tmp_path)[0]
     assert np.isfinite([step["loss"], step["grad_norm"]]).all()
     assert read_json(tmp_path / "config.json")["stage"] == name.rpartition("_")[2]
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    """Of training, of an evaluation, and of a sweep; before anything is written."""
+    nothing = small("vau_r1_sft", tmp_path / "no model", dataset)
+    calls = [
+        lambda: train.run(nothing, tmp_path),
+        lambda: evaluate.run(small("eval", model_folder, dataset), tmp_path),
+        lambda: sweep.run(ROOT / "configs" / "sweeps" / "seeds.py", tmp_path, "slurm", 1, dry_run=False),
+    ]
+    with locked(tmp_path):
+        for call in calls:
+            with pytest.raises(InputError, match=rf"{tmp_path} is in use by process {os.getpid()} on "):
+                call()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_frozen_parameters_stay_and_the_others_move(model_folder: Path, dataset: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax import cli, parsing, rewards, sampling, scores, sharding
+from vau_jax import cli, parsing, processes, rewards, sampling, scores, sharding
 from vau_jax.about import about
 from vau_jax.data import pipeline, prompts
 from vau_jax.data.pipeline import Example, HostBatch, Loaded
@@ -27,9 +27,17 @@ from vau_jax.vlm import VideoLM, decode_text
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
-    """Evaluates config.checkpoint on config.data and returns what it wrote to metrics.json."""
+    """Evaluates config.checkpoint on config.data and returns what it wrote to metrics.json.
+
+    Raises InputError where another evaluation, or a run, is in `workdir`.
+    """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    with processes.alone_in(workdir):
+        return _run(config, workdir)
+
+
+def _run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     fingerprint = _fingerprint(config)
     done = workdir / "metrics.json"
     if done.exists() and read_json(done).get("fingerprint") == fingerprint:

@@ -1,15 +1,20 @@
 """Writing files so that a reader never sees half of one, and reporting a user's mistake in one line."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+LOCK = ".lock"  # in a folder that is held: who holds it
 
 
 class InputError(ValueError):
@@ -57,6 +62,30 @@ def sync(path: str | os.PathLike) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Holds `folder` for this process until the block ends, or the process does, however it ends.
+
+    Raises InputError that names the process which holds it. By flock: on NFS it is seen by other hosts too, elsewhere
+    (gcsfuse) by those of the same host alone; where a file system has no locks, a warning says so.
+    """
+    with open(Path(folder) / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise InputError(
+                f"{folder} is in use by {file.read().strip() or 'another process'}: wait until that ends, or choose "
+                "another --workdir"
+            ) from error
+        except OSError as error:
+            print(f"warning: {folder} cannot be locked ({error.strerror}): begin no second run there", flush=True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
+        file.flush()
+        yield
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -10,9 +10,11 @@ import os
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vau_jax import sharding
-from vau_jax.files import InputError
+from vau_jax.files import InputError, locked
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
 START = 600  # seconds to wait for all processes at the start
@@ -96,6 +98,14 @@ def from_first(find: Callable[[], Any]) -> Any:
     if "error" in said:
         raise InputError(said["error"])
     return said["found"]
+
+
+@contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of `workdir` until the block ends: the first process holds it. Raises InputError."""
+    with ExitStack() as held:
+        from_first(lambda: held.enter_context(locked(workdir)))
+        yield
 
 
 @dataclass(frozen=True)

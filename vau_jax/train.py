@@ -396,34 +396,39 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     """Trains to config.steps in `workdir`, from its last checkpoint where there is one. Returns the workdir.
 
     On SIGTERM the step is ended and saved, PREEMPTED is left in the workdir, and SystemExit(0) raised: the same command
-    goes on. Raises InputError where the workdir cannot be written to.
+    goes on. Raises InputError where the workdir cannot be written to, or another run is in it.
     """
     workdir = Path(workdir)
     check(config)
-    check_same_run(config, workdir)
     with _writing_to(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-        if (checkpoints.latest() or 0) >= config.steps:
-            print(f"{config.stage}: {config.steps} steps are done already ({workdir})", flush=True)
-            return workdir
-        preemption = processes.Preemption()
-        read = processes.from_first(lambda: inputs(config, workdir))
-        source = checkpoint.Source(**read["source"])
-        trainer = Trainer(config, workdir, source.path)
-        if processes.is_first():
-            _describe(trainer, workdir, source)
-            write_text(workdir / checkpoint.INPUTS, json.dumps(read, indent=1))
-        processes.meet("described")
-        done = _loop(trainer, workdir, checkpoints, preemption)
-        if processes.is_first():
-            best = {"step": checkpoints.best(), "metric": trainer.best_score.name}
-            write_text(workdir / "best.json", json.dumps(best))
-        checkpoints.close()
-        preemption.close()
-        if done < config.steps:
-            _leave(workdir, done)
+        with processes.alone_in(workdir):
+            _train(config, workdir)
     return workdir
+
+
+def _train(config: ConfigDict, workdir: Path) -> None:
+    check_same_run(config, workdir)
+    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+    if (checkpoints.latest() or 0) >= config.steps:
+        print(f"{config.stage}: {config.steps} steps are done already ({workdir})", flush=True)
+        return
+    preemption = processes.Preemption()
+    read = processes.from_first(lambda: inputs(config, workdir))
+    source = checkpoint.Source(**read["source"])
+    trainer = Trainer(config, workdir, source.path)
+    if processes.is_first():
+        _describe(trainer, workdir, source)
+        write_text(workdir / checkpoint.INPUTS, json.dumps(read, indent=1))
+    processes.meet("described")
+    done = _loop(trainer, workdir, checkpoints, preemption)
+    if processes.is_first():
+        best = {"step": checkpoints.best(), "metric": trainer.best_score.name}
+        write_text(workdir / "best.json", json.dumps(best))
+    checkpoints.close()
+    preemption.close()
+    if done < config.steps:
+        _leave(workdir, done)
 
 
 def _loop(
