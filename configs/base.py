@@ -104,7 +104,8 @@ def get_config() -> ConfigDict:
     c.rollout.top_k = 0  # number of the likeliest tokens kept, likewise; 0: all
     c.rollout.min_new_tokens = 0  # no completion ends before
     c.rollout.max_draws = 1  # above 1, groups with equal rewards are replaced, in so many draws of a batch at most
-    c.rollout.reward_threads = 4  # that call user_rewards
+    c.rollout.reward_workers = 4  # processes that call user_rewards
+    c.rollout.reward_seconds = 60.0  # for one number; longer is a failure of that completion
 
     c.rewards = ConfigDict()  # weights; 0: off
     c.rewards.format = 1.0  # the grammar is kept

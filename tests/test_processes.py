@@ -161,6 +161,24 @@ def test_the_others_end_when_one_is_killed_and_the_run_goes_on_to_the_same_bits(
     np.testing.assert_array_equal(curve(rft_of_two / "run", "loss"), curve(tmp_path / "killed", "loss"))
 
 
+def test_what_two_processes_tell_each_other(tmp_path: Path) -> None:
+    """The first process's mistake is that of both, a workdir is the first's, a file of answers each one's own."""
+    (tmp_path / "answers.00003.jsonl").write_text('{"paid": 3}\n{"cut sho')
+    command = ["bash", "launch/local_multi.sh", "2", "tests.two_processes", str(tmp_path)]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "RUN_PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    for number in range(2):
+        told = json.loads(re.search(rf"^\[{number}\] told (.*)$", done.stdout, re.MULTILINE)[1])
+        assert told["found"] == {"process": 0} and told["error"] == "the first says no"
+        assert re.match(rf"{tmp_path} is in use by process \d+ on .* since ", told["held"])
+        assert told["programs"] <= 12, "texts of 60 lengths up to 100 kB"
+    first, second, _ = sorted(tmp_path.glob("answers*"))
+    assert first.name == "answers.00001.jsonl" and first.read_text() == '{"paid": 3}\n{"paid": 1}\n'
+    assert second.name == "answers.00003.jsonl"
+    assert (tmp_path / "answers.jsonl").read_text() == '{"paid": 3}\n{"paid": 0}\n'
+
+
 def test_without_a_cluster_the_way_out_is_named(tmp_path: Path) -> None:
     args = ["--config=configs/vau_r1_sft.py", f"--workdir={tmp_path}", "--distributed"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COORD")}

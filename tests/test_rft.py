@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from tests import reward_functions
 from tests.test_train import small
-from vau_jax import checkpoint, grpo, rollout, sharding, train, user_rewards
+from vau_jax import checkpoint, grpo, rollout, sharding, train
 from vau_jax.data import pipeline
 from vau_jax.difficulty import Difficulty
 from vau_jax.files import InputError
@@ -247,20 +247,6 @@ def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, cap
 
 
 @pytest.mark.parametrize(
-    ("path", "words"),
-    [
-        ("tests.reward_functions:missing", "has no attribute 'missing'"),
-        ("tests.no_such_module:f", "No module named"),
-        ("tests.reward_functions:NOT_A_FUNCTION", "is int, expected a function"),
-        ("just_a_name", "cannot be imported"),
-    ],
-)
-def test_a_users_reward_that_is_not_there_is_named(path: str, words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        user_rewards.load(path)
-
-
-@pytest.mark.parametrize(
     ("changed", "words"),
     [
         ({"grpo.loss_type": "ppo"}, "grpo.loss_type='ppo' is unknown: expected one of grpo"),
@@ -310,25 +296,6 @@ def test_the_readmes_reward_runs_from_the_command_line(model_folder: Path, datas
     assert done.returncode == 0, done.stderr[-2000:]
     step = read_metrics(tmp_path / "run")[0]
     assert -1 <= step["rewards/my_rewards:brief"] < 0
-
-
-def test_users_rewards_run_in_threads() -> None:
-    import threading
-
-    names = set()
-
-    def slow(completion: str, example: Any) -> float:
-        names.add(threading.current_thread().name)
-        barrier.wait(10)  # four at once, or it breaks
-        return 0.0
-
-    barrier = threading.Barrier(4)
-    rewards = user_rewards.UserRewards((), 4)
-    rewards.functions, rewards.names = [slow], ("slow",)
-    rewards.pool = user_rewards.ThreadPoolExecutor(4, thread_name_prefix="reward")
-    values, errors = rewards(["a"] * 8, [None] * 8)
-    assert errors == [None] * 8 and values.shape == (8, 1)
-    assert len(names) == 4
 
 
 def test_truncated_completions_leave_the_loss_but_not_the_baseline(scorer: tuple) -> None:

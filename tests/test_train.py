@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -13,7 +14,7 @@ from launch import sweep
 from vau_jax import checkpoint, evaluate, train
 from vau_jax.chips import Chip
 from vau_jax.files import LOCK, InputError, locked, read_json
-from vau_jax.metric_writer import MetricWriter, read_metrics
+from vau_jax.metric_writer import MetricWriter, RunLog, read_metrics
 from vau_jax.models import hf
 from vau_jax.vlm import VideoLM
 
@@ -117,6 +118,21 @@ def test_a_run_tells_where_its_time_goes(
     assert step["tokens_seen"] == pytest.approx(tokens + read_metrics(tmp_path)[1]["tokens_seen"])
     (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
     assert trace.stat().st_size > 1000
+
+
+def test_a_run_that_goes_on_among_the_steps_of_a_trace_leaves_its_part(tmp_path: Path) -> None:
+    """And one that is asked to end among them."""
+    c = small("vau_r1_sft", tmp_path, tmp_path)
+    c.steps, c.profile_steps = 9, (2, 5)
+    for name, steps in (("asked to end", (1, 2, 3)), ("goes on", (4, 5, 6))):
+        log = RunLog(c, tmp_path / name, steps[0] - 1)
+        for step in steps:
+            log.begin(step)
+            np.asarray(jax.numpy.ones(3) + step)
+            log.end(step, {"seconds/step": 0.1}, [], "")
+        log.close()
+        (trace,) = (tmp_path / name).glob("profile/plugins/profile/*/*.xplane.pb")
+        assert trace.stat().st_size > 1000
 
 
 def test_weights_and_biases_gets_what_the_metrics_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

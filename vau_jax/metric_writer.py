@@ -166,28 +166,35 @@ class RunLog:
 
     def __init__(self, config: ConfigDict, workdir: Path, done: int) -> None:
         self.config, self.workdir = config, workdir
-        self.programs = _programs()
+        self.programs, self.tracing = _programs(), False
         self.heartbeat = Heartbeat(workdir)
         first = processes.is_first()
         self.writer = MetricWriter(workdir, done, config.wandb) if first else None
         self.progress = Progress(config.stage, config.steps, start=done) if first else None
 
     def begin(self, step: int) -> None:
-        if step == self.config.profile_steps[0]:
+        first, last = self.config.profile_steps
+        if first and first <= step <= max(first, last) and not self.tracing:  # a run may be gone on with among these
             jax.profiler.start_trace(str(self.workdir / "profile"))
+            self.tracing = True
         self.programs.take()
 
     def end(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]], note: str) -> None:
-        first, last = self.config.profile_steps
-        if first and step == max(first, last):
-            jax.profiler.stop_trace()
+        if step == max(self.config.profile_steps):
+            self._end_trace()
         self.heartbeat.beat(step, metrics["seconds/step"])
         if self.writer and (step % self.config.log_every == 0 or step == self.config.steps):
             self.writer.write(step, metrics | memory() | self.programs.take(), samples)
         if self.progress:
             self.progress.show(step, note)
 
+    def _end_trace(self) -> None:
+        if self.tracing:
+            jax.profiler.stop_trace()
+            self.tracing = False
+
     def close(self) -> None:
+        self._end_trace()  # of a run that ends, or is asked to, before the last step of the trace
         if self.writer:
             self.writer.close()
 

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vau_jax import sharding
-from vau_jax.files import InputError, locked
+from vau_jax.files import InputError, locked, write_bytes
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
 START = 600  # seconds to wait for all processes at the start
@@ -98,6 +98,18 @@ def from_first(find: Callable[[], Any]) -> Any:
     if "error" in said:
         raise InputError(said["error"])
     return said["found"]
+
+
+def own_lines(path: Path) -> Path:
+    """A JSONL file that this process alone appends to, and that begins with the whole lines of all processes so far:
+    `path` of the first, with a number in its name of the others."""
+    own = path if is_first() else path.with_stem(f"{path.stem}.{jax.process_index():05d}")
+    files = sorted(path.parent.glob(f"{path.stem}*{path.suffix}"))
+    lines = dict.fromkeys(line for file in files for line in file.read_bytes().split(b"\n")[:-1])
+    meet("lines are read")
+    if lines:
+        write_bytes(own, b"".join(line + b"\n" for line in lines))
+    return own
 
 
 @contextmanager

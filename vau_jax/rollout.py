@@ -125,7 +125,7 @@ class Rollout:
                 f"rollout.num_generations={c.rollout.num_generations}: GRPO compares the completions of a prompt, so a "
                 "group needs at least 2"
             )
-        self.user = UserRewards(c.user_rewards, c.rollout.reward_threads)
+        self.user = UserRewards(c.user_rewards, c.rollout.reward_workers, c.rollout.reward_seconds)
         self.built_in = tuple(name for name, weight in c.rewards.items() if weight and name in REWARDS)
         if c.rewards.get("judge") and "description" not in c.data.tasks:
             raise InputError(

@@ -82,7 +82,7 @@ class Trainer:
         )
         # Unrolled layers pay in the update; in the sampler's loop their weights would be copied at every token.
         sampler = self.model.clone(unroll=1)
-        judged = workdir / "judge.jsonl" if workdir else None
+        judged = processes.own_lines(workdir / "judge.jsonl") if workdir and config.rewards.get("judge") else None
         self.rollout = Rollout(config, sampler, self.processor, self.rows, judged) if config.stage == "rft" else None
         trained, self.base = start.params, None
         if self.lora:
@@ -177,8 +177,10 @@ class Trainer:
         return step
 
     def close(self) -> None:
-        """Ends the threads that load data ahead."""
+        """Ends the threads that load data ahead, and the processes of users' rewards."""
         self.data.close()
+        if self.rollout:
+            self.rollout.user.close()
 
     # --- One step ---
 
@@ -378,7 +380,7 @@ def check(config: ConfigDict) -> None:
         "micro_batches": c.micro_batches,
         "grpo.iterations": c.grpo.iterations,
         "rollout.max_draws": c.rollout.max_draws,
-        "rollout.reward_threads": c.rollout.reward_threads,
+        "rollout.reward_workers": c.rollout.reward_workers,
         "data.difficulty.memory": c.data.difficulty.memory,
     }
     for name, value in counts.items():
@@ -528,6 +530,8 @@ MAY_CHANGE = (
     "data.workers",
     "data.video_seconds",
     "data.cache",
+    "rollout.reward_workers",
+    "rollout.reward_seconds",
     "judge.url",
     "judge.concurrency",
     "judge.seconds",

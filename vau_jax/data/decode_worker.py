@@ -8,10 +8,8 @@ it even inside a decoder; it is replaced when it has died, and after some thousa
 import json
 import math
 import os
-import queue
 import resource
 import signal
-import subprocess
 import sys
 from dataclasses import asdict
 from typing import Any, BinaryIO
@@ -21,20 +19,21 @@ import numpy as np
 from vau_jax.data import video
 from vau_jax.data.decoders import VideoError, short
 from vau_jax.data.video import Clip, Probe, VideoOptions
+from vau_jax.workers import Died, Pool, Worker
 
 VIDEOS_A_WORKER = 2000
 MEMORY = 4 * 2**30  # bytes of data that a worker may hold
 SECONDS = 120.0  # for one video
 
 
-class DecoderPool:
+class DecoderPool(Pool):
     """`video.read` and `video.probe` in at most `workers` processes; may be called from as many threads and more."""
 
     def __init__(self, workers: int, seconds: float = SECONDS, memory: int = MEMORY) -> None:
-        self.seconds, self.memory = seconds, memory
-        self.idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()  # None: one that is not started
-        for _ in range(workers):
-            self.idle.put(None)
+        self.seconds = seconds
+        one_core = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        module = "vau_jax.data.decode_worker"
+        super().__init__(workers, lambda: Worker(module, str(seconds), str(memory), **one_core), VIDEOS_A_WORKER)
 
     def read(self, path: str | os.PathLike, options: VideoOptions, factor: int, multiple: int) -> Clip:
         """As `video.read`; also raises VideoError where the decoder crashes or takes longer than `seconds`."""
@@ -45,72 +44,22 @@ class DecoderPool:
         return Probe(**self._ask(path, {})[0])
 
     def _ask(self, path: str | os.PathLike, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        worker = self.idle.get()
-        try:
-            if worker and (not worker.alive or worker.done >= VIDEOS_A_WORKER):
-                worker.stop()
-                worker = None
-            worker = worker or _Worker(self.seconds, self.memory)
-            return worker.ask({"path": os.fspath(path), **request})
-        finally:
-            self.idle.put(worker)
-
-    def close(self) -> None:
-        """Ends the processes that are idle."""
-        for _ in range(self.idle.qsize()):
-            if worker := self.idle.get():
-                worker.stop()
-            self.idle.put(None)
-
-
-class _Worker:
-    """One process, used by one thread at a time."""
-
-    def __init__(self, seconds: float, memory: int) -> None:
-        self.done, self.seconds = 0, seconds
-        command = [sys.executable, "-m", "vau_jax.data.decode_worker", str(seconds), str(memory)]
-        one_core = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(  # noqa: S603
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **one_core},
-            start_new_session=True,  # Ctrl-C is for the run, which then closes the worker's input
-        )
-
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         """The answer and the frames' bytes. Raises VideoError."""
-        answer, frames, size = None, b"", 0
         try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
-            answer = json.loads(self.process.stdout.readline() or b"null")
-            size = math.prod(answer["shape"]) if answer and "shape" in answer else 0
-            frames = self.process.stdout.read(size)
-        except (BrokenPipeError, json.JSONDecodeError):
-            answer = None
-        if answer is None or len(frames) != size:
-            raise self._death(request["path"])
-        self.done += 1
+            request = {"path": os.fspath(path), **request}
+            answer, frames = self.ask(request, follows=lambda answer: math.prod(answer.get("shape", (0,))))
+        except Died as death:
+            raise self._death(path, death.code) from death
         if "error" in answer:
             raise VideoError(answer["error"], answer["reason"])
         return answer, frames
 
-    def _death(self, path: str) -> VideoError:
-        """Why the process is no more."""
-        code = self.process.wait()
+    def _death(self, path: str | os.PathLike, code: int) -> Exception:
+        """What it means that a worker is no more."""
         if code == -signal.SIGALRM:
             return VideoError(f"decoding {path} took longer than {self.seconds:g} s", "timeout")
         if code > 0:
-            raise RuntimeError(f"a decoder process could not start or failed (exit code {code}): see its message above")
+            return RuntimeError(f"a decoder process did not start, or failed (exit code {code}): see its message above")
         return VideoError(f"the decoder crashed on {path} (signal {-code})", "crashed")
 
 

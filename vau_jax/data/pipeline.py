@@ -19,12 +19,11 @@ from ml_collections import ConfigDict
 
 from vau_jax import parsing
 from vau_jax.data import annotations, prompts, video
-from vau_jax.data.annotations import Row
 from vau_jax.data.decode_worker import DecoderPool
 from vau_jax.data.decoders import VideoError
+from vau_jax.data.example import Example
 from vau_jax.data.frame_cache import FrameCache
 from vau_jax.data.processor import Encoded, Processor, Shape, batch_shape, collate
-from vau_jax.data.prompts import Reflection
 from vau_jax.data.video import Clip, VideoOptions
 from vau_jax.files import InputError
 from vau_jax.types import Batch, Completions, Target
@@ -32,26 +31,6 @@ from vau_jax.types import Batch, Completions, Target
 GREY = 128
 EPOCHS = 10**9  # without end; grain fails on batches of one from a truly endless source
 EASY, HARD = "easy", "hard"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One question about one video."""
-
-    row: Row
-    task: str
-    path: Path
-    reflection: Reflection | None = None
-    rotation: int = 0  # places that the options are moved by, after they are shuffled
-
-    @property
-    def name(self) -> str:
-        return f"{self.row.video}/{self.task}" + (f"/{self.rotation}" if self.rotation else "")
-
-    @property
-    def kind(self) -> str:
-        """What it has in common with others."""
-        return f"{self.task}/{self.row.anomaly_class}"
 
 
 class Prompt(NamedTuple):

@@ -1,0 +1,42 @@
+"""A program for a test: what the processes of a run tell each other; each prints what it was told."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from vau_jax import processes
+from vau_jax.files import InputError
+from vau_jax.metric_writer import Programs
+
+
+def refuse() -> None:
+    raise InputError("the first says no")
+
+
+def main() -> None:
+    processes.start()
+    folder, number = Path(sys.argv[1]), jax.process_index()
+    told = {"found": processes.from_first(lambda: {"process": number})}
+    try:
+        processes.from_first(refuse if number == 0 else dict)
+    except InputError as error:
+        told["error"] = str(error)
+    with processes.alone_in(folder):
+        try:
+            with processes.alone_in(folder):
+                raise AssertionError("two runs are in the folder")
+        except InputError as error:
+            told["held"] = str(error)
+    with processes.own_lines(folder / "answers.jsonl").open("a") as file:
+        file.write(json.dumps({"paid": number}) + "\n")
+    programs = Programs()
+    for length in range(0, 100_000, 1_700):
+        texts = processes.exchange("x" * (length + number))
+        assert [len(text) for text in texts] == [length, length + 1]
+    print("told", json.dumps(told | {"programs": programs.count}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
