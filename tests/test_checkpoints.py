@@ -94,10 +94,13 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew_by_itself(tmp_path
     assert checkpoint.steps(tmp_path) == [2, 4]
 
 
-def test_a_step_whose_checksums_a_kill_has_prevented_is_read_and_errors_say_so(tmp_path: Path) -> None:
+def test_a_step_whose_checksums_a_kill_has_prevented_is_read_and_errors_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = saved(tmp_path, 2)
     (folder / checksums.NOTE).unlink()
     assert checkpoint.Checkpoints(tmp_path).latest() == 2
+    assert "step 2 has no checksums" in capsys.readouterr().out
     assert set(checkpoint.restore_params(folder)["w"]) == {2.0}
     (folder / "state" / "_METADATA").unlink()
     with pytest.raises(InputError, match=r"cannot read the checkpoint .*/2 \(.*no other step of the run is whole"):

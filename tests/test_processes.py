@@ -172,6 +172,7 @@ def test_what_two_processes_tell_each_other(tmp_path: Path) -> None:
         told = json.loads(re.search(rf"^\[{number}\] told (.*)$", done.stdout, re.MULTILINE)[1])
         assert told["found"] == {"process": 0} and told["error"] == "the first says no"
         assert re.match(rf"{tmp_path} is in use by process \d+ on .* since ", told["held"])
+        assert told["damage"] == ["", "4 differs from what was written, 5 cannot be read"]
         assert told["programs"] <= 12, "texts of 60 lengths up to 100 kB"
     first, second, _ = sorted(tmp_path.glob("answers*"))
     assert first.name == "answers.00001.jsonl" and first.read_text() == '{"paid": 3}\n{"paid": 1}\n'

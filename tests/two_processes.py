@@ -6,13 +6,30 @@ from pathlib import Path
 
 import jax
 
-from vau_jax import processes
+from vau_jax import checksums, processes
 from vau_jax.files import InputError
 from vau_jax.metric_writer import Programs
 
 
 def refuse() -> None:
     raise InputError("the first says no")
+
+
+def damaged(folder: Path) -> list[str]:
+    """What both find wrong with a folder of seven files: before and after one of them is changed."""
+    if processes.is_first():
+        folder.mkdir()
+        for number in range(7):
+            (folder / str(number)).write_text("as it was" * number)
+    processes.meet("written")
+    checksums.write(folder)
+    processes.meet("noted")
+    found = [checksums.damage(folder, together=True)]
+    if processes.is_first():
+        (folder / "4").write_text("otherwise")
+        (folder / "5").unlink()
+    processes.meet("changed")
+    return [*found, checksums.damage(folder, together=True)]
 
 
 def main() -> None:
@@ -31,6 +48,7 @@ def main() -> None:
             told["held"] = str(error)
     with processes.own_lines(folder / "answers.jsonl").open("a") as file:
         file.write(json.dumps({"paid": number}) + "\n")
+    told["damage"] = damaged(folder / "checkpoint")
     programs = Programs()
     for length in range(0, 100_000, 1_700):
         texts = processes.exchange("x" * (length + number))

@@ -72,8 +72,8 @@ class Checkpoints:
             skip = None if newest is None else STATE
             if problem := checksums.damage(self.folder / str(step), skip, together=True):
                 damaged[step] = problem
-            else:
-                newest = newest or step
+            elif newest is None:
+                newest = step
         if damaged and newest is None:
             told = ", ".join(f"step {step} ({problem})" for step, problem in damaged.items())
             raise InputError(
@@ -88,6 +88,8 @@ class Checkpoints:
                     flush=True,
                 )
         processes.meet("damaged checkpoints are put away")
+        if newest and processes.is_first() and not (self.folder / str(newest) / checksums.NOTE).exists():
+            print(f"warning: the checkpoint of step {newest} has no checksums to be checked by", flush=True)
 
     def _put_away(self, step: int) -> None:
         target = self.workdir / DAMAGED / str(step)
@@ -202,8 +204,9 @@ class Source(NamedTuple):
 class Adapter(NamedTuple):
     """What a run with LoRA trains: its checkpoints hold the adapters alone."""
 
-    base: Source  # of the other parameters
+    base: str  # model folder or checkpoint that the other parameters come from
     lora: LoRA
+    files: dict[str, str]  # what it held then, as in Source
 
 
 class Found(NamedTuple):
@@ -254,7 +257,7 @@ def check_source(source: Source, user: str | os.PathLike) -> None:
 
 def write_adapter(workdir: str | os.PathLike, adapter: Adapter) -> None:
     """Notes in a run's workdir that its checkpoints hold adapters, and for what."""
-    note = {"base": adapter.base.path, "files": adapter.base.files, "lora": vars(adapter.lora)}
+    note = {"base": adapter.base, "files": adapter.files, "lora": vars(adapter.lora)}
     write_text(Path(workdir) / ADAPTER, json.dumps(note, indent=1))
 
 
@@ -263,7 +266,7 @@ def _adapter(workdir: Path) -> Adapter | None:
         return None
     raw = read_json(workdir / ADAPTER)
     kind = LoRA(**{**raw["lora"], "targets": tuple(raw["lora"]["targets"])})
-    return Adapter(Source(raw["base"], raw.get("files", {})), kind)
+    return Adapter(raw["base"], kind, raw.get("files", {}))
 
 
 def need(source: Source, workdir: str | os.PathLike) -> None:

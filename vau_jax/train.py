@@ -511,7 +511,7 @@ def _describe(trainer: Trainer, workdir: Path, source: checkpoint.Source) -> Non
     if motion := trainer.processor.config.vision.motion:
         motion_prompt.write_file(workdir / checkpoint.MODEL_FOLDER, motion, trainer.state.params["motion_prompt"])
     if trainer.lora:
-        checkpoint.write_adapter(workdir, checkpoint.Adapter(source, trainer.lora))
+        checkpoint.write_adapter(workdir, checkpoint.Adapter(source.path, trainer.lora, source.files))
     checkpoint.need(source, workdir)
     write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
     write_text(workdir / "about.json", json.dumps(about(), indent=1))

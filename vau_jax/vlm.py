@@ -88,8 +88,9 @@ class VideoLM:
     def _open(cls, path: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | None) -> "VideoLM":
         found = checkpoint.find_model(path)
         if found.adapter is not None:  # the checkpoint holds adapters alone: the rest is where the run began
-            checkpoint.check_source(found.adapter.base, found.folder.parent)
-            base = cls._open(found.adapter.base.path, dtype, mesh).merged()
+            source = checkpoint.Source(found.adapter.base, found.adapter.files)
+            checkpoint.check_source(source, found.folder.parent)
+            base = cls._open(source.path, dtype, mesh).merged()
             flat = hf.flatten(checkpoint.restore_params(found.step_folder))
             base = base._in_form(model_config.read_motion(found.folder))
             return base._with_adapters(found.adapter.lora, flat, mesh)
