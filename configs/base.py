@@ -102,7 +102,7 @@ def get_config() -> ConfigDict:
     c.rollout.temperature = 1.0  # of sampling and scoring alike
     c.rollout.top_p = 1.0  # mass of the likeliest tokens kept; below 1 what is sampled is no longer what is scored
     c.rollout.top_k = 0  # number of the likeliest tokens kept, likewise; 0: all
-    c.rollout.min_new_tokens = 0  # no completion ends before
+    c.rollout.min_new_tokens = 0  # no completion ends before; end tokens are left out as by top_p
     c.rollout.max_draws = 1  # above 1, groups with equal rewards are replaced, in so many draws of a batch at most
     c.rollout.reward_workers = 4  # processes that call user_rewards
     c.rollout.reward_seconds = 60.0  # for one number; longer is a failure of that completion
@@ -129,7 +129,7 @@ def get_config() -> ConfigDict:
     c.grpo.epsilon_high = 0.2  # and above 1 + this; for cispo the cap itself
     c.grpo.delta = 0.0  # most ratio in the unclipped branch (dual clip); 0: none
     c.grpo.entropy_bonus = 0.0  # times the mean entropy of tokens, taken off the loss
-    c.grpo.importance = "auto"  # weigh tokens by policy / sampler: always, never, auto (where top_p or top_k filter)
+    c.grpo.importance = "auto"  # tokens weighed by policy / sampler: always, never, auto (top_p, top_k, min_new_tokens)
     c.grpo.importance_cap = 2.0  # most of that weight
     c.grpo.mask_truncated = False  # leave completions without an end token out of the loss (they stay in the baseline)
     c.grpo.overlong_buffer = 0  # tokens before the limit in which a penalty grows from 0 to 1 (DAPO); 0: none

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import base
 from tests import reward_functions
+from tests.oracle import ask
 from tests.test_train import small
 from vau_jax import checkpoint, grpo, rollout, sharding, train
 from vau_jax.data import pipeline
@@ -24,7 +26,7 @@ from vau_jax.files import InputError
 from vau_jax.metric_writer import read_metrics
 from vau_jax.models import vision
 from vau_jax.types import Completions, Features, Sampled, TrainBatch
-from vau_jax.vlm import decode_text
+from vau_jax.vlm import VideoLM, decode_text
 
 ROOT = Path(__file__).parents[1]
 REWARD = "tests.reward_functions:{}"
@@ -222,9 +224,9 @@ def completions(r: rollout.Rollout, draw: rollout.Draw) -> Completions:
     return r.completions(rollout.Chosen(draw, None, draw.sampled, []))
 
 
-def loss_inputs(r: rollout.Rollout, draw: rollout.Draw, ref: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def loss_inputs(r: rollout.Rollout, draw: rollout.Draw, kl: np.ndarray | None = None) -> dict[str, np.ndarray]:
     chosen = rollout.Chosen(draw, None, draw.sampled, [])
-    return r.loss_inputs(chosen, completions(r, draw).mask, ref)[0]
+    return r.loss_inputs(chosen, completions(r, draw).mask, kl)[0]
 
 
 def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, capsys: pytest.CaptureFixture) -> None:
@@ -320,14 +322,26 @@ def test_long_completions_are_penalised_in_tokens(scorer: tuple) -> None:
 
 
 def test_kl_in_the_reward(scorer: tuple) -> None:
-    """Beta times the sum of a completion's k1 is taken off its reward."""
+    """Beta times the sum of a completion's KL is taken off its reward."""
     texts = [("abcdefgh" * 3)[: 4 + i] for i in range(16)]
-    r, draw = judged(scorer, texts, **{"grpo.kl_in": "reward", "grpo.kl": "k1", "grpo.beta": 0.5})
+    r, draw = judged(scorer, texts, **{"grpo.kl_in": "reward", "grpo.beta": 0.5})
     mask = completions(r, draw).mask
-    ref = np.random.default_rng(0).normal(-1.0, 0.3, mask.shape).astype(np.float32)
-    kl = np.where(mask, -1.0 - ref, 0).sum(-1).reshape(-1)
-    expected = grpo.group_advantages(draw.total - 0.5 * kl, 4)
-    np.testing.assert_allclose(loss_inputs(r, draw, ref)["advantages"].reshape(-1), expected, atol=1e-5)
+    kl = np.random.default_rng(0).normal(0.0, 0.3, mask.shape).astype(np.float32)
+    expected = grpo.group_advantages(draw.total - 0.5 * np.where(mask, kl, 0).sum(-1).reshape(-1), 4)
+    np.testing.assert_allclose(loss_inputs(r, draw, kl)["advantages"].reshape(-1), expected, atol=1e-5)
+
+
+def test_a_policy_that_is_its_reference_pays_no_kl_in_the_reward(model_folder: Path, dataset: Path) -> None:
+    """However its tokens are drawn. A random model's rewards are all 0, so that advantages would come from the KL."""
+    filters = {"rollout.top_k": 5, "rollout.top_p": 0.9, "rollout.min_new_tokens": 12}
+    changed = {"user_rewards": (), "grpo.kl_in": "reward", "grpo.kl": "k1", **filters}
+    t = train.Trainer(config(model_folder, dataset, **changed))
+    batch, metrics, _ = t._rollout(next(t.data), 0, train._Clock())
+    assert metrics["reward"] == metrics["reward_std"] == 0
+    ref, sampler = (np.asarray(batch.loss_inputs[name]) for name in ("ref_logps", "sampler_logps"))
+    drawn = np.asarray(batch.loss_inputs["mask"])
+    assert np.abs(sampler - ref)[drawn].max() > 0.5, "the sampler's distribution is another"
+    assert not np.asarray(batch.loss_inputs["advantages"]).any()
 
 
 def test_completions_are_cut_to_few_lengths(scorer: tuple) -> None:
@@ -347,6 +361,26 @@ def test_filtered_sampling_is_corrected(importance: str, top_p: float, cap: floa
     c = scorer[2].copy_and_resolve_references()
     c.grpo.importance, c.rollout.top_p = importance, top_p
     assert train.update.loss_settings(c).importance_cap == cap
+
+
+NOT_OF_SAMPLING = {"num_generations", "max_draws", "reward_threads"}
+SAMPLING = {"temperature": 0.6, "top_p": 0.8, "top_k": 3, "min_new_tokens": 12}
+
+
+@pytest.mark.parametrize("name", sorted(set(base.get_config().rollout) - NOT_OF_SAMPLING))
+def test_tokens_are_weighed_where_they_are_not_drawn_as_they_are_scored(
+    name: str, model_folder: Path, dataset: Path
+) -> None:
+    """Each field of config.rollout that the sampler reads, one at a time."""
+    c = config(model_folder, dataset, **{f"rollout.{name}": SAMPLING[name], "data.max_completion_tokens": 16})
+    vlm = VideoLM.load(model_folder)
+    batch = vlm.encode([ask(text="fire")])
+    r = rollout.Rollout(c, vlm.model, vlm.processor, None)
+    out = r.sample(vlm.variables, batch, jax.random.key(0))
+    given = Completions(out.tokens, out.mask)
+    scored, _ = train.update.policy_logps(vlm.variables, batch, given, vlm.model, c.rollout.temperature)
+    gap = np.abs(np.where(out.mask, out.logps - scored, 0)).max()
+    assert (gap > 1e-3) == (train.update.loss_settings(c).importance_cap > 0), gap
 
 
 # --- Dynamic sampling ---------------------------------------------------------------------------------------------

@@ -248,24 +248,23 @@ class Rollout:
         return np.asarray(found, np.float32).reshape(-1, g)
 
     def loss_inputs(
-        self, chosen: Chosen, mask: np.ndarray, ref_logps: np.ndarray | None = None
+        self, chosen: Chosen, mask: np.ndarray, kl: np.ndarray | None = None
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """What grpo.loss reads, but for old and reference log-probabilities, for completions with `mask` [b, G, C] in
         this process's rows; and the advantages of the whole batch [B, G].
 
-        `ref_logps` [b, G, C] of the reference policy are given when the KL is part of the reward.
+        `kl` [b, G, C] of each token is given when it is part of the reward.
         """
-        outcome, logps, kl = chosen.outcome, chosen.sampled.logps[..., : mask.shape[2]], None
-        if ref_logps is not None:
-            kl = np.where(mask, grpo.kl_divergence(logps, ref_logps, self.config.grpo.kl), 0.0).sum(-1)
-            kl = np.asarray(self.rows.gather(kl.tolist()))
+        outcome = chosen.outcome
+        if kl is not None:
+            kl = np.asarray(self.rows.gather(np.where(mask, kl, 0.0).sum(-1).tolist()))
         advantages = self.advantages(outcome, kl)
         trained = outcome.counts & outcome.ended if self.config.grpo.mask_truncated else outcome.counts
         trained = self.rows.own(trained.reshape(advantages.shape))
         inputs = {
             "mask": mask & trained[..., None],
             "advantages": self.rows.own(advantages),
-            "sampler_logps": logps,
+            "sampler_logps": chosen.sampled.logps[..., : mask.shape[2]],
         }
         return inputs, advantages
 

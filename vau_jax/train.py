@@ -262,9 +262,8 @@ class Trainer:
             completions = self.rollout.completions(chosen)
             placed = self.rows.put(completions)
             scored = self._scored(chosen.batch, placed)
-            in_reward = self.config.grpo.kl_in == "reward" and "ref_logps" in scored
-            ref_logps = self.rows.fetch(scored["ref_logps"]) if in_reward else None
-            inputs, advantages = self.rollout.loss_inputs(chosen, completions.mask, ref_logps)
+            kl = self._kl_in_reward(chosen.batch, placed, scored)
+            inputs, advantages = self.rollout.loss_inputs(chosen, completions.mask, kl)
         samples = [{**record, "advantage": float(a)} for record, a in zip(chosen.first, advantages[0], strict=True)]
         return TrainBatch(chosen.batch, placed, {**self.rows.put(inputs), **scored}), metrics, samples
 
@@ -323,6 +322,17 @@ class Trainer:
         if c.iterations > 1:
             scored["old_logps"] = self.score(self.variables, batch, completions)[0]
         return scored
+
+    def _kl_in_reward(self, batch: Batch, completions: Completions, scored: dict[str, jax.Array]) -> np.ndarray | None:
+        """Where the KL is part of the reward, that of each token, float32 [b, G, C] of this process's rows. Both sides
+        are scored alike: the sampler's log-probabilities can be those of another distribution (see sampling.py), and
+        are rounded otherwise."""
+        c = self.config.grpo
+        if c.kl_in != "reward" or not c.beta:
+            return None
+        own = scored["old_logps"] if "old_logps" in scored else self.score(self.variables, batch, completions)[0]
+        own, reference = self.rows.fetch(own), self.rows.fetch(scored["ref_logps"])
+        return np.asarray(grpo.kl_divergence(own, reference, c.kl))
 
     def _follow_reference(self, number: int) -> None:
         """Moves the reference to (a mix with) the policy, every grpo.reference_every steps."""

@@ -117,8 +117,8 @@ def make(
 def loss_settings(config: ConfigDict) -> Any:
     """What the loss reads: config.grpo with the completion length, the group size, and the cap of the correction."""
     grpo_config, c = config.grpo, config.rollout
-    filtered = c.top_p < 1 or c.top_k > 0
-    corrected = grpo_config.importance == "always" or (grpo_config.importance == "auto" and filtered)
+    restricted = c.top_p < 1 or c.top_k > 0 or c.min_new_tokens > 0  # the sampler alone leaves tokens out
+    corrected = grpo_config.importance == "always" or (grpo_config.importance == "auto" and restricted)
     return ConfigDict(
         {
             **grpo_config,
