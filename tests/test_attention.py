@@ -73,6 +73,26 @@ def test_the_tpu_kernel_interpreted(rng: np.random.Generator, left: bool) -> Non
         np.testing.assert_allclose(np.asarray(a)[keep], np.asarray(b)[keep], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion", "generations"), [(4096, 1024, 40), (4096, 512, 0), (300, 1, 500)], ids=str
+)
+def test_the_tpu_kernels_mask_of_a_long_sequence(prompt: int, completion: int, generations: int) -> None:
+    """Of its first, middle and last rows, as written out; sequences are padded to the kernel's blocks."""
+    length = -(-(prompt + completion * generations) // 128) * 128
+    mask = attention.SharedPrefixMask(length, prompt, completion)
+    row = np.arange(length)
+    segment = np.where(row < prompt, -1, (row - prompt) // completion)
+    for first in (0, length // 2, length - 256):
+        some = slice(first, first + 256)
+        expected = (row[some, None] >= row) & ((segment == -1) | (segment[some, None] == segment))
+        np.testing.assert_array_equal(mask[some, :], expected)
+
+
+def test_a_sequence_that_the_tpu_kernel_cannot_number_is_refused() -> None:
+    with pytest.raises(InputError, match="at most 1048576 tokens and 2047 completions"):
+        attention.SharedPrefixMask(8192, 1024, 1)
+
+
 @pytest.mark.parametrize("most", [T * 7, 2 * C * (T + C), 50], ids=["queries", "groups", "one by one"])
 def test_pieces_equal_the_whole(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Values and gradients, however few scores may exist at a time."""

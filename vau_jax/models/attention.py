@@ -250,24 +250,31 @@ def _with_completions(
 class SharedPrefixMask(splash_mask._ComputableMask):
     """The mask of a packed sequence for the TPU kernel, computed block by block: never [S, S] in memory.
 
-    A query is one number, (start of its completion << 16) + row: it sees keys up to its row that lie in the prompt or
-    from its completion's start on. `length` is that of the sequence, up to 32,767; `prompt` and `completion` are T, C.
+    A query is one int32, its row and above that the number of its completion, from 1 on (0: the prompt). It sees keys
+    up to its row that lie in the prompt or from its completion's start on. `length` is that of the sequence; `prompt`
+    and `completion` are T, C.
     """
 
+    ROW_BITS = 20
+    MOST_ROWS, MOST_COMPLETIONS = 1 << ROW_BITS, (1 << 31 - ROW_BITS) - 1
+
     def __init__(self, length: int, prompt: int, completion: int) -> None:
-        if length >= 1 << 15:
+        each = max(1, completion)
+        rows = np.arange(length, dtype=np.int32)
+        number = np.where(rows < prompt, 0, (rows - prompt) // each + 1)
+        if length > self.MOST_ROWS or number.max() > self.MOST_COMPLETIONS:
             raise InputError(
-                f"a packed sequence of {length} tokens is too long for the TPU kernel: at most {(1 << 15) - 1}"
+                f"a packed sequence of {length} tokens in completions of {completion} is too long for the TPU kernel: "
+                f"at most {self.MOST_ROWS} tokens and {self.MOST_COMPLETIONS} completions; set config.attention=jnp"
             )
 
         def visible(q: Any, kv: Any) -> Any:
-            return (kv <= (q & 0xFFFF)) & ((kv < prompt) | (kv >= (q >> 16)))
+            start = prompt - each + each * (q >> self.ROW_BITS)  # of the completion; for the prompt at most its end
+            return (kv <= (q & self.MOST_ROWS - 1)) & ((kv < prompt) | (kv >= start))
 
         super().__init__((length, length), visible)
         self.layout = (length, prompt, completion)
-        rows, each = np.arange(length, dtype=np.int32), max(1, completion)
-        start = np.where(rows < prompt, 0, prompt + (rows - prompt) // each * each)
-        self.q_sequence = ((start << 16) + rows).astype(np.int32)
+        self.q_sequence = ((number << self.ROW_BITS) + rows).astype(np.int32)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SharedPrefixMask) and self.layout == other.layout
