@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     c.data.protocol = "clean"  # clean: dirt mended; paper: as the published denominators
     c.data.tasks = ("qa", "grounding", "classification")  # what is asked of each video; also: description
     c.data.task_weights = ConfigDict({task: 1.0 for task in parsing.TASKS})  # share in the mix
-    c.data.style = "think"  # completions: direct, think, two_pass (think, draft, think again), or reflection
+    c.data.style = "think"  # completions: direct (not in rft), think, two_pass (think, draft, think again), reflection
     c.data.wording = "full"  # prompts: full says the grammar, short asks only
     c.data.templates = ""  # JSON with prompts in your words, see data_prep/README.md
     c.data.max_examples = 0  # use only the first so many (video, task) pairs; 0: all
@@ -99,7 +99,7 @@ def get_config() -> ConfigDict:
 
     c.rollout = ConfigDict()  # rft only
     c.rollout.num_generations = 4  # completions a prompt (G)
-    c.rollout.temperature = 1.0  # of sampling and scoring alike
+    c.rollout.temperature = 1.0  # of sampling and scoring alike; at least 0.01
     c.rollout.top_p = 1.0  # mass of the likeliest tokens kept; below 1 what is sampled is no longer what is scored
     c.rollout.top_k = 0  # number of the likeliest tokens kept, likewise; 0: all
     c.rollout.min_new_tokens = 0  # no completion ends before; end tokens are left out as by top_p

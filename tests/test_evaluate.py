@@ -163,10 +163,17 @@ def test_grounding_has_frame_level_scores(loaded: dict[str, pipeline.Loaded]) ->
 
 @pytest.mark.parametrize(
     ("changed", "words"),
-    [({"samples": 2}, "set temperature above 0"), ({"samples": 0}, "at least 1"), ({"rotations": 5}, "1 to 4")],
+    [
+        ({"samples": 2}, "set temperature above 0"),
+        ({"samples": 0}, "at least 1"),
+        ({"rotations": 5}, "1 to 4"),
+        ({"temperature": -0.5}, "temperature=-0.5: expected at least 0.01"),
+        ({"data": {"max_completion_tokens": 0}}, "max_new_tokens=0: expected at least 1"),
+    ],
+    ids=str,
 )
 def test_settings_that_cannot_be_are_said(
-    changed: dict[str, int], words: str, model_folder: Path, dataset: Path, tmp_path: Path
+    changed: dict[str, Any], words: str, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
     c = small("eval", model_folder, dataset, "test")
     c.update(changed)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -253,20 +254,69 @@ def test_one_program_a_bucket(vlm: VideoLM, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"temperature": -1},
+        {"temperature": -1.0},
+        {"temperature": 1e-6},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
         {"top_p": 0.0},
+        {"top_p": 1.5},
         {"top_k": -1},
         {"max_new_tokens": 0},
+        {"min_new_tokens": -1},
         {"min_new_tokens": 9, "max_new_tokens": 8},
+        {"num_generations": 0},
     ],
     ids=str,
 )
 def test_impossible_options_are_named(vlm: VideoLM, batch: Batch, options: dict) -> None:
     name = next(iter(options))
-    with pytest.raises(InputError, match=f"{name}.* found {options[name]}"):
+    with pytest.raises(InputError, match=f"^{name}={options[name]}: expected"):
         vlm.generate(batch, **options)
 
 
 def test_an_empty_stop_string_is_refused(vlm: VideoLM, batch: Batch) -> None:
     with pytest.raises(InputError, match="empty"):
         vlm.generate(batch, stop_strings=[""])
+
+
+def few_of_many(vocabulary: int, kept: int, seed: int) -> np.ndarray:
+    """Logits [vocabulary] of which `kept`, at random places, are above -inf."""
+    rng = np.random.default_rng(seed)
+    scores = np.full(vocabulary, -np.inf, np.float32)
+    scores[rng.choice(vocabulary, kept, replace=False)] = rng.normal(0, 2, kept)
+    return scores
+
+
+@pytest.mark.parametrize(("vocabulary", "kept"), [(151936, 50), (1000, 300), (100, 1)])
+def test_no_random_number_draws_an_impossible_token(vocabulary: int, kept: int) -> None:
+    """Least and largest numbers, and those at each step of the distribution function, in the choice of the block and
+    inside it: sums of float32 do not grow evenly."""
+    invert = jax.jit(lambda scores, chance: jax.lax.map(lambda c: sampling.invert(scores, c), chance))
+    edges = np.float32([0, 1e-30, 2**-24, 0.5, 1 - 2**-24, 1])
+    for seed in range(5):
+        scores = few_of_many(vocabulary, kept, seed)
+        blocks = np.exp(np.pad(scores, (0, -vocabulary % 128), constant_values=-np.inf)).reshape(-1, 128)
+        inside = blocks[blocks.sum(1) > 0]
+        steps = jnp.cumsum(blocks.sum(1)), *jnp.cumsum(inside, axis=1)
+        steps = np.concatenate([edges, *(np.asarray(x / x[-1]) for x in steps)])
+        shares = np.unique([steps, *(np.nextafter(steps, np.float32(at)) for at in (0, 1))])
+        shares = np.resize(shares, -(-len(shares) // 1024) * 1024)  # one program
+        chance = np.stack([shares, np.random.default_rng(seed).permutation(shares)], axis=-1)
+        assert np.isfinite(scores[invert(scores, chance)]).all()
+
+
+def test_the_least_random_number_draws_no_token_that_is_all_but_impossible() -> None:
+    """The first random number of this key is 0, at which the distribution function of a first block of probability
+    1e-26 begins."""
+    key = jax.random.key(780233)
+    assert jax.random.uniform(key, (2,))[0] == 0
+    scores = np.where(np.arange(1000) < sampling.DRAW_BLOCK, -60.0, 0.0).astype(np.float32)
+    assert sampling.draw(key, scores) >= sampling.DRAW_BLOCK
+
+
+@pytest.mark.parametrize("top_p", [1e-30, 1e-9, 0.5, 1 - 2**-24, 1])
+def test_the_best_token_is_always_kept(top_p: float) -> None:
+    """Also of many that are alike, one of which has more than top_p alone."""
+    for scores in (np.zeros(1000, np.float32), few_of_many(1000, 1, 0), few_of_many(1000, 900, 0)):
+        kept = np.asarray(sampling.restrict(scores, top_p, 0))
+        assert np.isfinite(kept[scores.argmax()]) and not np.isnan(kept).any()

@@ -257,7 +257,22 @@ def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, cap
         ({"grpo.iterations": 0}, "grpo.iterations=0: expected at least 1"),
         ({"micro_batches": 3}, "micro_batches=3 does not divide batch_size=4"),
         ({"user_rewards": ("tests.reward_functions:vowels", 1.0)}, "expected pairs"),
-        ({"rollout.num_generations": 1}, "num_generations=1"),
+        ({"rollout.num_generations": 1}, "rollout.num_generations=1: expected at least 2"),
+        ({"rollout.temperature": 0.0}, "rollout.temperature=0.0: expected at least 0.01"),
+        ({"rollout.temperature": math.nan}, "rollout.temperature=nan: expected"),
+        ({"rollout.top_p": 0.0}, "rollout.top_p=0.0: expected from 1e-06 to 1.0"),
+        ({"rollout.top_k": -1}, "rollout.top_k=-1: expected at least 0"),
+        ({"rollout.min_new_tokens": 17}, "rollout.min_new_tokens=17: expected from 0 to 16"),
+        ({"data.max_completion_tokens": 0}, "data.max_completion_tokens=0: expected at least 1"),
+        ({"grpo.beta": -0.1}, "grpo.beta=-0.1: expected at least 0"),
+        ({"grpo.importance_cap": 0.0}, "grpo.importance_cap=0.0: expected at least 1"),
+        ({"grpo.reference_mix": 1.5}, "grpo.reference_mix=1.5: expected from 0 to 1"),
+        ({"grpo.overlong_buffer": 17}, "grpo.overlong_buffer=17: expected from 0 to 16"),
+        ({"data.style": "direct"}, "data.style=direct earns nothing of rewards.accuracy=1.0, rewards.format=1.0"),
+        (
+            {"user_rewards": (), "rewards.format": 0.0, "rewards.accuracy": 0.0, "rewards.tiou": 0.0},
+            "no reward has a weight",
+        ),
     ],
     ids=str,
 )
@@ -266,6 +281,11 @@ def test_a_setting_that_cannot_be_is_named(
 ) -> None:
     with pytest.raises(InputError, match=re.escape(words)):
         train.Trainer(config(model_folder, dataset, **changed))
+
+
+def test_direct_answers_may_earn_a_users_reward(model_folder: Path, dataset: Path) -> None:
+    off = {"rewards.format": 0.0, "rewards.accuracy": 0.0, "rewards.tiou": 0.0}
+    train.check(config(model_folder, dataset, **{"data.style": "direct", **off}))
 
 
 def test_the_readmes_reward_runs_from_the_command_line(model_folder: Path, dataset: Path, tmp_path: Path) -> None:

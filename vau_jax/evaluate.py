@@ -73,6 +73,7 @@ def check(config: ConfigDict) -> None:
         raise InputError("an evaluation is one process's, on its host's devices: leave out --distributed (ALONE=1)")
     if config.samples > 1 and config.temperature == 0:
         raise InputError(f"samples={config.samples} at temperature=0 would all be alike: set temperature above 0")
+    sampling.check(max_new_tokens=config.data.max_completion_tokens, temperature=config.temperature or 1.0)
 
 
 def _fingerprint(config: ConfigDict) -> str:

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -19,6 +20,13 @@ LOCK = ".lock"  # in a folder that is held: who holds it
 
 class InputError(ValueError):
     """A mistake in what the user gave: its message says the value, what was expected, and the way out."""
+
+
+def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """Raises InputError for a number that is not finite, or not from `least` to `most`."""
+    if not (math.isfinite(value) and least <= value <= most):
+        expected = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise InputError(f"{name}={value}: expected {expected}")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -120,11 +120,6 @@ class Rollout:
                 f"rewards {', '.join(unknown)} are unknown: expected some of {', '.join(REWARDS)}, judge; a function "
                 "of your own goes into config.user_rewards"
             )
-        if c.rollout.num_generations < 2:
-            raise InputError(
-                f"rollout.num_generations={c.rollout.num_generations}: GRPO compares the completions of a prompt, so a "
-                "group needs at least 2"
-            )
         self.user = UserRewards(c.user_rewards, c.rollout.reward_workers, c.rollout.reward_seconds)
         self.built_in = tuple(name for name, weight in c.rewards.items() if weight and name in REWARDS)
         if c.rewards.get("judge") and "description" not in c.data.tasks:

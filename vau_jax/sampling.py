@@ -17,13 +17,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from vau_jax import logprobs, sharding
+from vau_jax.files import check_range
 from vau_jax.models import qwen_vl
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.types import Array, Batch, KVCache, Sampled, Variables
 
 DRAW_BLOCK = 128  # tokens
+UNIFORM_STEP = 2.0**-23  # between the random numbers of float32
 FIRST_CACHE = 128  # completion tokens that the cache has room for at first
 WATCH_EVERY = 8  # tokens
+LEAST_TEMPERATURE, LEAST_TOP_P = 0.01, 1e-6  # below, logits leave the range of float32, and masses its resolution
 SHRINK = 4  # the batch is made smaller when its rows are this many times those that it needs
 
 
@@ -78,6 +81,7 @@ def restrict(scores: jax.Array, top_p: float, top_k: int) -> jax.Array:
         ordered = jnp.sort(scores, axis=-1, descending=True)
         mass_before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
         last = jnp.min(jnp.where(mass_before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        last = jnp.minimum(last, ordered[..., :1])  # the best one stays, however its mass is rounded
         scores = jnp.where(scores < last, -jnp.inf, scores)
     return scores
 
@@ -89,28 +93,54 @@ def draw(keys: jax.Array, scores: jax.Array) -> jax.Array:
     numbers a row instead of V (making those costs more than the rest of a small model's step), and sums short enough
     that float32 loses no unlikely token. A token of logit -inf is never drawn.
     """
+    chance = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys.reshape(-1)).reshape(*keys.shape, 2)
+    return invert(scores, chance + UNIFORM_STEP / 2)  # 0 would draw the first token, however unlikely
+
+
+def invert(scores: jax.Array, chance: jax.Array) -> jax.Array:
+    """What `draw` draws with the random numbers `chance` [..., 2] between 0 and 1."""
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     pad = -scores.shape[-1] % DRAW_BLOCK
     weights = jnp.pad(weights, [(0, 0)] * (scores.ndim - 1) + [(0, pad)])
     weights = weights.reshape(*scores.shape[:-1], -1, DRAW_BLOCK)
-    chance = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys.reshape(-1)).reshape(*keys.shape, 2)
 
-    def invert(mass: jax.Array, share: jax.Array) -> jax.Array:
-        """The first index whose cumulative mass exceeds `share` of the whole, which is below 1."""
+    def first(mass: jax.Array, share: jax.Array) -> jax.Array:
+        """The first index with any mass whose cumulative mass exceeds `share` of the whole. Where rounding leaves none
+        (the sums are made in parallel, and may differ where no mass lies between), the one with the most."""
         total = jnp.cumsum(mass, axis=-1)
-        return jnp.argmax(total > share * total[..., -1:], axis=-1)
+        reached = (mass > 0) & (total > share * total[..., -1:])
+        return jnp.argmax(jnp.where(reached, jnp.inf, mass), axis=-1)
 
-    block = invert(weights.sum(-1), chance[..., :1])
+    block = first(weights.sum(-1), chance[..., :1])
     inside = jnp.take_along_axis(weights, block[..., None, None], axis=-2)[..., 0, :]
-    return block * DRAW_BLOCK + invert(inside, chance[..., 1:])
+    return block * DRAW_BLOCK + first(inside, chance[..., 1:])
+
+
+def check(
+    prefix: str = "",
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_new_tokens: int = 0,
+    num_generations: int = 1,
+) -> None:
+    """Raises InputError for an option that `sample` cannot have, under its name after `prefix`."""
+    check_range(f"{prefix}temperature", temperature, LEAST_TEMPERATURE)
+    check_range(f"{prefix}top_p", top_p, LEAST_TOP_P, 1.0)
+    check_range(f"{prefix}top_k", top_k, 0)
+    check_range(f"{prefix}max_new_tokens", max_new_tokens, 1)
+    check_range(f"{prefix}min_new_tokens", min_new_tokens, 0, max_new_tokens)
+    check_range(f"{prefix}num_generations", num_generations, 1)
 
 
 def sample(
     variables: Variables,
     batch: Batch,
     key: jax.Array,
-    temperature: float | jax.Array = 1.0,
-    min_new_tokens: int | jax.Array = 0,
+    temperature: float = 1.0,
+    min_new_tokens: int = 0,
     stop_table: Array | None = None,
     *,
     model: QwenVL,
@@ -130,7 +160,16 @@ def sample(
     distribution drawn from, filters included; greedy ones are those at temperature 1.
 
     `watch` is called with what there is so far every WATCH_EVERY tokens; an exception that it raises ends the sampling.
+    Raises InputError for options out of their range (see `check`).
     """
+    check(
+        max_new_tokens=max_new_tokens,
+        temperature=1.0 if greedy else temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_new_tokens=min_new_tokens,
+        num_generations=num_generations,
+    )
     fixed = _Fixed(model, end_tokens, greedy, top_p, top_k, sharding.mesh_of(batch.tokens))
     variables = for_reading(variables, model.dtype, fixed.mesh)
     knobs = _Knobs(key, jnp.float32(temperature), jnp.int32(min_new_tokens), stop_table)

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from vau_jax import checkpoint, cli, flops, grpo, optim, processes, rollout, sharding, update
 from vau_jax.about import about
 from vau_jax.chips import chip
-from vau_jax.data import pipeline, prompts
+from vau_jax.data import pipeline
 from vau_jax.data.decoders import short
 from vau_jax.data.pipeline import HostBatch
 from vau_jax.data.processor import Shape
@@ -40,6 +40,7 @@ from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.processes import Rows
 from vau_jax.rollout import Chosen, Draw, Outcome, Rollout
+from vau_jax.settings import check
 from vau_jax.types import Batch, Completions, Params, State, TrainBatch, Variables
 from vau_jax.vlm import DTYPES, VideoLM
 
@@ -369,39 +370,6 @@ class _Clock:
     def seconds(self) -> dict[str, float]:
         whole = {"seconds/step": time.monotonic() - self.began}
         return whole | {f"seconds/{phase}": value for phase, value in self.spent.items()}
-
-
-def check(config: ConfigDict) -> None:
-    """Raises InputError for settings that no run can have, before anything is loaded."""
-    c = config
-    choices = {
-        "stage": (c.stage, tuple(update.STAGES)),
-        "dtype": (c.dtype, tuple(DTYPES)),
-        "grpo.loss_type": (c.grpo.loss_type, grpo.LOSS_TYPES),
-        "grpo.scale": (c.grpo.scale, grpo.SCALES),
-        "grpo.kl": (c.grpo.kl, grpo.KL_FORMS),
-        "grpo.kl_in": (c.grpo.kl_in, ("loss", "reward")),
-        "grpo.importance": (c.grpo.importance, ("auto", "always", "never")),
-    }
-    for name, (value, known) in choices.items():
-        if value not in known:
-            raise InputError(f"{name}={value!r} is unknown: expected one of {', '.join(known)}")
-    counts = {
-        "micro_batches": c.micro_batches,
-        "grpo.iterations": c.grpo.iterations,
-        "rollout.max_draws": c.rollout.max_draws,
-        "rollout.reward_workers": c.rollout.reward_workers,
-        "data.difficulty.memory": c.data.difficulty.memory,
-    }
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"{name}={value}: expected at least 1")
-    if c.stage == "sft" and c.data.style in prompts.WITH_DRAFT and not c.data.reflection:
-        raise InputError(
-            f"SFT with data.style={c.data.style} needs the records to learn from: set config.data.reflection"
-        )
-    if c.batch_size % c.micro_batches:
-        raise InputError(f"micro_batches={c.micro_batches} does not divide batch_size={c.batch_size}")
 
 
 def run(config: ConfigDict, workdir: str | Path) -> Path:
