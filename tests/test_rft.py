@@ -20,7 +20,7 @@ from tests import reward_functions
 from tests.oracle import ask
 from tests.test_train import small
 from vau_jax import checkpoint, grpo, rollout, sharding, train
-from vau_jax.data import pipeline
+from vau_jax.data import annotations, pipeline
 from vau_jax.difficulty import Difficulty
 from vau_jax.files import InputError
 from vau_jax.metric_writer import read_metrics
@@ -383,7 +383,7 @@ def test_filtered_sampling_is_corrected(importance: str, top_p: float, cap: floa
     assert train.update.loss_settings(c).importance_cap == cap
 
 
-NOT_OF_SAMPLING = {"num_generations", "max_draws", "reward_threads"}
+NOT_OF_SAMPLING = {"num_generations", "max_draws", "reward_workers", "reward_seconds"}
 SAMPLING = {"temperature": 0.6, "top_p": 0.8, "top_k": 3, "min_new_tokens": 12}
 
 
@@ -410,7 +410,7 @@ def test_groups_without_variance_are_replaced(model_folder: Path, dataset: Path)
     """Only classification prompts have rewards that differ: the batch is filled with them from further draws."""
     c = config(model_folder, dataset, "only_classification", **{"rollout.max_draws": 6})
     t = train.Trainer(c)
-    chosen, outcomes = t._draw(next(t.data), jax.random.key(0), train._Clock())
+    chosen, outcomes, _ = t._draw(next(t.data), jax.random.key(0), train._Clock())
     assert 1 < len(outcomes) <= 6
     assert len(chosen.outcome.kinds) == len(chosen.batch.tokens) == c.batch_size
     assert all(kind.startswith("classification") for kind in chosen.outcome.kinds)
@@ -423,14 +423,29 @@ def test_groups_without_variance_are_replaced(model_folder: Path, dataset: Path)
     np.testing.assert_allclose(np.where(chosen.sampled.mask, logps - chosen.sampled.logps, 0), 0, atol=1e-4)
 
 
-def test_the_number_of_draws_is_bounded_and_counted(model_folder: Path, dataset: Path) -> None:
+@pytest.fixture(scope="module")
+def draws_in_vain(model_folder: Path, dataset: Path) -> tuple[ConfigDict, dict[str, Any], list[str]]:
+    """A step whose rewards never differ and whose prompts are all too hard: its config, metrics, and all prompts."""
+    changed = {"user_rewards": (), "rollout.max_draws": 3, "grpo.beta": 0.0, "data.difficulty.enabled": True}
+    t = train.Trainer(config(model_folder, dataset, **changed))
+    t.difficulty.accuracy = {f"{task}/{label}": 0.0 for task in t.config.data.tasks for label in annotations.LABELS}
+    read, prompts = t.rollout.read, []
+    t.rollout.read = lambda host, sampled: prompts.extend(i.prompt for i in host.examples) or read(host, sampled)
+    return t.config, t.step(0)[0], prompts
+
+
+def test_the_number_of_draws_is_bounded_and_counted(draws_in_vain: tuple) -> None:
     """Where no reward ever differs, the step ends after max_draws with nothing to learn from."""
-    c = config(model_folder, dataset, **{"user_rewards": (), "rollout.max_draws": 3, "grpo.beta": 0.0})
-    t = train.Trainer(c)
-    metrics, _ = t.step(0)
+    c, metrics, _ = draws_in_vain
     assert metrics["dynamic/draws"] == 3
     assert metrics["dynamic/replaced"] == 0 and metrics["dynamic/left_without_variance"] == c.batch_size
     assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
+
+
+def test_prompts_of_every_draw_have_their_level(draws_in_vain: tuple) -> None:
+    c, metrics, prompts = draws_in_vain
+    assert len(prompts) == 3 * c.batch_size == metrics["difficulty/hard"]
+    assert all("Hint:" in prompt for prompt in prompts)
 
 
 # --- Difficulty ---------------------------------------------------------------------------------------------------

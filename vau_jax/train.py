@@ -249,12 +249,8 @@ class Trainer:
         self, host: HostBatch, number: int, clock: "_Clock"
     ) -> tuple[TrainBatch, dict[str, Any], list[dict[str, Any]]]:
         """Completions with what the loss needs of them."""
-        metrics: dict[str, Any] = {}
-        if self.config.data.difficulty.enabled:
-            host, levels = self.difficulty.choose(host, self.collate)
-            metrics |= pipeline.summed(self.rows.gather(levels))
-        chosen, outcomes = self._draw(host, jax.random.fold_in(self.key, number), clock)
-        metrics |= self.rollout.metrics(outcomes)
+        chosen, outcomes, levels = self._draw(host, jax.random.fold_in(self.key, number), clock)
+        metrics: dict[str, Any] = {**levels, **self.rollout.metrics(outcomes)}
         if self.config.rollout.max_draws > 1:
             alike = int((~chosen.outcome.varied).sum())
             metrics |= {"dynamic/draws": len(outcomes), "dynamic/left_without_variance": alike}
@@ -268,15 +264,20 @@ class Trainer:
         samples = [{**record, "advantage": float(a)} for record, a in zip(chosen.first, advantages[0], strict=True)]
         return TrainBatch(chosen.batch, placed, {**self.rows.put(inputs), **scored}), metrics, samples
 
-    def _draw(self, host: HostBatch, key: jax.Array, clock: "_Clock") -> tuple[Chosen, list[Outcome]]:
-        """The groups to train on, and how all that were drawn did.
+    def _draw(self, host: HostBatch, key: jax.Array, clock: "_Clock") -> tuple[Chosen, list[Outcome], dict[str, int]]:
+        """The groups to train on, how all that were drawn did, and how many prompts were of each level of difficulty.
 
         With rollout.max_draws, groups whose rewards are all alike are replaced by groups of further prompts, as long as
         draws are left (DAPO's dynamic sampling, arXiv 2503.14476); those that remain have advantage 0.
         """
         draws: list[Draw] = []
         outcomes: list[Outcome] = []
+        levels: list[dict[str, int]] = []
         while True:
+            if self.config.data.difficulty.enabled:
+                with clock("data"):
+                    host, own_levels = self.difficulty.choose(host, self.collate)
+                levels += self.rows.gather(own_levels)
             with clock("rollout"):
                 host = self._agreed(host)
                 batch = self._place(host)
@@ -292,8 +293,10 @@ class Trainer:
             with clock("data"):
                 host = self._next()
         if len(draws) == 1:
-            return Chosen(outcomes[0], batch, draws[0].sampled, self._first(draws, 0)), outcomes
-        return self._chosen(draws, outcomes), outcomes
+            chosen = Chosen(outcomes[0], batch, draws[0].sampled, self._first(draws, 0))
+        else:
+            chosen = self._chosen(draws, outcomes)
+        return chosen, outcomes, pipeline.summed(levels)
 
     def _chosen(self, draws: list[Draw], outcomes: list[Outcome]) -> Chosen:
         """Of several draws; a group may go to the devices of another process than the one that has read it."""
