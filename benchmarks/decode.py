@@ -9,8 +9,10 @@ alternate, and medians are reported. The last line is one JSON object:
     tokens_per_s         all completions' tokens over the whole call
     decode_tokens_per_s  without the first token of each, over the time after the first token
     first_token_s        the call for one token: vision tower, prompt, first draw
+    padded               tokens and patches of the prompt as `encode` pads it; transformers gets no padding
     utilisation          where the device is known: bytes that a decoding step must read (parameters of the decoder and
-                         the head, caches) over its time and the memory's bandwidth; FLOPs of the prefill likewise
+                         the head, caches) over its time and the memory's bandwidth; FLOPs of the prefill likewise;
+                         padding counts for nothing
 """
 
 import argparse
@@ -50,6 +52,11 @@ def prompt(vlm: VideoLM, frames: int, side: int) -> Batch:
     return vlm.encode([[{"role": "user", "content": [item, {"type": "text", "text": "What happens?"}]}]])
 
 
+def real_patches(batch: Batch) -> np.ndarray:
+    """bool [B, frames, size]: entries of the groups of patches by frame that are no padding."""
+    return np.asarray(batch.vision.frames.members) < batch.vision.patches.shape[1]
+
+
 def ours(vlm: VideoLM, batch: Batch, generations: int) -> Callable[[int], None]:
     def call(new: int) -> None:
         out = vlm.generate(batch, generations, new, temperature=1.0, min_new_tokens=new)
@@ -72,7 +79,7 @@ def transformers_generate(
     model.generation_config.pad_token_id = 0
     config, length = vlm.processor.config, int(np.asarray(batch.mask).sum())
     ids = torch.tensor(np.asarray(batch.tokens))[:, :length].long()
-    real = np.asarray(batch.vision.frames.members) < batch.vision.patches.shape[1]
+    real = real_patches(batch)
     frames, count = int(real.any(-1).sum()), int(real.sum())
     side = round((count / frames) ** 0.5)
     patches = np.asarray(normalise(batch.vision.patches[0, :count], config.vision))
@@ -129,9 +136,9 @@ def utilisation(vlm: VideoLM, batch: Batch, generations: int, new: int, measured
     head = size["embed_tokens/embedding" if c.tie_word_embeddings else "lm_head"]
     read = sum(n for name, n in size.items() if name.startswith("decoder/")) + head
     width = jax.tree.leaves(vlm.params)[0].dtype.itemsize
-    keys = batch.tokens.shape[1] + generations * new / 2
+    tokens, patches = int(np.asarray(batch.mask).sum()), real_patches(batch).sum()
+    keys = tokens + generations * new / 2
     read += 2 * c.num_layers * keys * c.num_kv_heads * c.head_dim * width
-    tokens, patches = batch.tokens.shape[1], batch.vision.patches.shape[1]
     decoder = sum(leaf.size for name, leaf in flat.items() if name.startswith("decoder/"))
     vision = sum(leaf.size for name, leaf in flat.items() if name.startswith("visual/blocks"))
     attention = 2 * c.num_layers * tokens**2 * c.num_heads * c.head_dim  # causal: half of 4 T^2 N H
@@ -161,6 +168,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(vlm.params)),
         "prompt_tokens": int(np.asarray(batch.mask).sum()),
         "visual_tokens": int((np.asarray(batch.visual_index) >= 0).sum()),
+        "padded": {"tokens": batch.tokens.shape[1], "patches": batch.vision.patches.shape[1]},
         "generations": args.generations,
         "new_tokens": args.new,
         "dtype": args.dtype,

@@ -4,12 +4,15 @@
     python benchmarks/grpo_step.py --compare=trl --compare=tunix --tunix-python=/path/to/venv/bin/python
     python benchmarks/grpo_step.py --size=qwen2.5-vl-3b --dtype=bfloat16 --lora=16           on a GPU
 
-Ours is the trainer itself on a video file. Every completion has all its tokens (no early stop), and compilation and the
-first step are left out. TRL has no video: it gets as many images as give the same number of visual tokens. Tunix has
-neither: it gets a prompt of as many text tokens, with the same decoder. Peers run afterwards, one at a time, each in
-the Python that its option names. The last line is one JSON object:
+Ours is the trainer itself on a video file, its prompts padded as in any run with the default config.data.bucket; peers
+do not pad. With --exact ours does not either, as where all clips are alike and the bucket is set for them. Every
+completion has all its tokens (no early stop), and compilation and the first step are left out. TRL has no video: it
+gets as many images as give the same number of visual tokens. Tunix has neither: it gets a prompt of as many text
+tokens, with the same decoder. Peers run afterwards, one at a time, each in the Python that its option names. The last
+line is one JSON object:
 
     sec_per_step    median; split: medians of its parts; tokens_per_s: all tokens of prompts and completions
+    shape, padded   sizes of a prompt, and what it is padded to (fields of Shape in vau_jax/data/processor.py)
     load            of the machine when each began: other work spoils figures
     mfu_update      on known devices: FLOPs that the update must do, over its time and the device's peak
     host_share      of a step that the device waits: data, rewards, and what no part counts
@@ -33,8 +36,8 @@ from ml_collections import ConfigDict
 from configs import vau_r1_multi_rft
 from data_prep import random_model
 from vau_jax import train
-from vau_jax.data import synthetic
-from vau_jax.data.processor import Shape
+from vau_jax.data import pipeline, synthetic
+from vau_jax.data.processor import Processor, Shape, least_shape
 from vau_jax.files import exit_on_input_error
 from vau_jax.vlm import DTYPES
 
@@ -80,48 +83,52 @@ def make_config(args: argparse.Namespace, model: Path, data: Path) -> ConfigDict
     c.data.min_pixels = c.data.max_pixels = args.side**2
     c.data.total_pixels = args.frames * args.side**2
     c.data.max_completion_tokens = c.rollout.min_new_tokens = args.new
+    c.grpo.importance = "never"  # nor would there be min_new_tokens
     c.rollout.num_generations, c.grpo.beta, c.remat, c.unroll = args.group, args.beta, args.remat, args.unroll
     c.lora.rank = args.lora
     c.optim.freeze = ("visual/.*",) if args.freeze_vision else ()
-    visual = args.frames // 2 * (args.side // 28) ** 2
-    c.data.bucket = exact_bucket(args.side, args.frames, visual + 80)
     return c
 
 
-def exact_bucket(side: int, frames: int, tokens: int) -> tuple[int, ...]:
-    """Padded sizes for clips that are all of one size, so that nothing but the text is padded (to 32 tokens)."""
-    grid, rows = frames // 2, side // 14
-    windows = -((-rows // 8) ** 2) * grid
-    return Shape(-(-tokens // 32) * 32, grid * rows**2, windows, min(8, rows) ** 2, grid, rows**2)
+def shape_of_prompts(c: ConfigDict) -> Shape:
+    """What just holds a batch of the config's only example."""
+    processor = Processor(c.model)
+    example = pipeline.load_examples(c.data)[0][0]
+    loaded = pipeline.make_loader(processor, c.data, augment=False)(example, np.random.default_rng(0))
+    return least_shape([loaded.encoded], processor.config.vision)
 
 
 def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         make_data(Path(scratch), args.frames, args.side)
-        trainer = train.Trainer(make_config(args, model, Path(scratch)))
+        config = make_config(args, model, Path(scratch))
+        shape = shape_of_prompts(config)
+        if args.exact:
+            config.data.bucket = tuple(shape)
+        trainer = train.Trainer(config)
         steps = []
         for number in range(args.warmup + args.steps):
             metrics, _ = trainer.step(number)
             assert metrics["length/min"] == args.new, "every completion has all its tokens"
             steps.append(metrics)
-        host = next(trainer.data)
+        padded = trainer.collate.shape(next(trainer.data).examples)
     timed = steps[args.warmup :]
 
     def median(name: str) -> float:
         return float(np.median([step[f"seconds/{name}"] for step in timed if f"seconds/{name}" in step] or [0.0]))
 
     seconds = median("step")
-    prompt = int(np.asarray(host.batch.mask)[0].sum())
     split = {name: median(name) for name in PARTS}
     result = {
         "sec_per_step": seconds,
         "split": split,
         "host_share": 1 - sum(split[name] for name in ("rollout", "score", "update")) / seconds,
-        "tokens_per_s": args.prompts * (prompt + args.group * args.new) / seconds,
+        "tokens_per_s": args.prompts * (shape.tokens + args.group * args.new) / seconds,
         "completion_tokens_per_s": args.prompts * args.group * args.new / seconds,
-        "prompt_tokens": prompt,
-        "padded_prompt_tokens": host.batch.tokens.shape[1],
-        "visual_tokens": int((host.batch.visual_index[0] >= 0).sum()),
+        "prompt_tokens": shape.tokens,
+        "visual_tokens": shape.patches // trainer.processor.config.vision.spatial_merge_size**2,
+        "shape": shape._asdict(),
+        "padded": padded._asdict(),
         "parameters": sum(x.size for x in jax.tree.leaves(trainer.base or trainer.state.params)),
     }
     if "mfu" in timed[0]:
@@ -148,7 +155,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             random_model.write(model, ["What happens?"], 512, TEXT_32M, VISION_32M, (784, 1 << 24))
         load = {"vau_jax": os.getloadavg()[0]}
         ours = measure_ours(args, model)
-        result = {name: getattr(args, name) for name in ("prompts", "group", "new", "frames", "side", "dtype", "beta")}
+        given = ("prompts", "group", "new", "frames", "side", "exact", "dtype", "beta")
+        result = {name: getattr(args, name) for name in given}
         result |= ours | {"load": load}
         for name in args.compare or ():
             load[name] = os.getloadavg()[0]
@@ -168,6 +176,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1, help="a step")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--side", type=int, default=168, help="pixels of a frame's side, a multiple of 28")
+    parser.add_argument("--exact", action="store_true", help="pad nothing")
     parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of each completion")
     parser.add_argument("--beta", type=float, default=0.04, help="weight of the KL term; 0: no reference")

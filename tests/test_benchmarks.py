@@ -24,8 +24,10 @@ def last_line(*command: str) -> dict:
 
 def test_grpo_step(model_folder: Path) -> None:
     sizes = ["--frames=4", "--side=56", "--group=2", "--new=4", "--steps=2", "--warmup=1"]
-    result = last_line("benchmarks/grpo_step.py", f"--model={model_folder}", *sizes)
+    result = last_line("benchmarks/grpo_step.py", f"--model={model_folder}", "--exact", *sizes)
     assert result["visual_tokens"] == 2 * 2 * 2
+    assert result["padded"] == result["shape"]
+    assert result["shape"]["windows"] == result["shape"]["frames"] == 2, "a window holds the whole of a small frame"
     assert 0 < sum(result["split"].values()) <= result["sec_per_step"]
     assert result["completion_tokens_per_s"] > 0
 

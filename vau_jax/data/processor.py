@@ -363,8 +363,8 @@ def round_up(n: int) -> int:
     return next(size for size in (power, power * 3 // 2, power * 2) if size >= n)
 
 
-def batch_shape(rows: Sequence[Encoded], config: VisionConfig, floor: Shape) -> Shape:
-    """The shape to pad `rows` to: `floor` where that is enough, else the next rounded size."""
+def least_shape(rows: Sequence[Encoded], config: VisionConfig) -> Shape:
+    """The shape that just holds `rows`."""
     unit, side = config.spatial_merge_size**2, config.window_size // (config.spatial_merge_size * config.patch_size)
 
     def most(value: Callable[[Visual], int], join: Callable[[Iterable[int]], int]) -> int:
@@ -377,7 +377,7 @@ def batch_shape(rows: Sequence[Encoded], config: VisionConfig, floor: Shape) -> 
     def window_size(visual: Visual) -> int:
         return min(side, visual.grid[1]) * min(side, visual.grid[2]) * unit
 
-    need = Shape(
+    return Shape(
         tokens=max(len(row.tokens) for row in rows),
         patches=most(lambda v: len(v.patches), sum),
         windows=most(windows, sum),
@@ -385,6 +385,11 @@ def batch_shape(rows: Sequence[Encoded], config: VisionConfig, floor: Shape) -> 
         frames=most(lambda v: v.grid[0], sum),
         frame_size=most(lambda v: len(v.patches) // v.grid[0], max),
     )
+
+
+def batch_shape(rows: Sequence[Encoded], config: VisionConfig, floor: Shape) -> Shape:
+    """The shape to pad `rows` to: `floor` where that is enough, else the next rounded size."""
+    need = least_shape(rows, config)
     if not need.patches:
         return Shape(max(floor.tokens, round_up(need.tokens)))
     return Shape(*(low if n <= low else round_up(n) for n, low in zip(need, floor, strict=True)))
