@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # called by its path, this file's folder stands there instead
 
 from launch import hlo  # noqa: E402
-from vau_jax import cli, flops, logprobs, optim, sampling, sharding, train, update  # noqa: E402
+from vau_jax import cli, flops, logprobs, optim, sampling, settings, sharding, update  # noqa: E402
 from vau_jax.chips import GIB, Chip, chip  # noqa: E402
 from vau_jax.files import InputError, exit_on_input_error, write_text  # noqa: E402
 from vau_jax.models import config as model_config  # noqa: E402
@@ -96,7 +96,6 @@ class Programs:
     """The programs of a config on a mesh of chips that are not there; all arguments are shapes."""
 
     def __init__(self, config: ConfigDict, model: QwenVLConfig, mesh: Mesh, prompt: int, visual: int) -> None:
-        train.check(config)
         if visual % 16 or not 0 < visual < prompt:
             raise InputError(f"--visual={visual}: expected a multiple of 16 below --prompt={prompt}")
         self.config, self.mesh = config, mesh
@@ -467,6 +466,7 @@ def table(reports: list[Report], known: Chip) -> str:
 
 def run(args: argparse.Namespace, config: ConfigDict) -> int:
     """Prints the table; the exit code."""
+    settings.check(config)
     if args.size and args.size not in model_config.SIZES:
         raise InputError(f"--size={args.size} is unknown: expected one of {', '.join(model_config.SIZES)}")
     if not args.size and not config.model:
@@ -486,9 +486,9 @@ def run(args: argparse.Namespace, config: ConfigDict) -> int:
     )
     print(table(reports, known), flush=True)
     if args.json:
-        settings = {name: value for name, value in vars(args).items() if name != "json"}
+        given = {name: value for name, value in vars(args).items() if name != "json"}
         found = [asdict(report) | {"needed": report.needed} for report in reports]
-        about = {"settings": settings, "mesh": dict(programs.mesh.shape), "chip": known._asdict()}
+        about = {"settings": given, "mesh": dict(programs.mesh.shape), "chip": known._asdict()}
         write_text(args.json, json.dumps({**about, "programs": found}, indent=1))
     if any(report.problem for report in reports):
         print(f"does not fit; what would help: {advice(programs)}", file=sys.stderr)

@@ -264,10 +264,12 @@ def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, cap
         ({"rollout.top_k": -1}, "rollout.top_k=-1: expected at least 0"),
         ({"rollout.min_new_tokens": 17}, "rollout.min_new_tokens=17: expected from 0 to 16"),
         ({"data.max_completion_tokens": 0}, "data.max_completion_tokens=0: expected at least 1"),
+        ({"checkpoint.every": 0}, "checkpoint.every=0: expected at least 1"),
         ({"grpo.beta": -0.1}, "grpo.beta=-0.1: expected at least 0"),
         ({"grpo.importance_cap": 0.0}, "grpo.importance_cap=0.0: expected at least 1"),
         ({"grpo.reference_mix": 1.5}, "grpo.reference_mix=1.5: expected from 0 to 1"),
         ({"grpo.overlong_buffer": 17}, "grpo.overlong_buffer=17: expected from 0 to 16"),
+        ({"rewards.format": math.nan}, "rewards.format=nan: expected a finite number"),
         ({"data.style": "direct"}, "data.style=direct earns nothing of rewards.accuracy=1.0, rewards.format=1.0"),
         (
             {"user_rewards": (), "rewards.format": 0.0, "rewards.accuracy": 0.0, "rewards.tiou": 0.0},
@@ -383,22 +385,18 @@ def test_filtered_sampling_is_corrected(importance: str, top_p: float, cap: floa
     assert train.update.loss_settings(c).importance_cap == cap
 
 
+score = jax.jit(train.update.policy_logps, static_argnames="model")
 NOT_OF_SAMPLING = {"num_generations", "max_draws", "reward_workers", "reward_seconds"}
 SAMPLING = {"temperature": 0.6, "top_p": 0.8, "top_k": 3, "min_new_tokens": 12}
 
 
 @pytest.mark.parametrize("name", sorted(set(base.get_config().rollout) - NOT_OF_SAMPLING))
-def test_tokens_are_weighed_where_they_are_not_drawn_as_they_are_scored(
-    name: str, model_folder: Path, dataset: Path
-) -> None:
+def test_tokens_are_weighed_where_they_are_not_drawn_as_they_are_scored(name: str, vlm: VideoLM, dataset: Path) -> None:
     """Each field of config.rollout that the sampler reads, one at a time."""
-    c = config(model_folder, dataset, **{f"rollout.{name}": SAMPLING[name], "data.max_completion_tokens": 16})
-    vlm = VideoLM.load(model_folder)
+    c = config(vlm.processor.folder, dataset, **{f"rollout.{name}": SAMPLING[name]})
     batch = vlm.encode([ask(text="fire")])
-    r = rollout.Rollout(c, vlm.model, vlm.processor, None)
-    out = r.sample(vlm.variables, batch, jax.random.key(0))
-    given = Completions(out.tokens, out.mask)
-    scored, _ = train.update.policy_logps(vlm.variables, batch, given, vlm.model, c.rollout.temperature)
+    out = rollout.Rollout(c, vlm.model, vlm.processor, None).sample(vlm.variables, batch, jax.random.key(0))
+    scored, _ = score(vlm.variables, batch, Completions(out.tokens, out.mask), vlm.model, c.rollout.temperature)
     gap = np.abs(np.where(out.mask, out.logps - scored, 0)).max()
     assert (gap > 1e-3) == (train.update.loss_settings(c).importance_cap > 0), gap
 

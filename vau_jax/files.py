@@ -22,10 +22,11 @@ class InputError(ValueError):
     """A mistake in what the user gave: its message says the value, what was expected, and the way out."""
 
 
-def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+def check_range(name: str, value: float, least: float = -math.inf, most: float = math.inf) -> None:
     """Raises InputError for a number that is not finite, or not from `least` to `most`."""
     if not (math.isfinite(value) and least <= value <= most):
         expected = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        expected = "a finite number" if least == -math.inf else expected
         raise InputError(f"{name}={value}: expected {expected}")
 
 

@@ -11,6 +11,9 @@ from vau_jax.files import InputError, check_range
 from vau_jax.vlm import DTYPES
 
 RANGES = {  # least and most
+    "steps": (1, math.inf),
+    "log_every": (1, math.inf),
+    "checkpoint.every": (1, math.inf),
     "batch_size": (1, math.inf),
     "micro_batches": (1, math.inf),
     "data.max_completion_tokens": (1, math.inf),
@@ -78,6 +81,8 @@ def _check_rft(c: ConfigDict) -> None:
         min_new_tokens=r.min_new_tokens,
     )
     check_range("grpo.overlong_buffer", c.grpo.overlong_buffer, 0, limit)
+    for name, weight in c.rewards.items():
+        check_range(f"rewards.{name}", weight)
     built_in = [name for name, weight in c.rewards.items() if weight]
     if not (built_in or c.user_rewards or c.grpo.overlong_buffer):
         raise InputError("no reward has a weight: set one of config.rewards, or config.user_rewards")
