@@ -147,11 +147,11 @@ def read(text: str, example: Example) -> Draft | None:
         value = {"label": LABELS[final.label[0]]}
     elif task == "grounding" and final.kind[0] != parsing.UNKNOWN:
         found = final.kind[0] == parsing.INTERVAL
-        value = {"interval": tuple(round(float(t), 1) for t in final.interval[0]) if found else None}
+        value = {"interval": tuple(round(float(t), 3) for t in final.interval[0]) if found else None}
     else:
         return None
     think = parsing.loose_sections(text).get("think", "").strip()
-    return Draft(parsing.TAG.sub("", think), value, score(row, task, value))
+    return Draft(parsing.prose(think), value, score(row, task, value))
 
 
 # --- By rule ------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def _other_interval(row: Row, rng: np.random.Generator) -> tuple[float, float] |
 
 def first_sentence(text: str) -> str:
     """Up to the first full stop that ends a sentence, tags taken out."""
-    text = " ".join(parsing.TAG.sub("", text).split())
+    text = " ".join(parsing.prose(text).split())
     match = re.match(r".+?[.!?](?=\s|$)", text)
     found = match[0] if match else text
     return found if found.endswith((".", "!", "?")) or not found else f"{found}."

@@ -78,6 +78,12 @@ def fault(example: Example, record: Reflection, keep: ConfigDict) -> str:
         return "the completion breaks the grammar"
     if float(rewards.task_score(parsed.final, target)[0]) < 1.0 - 0.05 * (task == "grounding"):
         return "the final answer is not the truth"
+    if parsed.contradicted[0]:
+        return "revise states another answer"
+    if parsed.reflect_copied[0] >= rewards.MOST_COPIED:
+        return "the reflection repeats the first reasoning"
+    if not parsed.think_words[0]:
+        return "there is no first reasoning"
     if record.draft_is_right and DENIAL.search(record.reflect):
         return "the reflection rejects a right draft"
     if not record.draft_is_right and not DOUBT.search(record.reflect):

@@ -1,9 +1,13 @@
 """Completions to arrays: the strict grammar, and what lenient reading finds."""
 
+import time
+
 import numpy as np
 import pytest
 
-from vau_jax import parsing
+from data_prep import drafts, reflection
+from vau_jax import gallery, parsing
+from vau_jax.data import annotations
 from vau_jax.data.annotations import LABELS
 from vau_jax.files import InputError
 
@@ -125,3 +129,149 @@ def test_targets_tell_the_three_codes_apart() -> None:
 def test_an_unknown_task_is_named() -> None:
     with pytest.raises(InputError, match="describe"):
         parsing.parse([QA], "describe")
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("<answer>Anomaly</answer><glue>[-1, -1]</glue>", (-1, parsing.UNKNOWN)),
+        ("<answer>Normal</answer><glue>[2, 6]</glue>", (-1, parsing.UNKNOWN)),
+        ("<think>t</think><answer>Normal</answer><glue>[2, 6]</glue>", (-1, parsing.UNKNOWN)),
+        ("<answer>Normal</answer><glue>from 2 to 6 s</glue>", (-1, parsing.UNKNOWN)),
+        ("An anomaly, [-1.0, -1.0]", (-1, parsing.UNKNOWN)),
+        ("<answer>?</answer><glue>[2, 6]</glue>", (1, parsing.INTERVAL)),
+        ("<answer>Normal</answer><glue>?</glue>", (0, parsing.NORMAL)),
+        ("<answer>Anomaly</answer><glue>?</glue>", (1, parsing.UNKNOWN)),
+        ("The video is normal. From 0 to 10 s people walk.", (0, parsing.NORMAL)),
+        ("There is no anomaly: [-1, -1]", (0, parsing.NORMAL)),
+        ("I see no signs of any abnormality.", (0, parsing.NORMAL)),
+        ("Nothing abnormal from 0 to 10 s", (0, parsing.NORMAL)),
+        ("This is not normal: 2 to 6 s", (1, parsing.INTERVAL)),
+        ("It is not normal and not abnormal", (-1, parsing.UNKNOWN)),
+    ],
+)
+def test_lenient_reads_no_answer_that_contradicts_its_time(text: str, read: tuple[int, int]) -> None:
+    """In a final answer and, but for the tags, in a draft; what reads as an answer and a time never disagrees."""
+    final = parsing.parse([text], "grounding", "lenient").final
+    assert (final.anomaly[0], final.kind[0]) == read
+
+
+@pytest.mark.parametrize("text", ["Normal [2, 6]", "Anomaly [-1, -1]"])
+def test_lenient_reads_no_draft_that_contradicts_its_time(text: str) -> None:
+    draft = parsing.parse([f"<draft>{text}</draft>"], "grounding", "lenient", reflection=True).draft
+    assert (draft.anomaly[0], draft.kind[0]) == (-1, parsing.UNKNOWN)
+
+
+@pytest.mark.parametrize("number", ["9" * 39, "9" * 5000, f"{'9' * 40}:10", f"1:{'9' * 40}:10", f"{'9' * 38}:00:00"])
+@pytest.mark.parametrize("form", ["<glue>[2, {}]</glue>", "<glue>[{0}, {0}1]</glue>", "from 2 until {} s"])
+def test_a_time_that_float32_does_not_hold_is_no_time(form: str, number: str) -> None:
+    final = parsing.parse([f"Anomaly {form.format(number)}"], "grounding", "lenient").final
+    assert (final.kind[0], final.interval.tolist()) == (parsing.UNKNOWN, [[0.0, 0.0]])
+
+
+def test_a_colon_behind_a_time_is_punctuation() -> None:
+    final = parsing.parse(["From 2 to 6.5: smoke rises"], "grounding", "lenient").final
+    assert final.interval.tolist() == [[2.0, 6.5]]
+
+
+@pytest.mark.parametrize(
+    ("text", "copied"),
+    [
+        ("", 0.0),
+        ("smoke rises", 0.0),
+        ("Smoke, rises - SLOWLY", 1.0),
+        ("smoke hm rises hm slowly", 0.6),
+        ("smoke hm hm rises slowly", 0.0),
+        ("slowly rises smoke", 0.0),
+        ("so smoke rises slowly over there", 0.5),
+    ],
+)
+def test_what_is_copied(text: str, copied: float) -> None:
+    """The share of the words in runs of three that <think> has, at most one foreign word between two of them."""
+    found = f"<think>There smoke rises slowly.</think><reflect>{text}</reflect>"
+    assert parsing.parse([found], "qa", "lenient").reflect_copied.tolist() == [pytest.approx(copied)]
+
+
+def test_prose_keeps_what_may_stand_inside_a_tag() -> None:
+    text = "a <answer>B</answer> <|im_end|>c" + "\n" * 30 + "d"
+    assert parsing.prose(text) == "a B c d"
+    assert parsing.prose("x < y\n\nz") == "x < y\n\nz"
+
+
+# --- Time ---------------------------------------------------------------------------------------------------------
+
+SIZE = 100_000  # characters
+UNITS = (
+    *(
+        "\n",
+        " ",
+        "\t",
+        "\u3000",
+        "[",
+        "]",
+        "[ ",
+        "[-1",
+        "[-1,",
+        "-1, ",
+        "(A",
+        "A ",
+        "A\n",
+        "A,",
+        "(",
+        "-",
+        "\u2013",
+        "'",
+    ),
+    *(
+        "9",
+        "9\n",
+        "1:",
+        "1.",
+        "0.",
+        "5 ",
+        "5, ",
+        "5 to",
+        "5s ",
+        "from ",
+        "between ",
+        "\u0663",
+        "a",
+        "_",
+        "\u00e9",
+        "fire ",
+    ),
+    *("<", "</", "<a", "<a>", "<|", "<think>", "</think>", "<answer>", "<think></think>", "<reflect>a", "<glue>["),
+    *("answer is ", "so B ", "no any ", "##", "## ", "**", "```", ". ", "overlook", "annotat", "word "),
+)
+FRAME = "<think>{0}</think><draft>5{0}</draft><reflect>{0}</reflect><revise>{0}</revise><answer>5{0}</answer>{0}"
+
+
+def seconds(function: object, *args: object) -> float:
+    """Processor time of a call, which a loaded machine does not change much."""
+    began = time.process_time()
+    function(*args)
+    return time.process_time() - began
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_text_of_any_kind_is_read_in_time_that_grows_with_its_length(unit: str) -> None:
+    body = unit * (SIZE // len(unit))
+    texts = [*[body] * len(parsing.TASKS), FRAME.format(body[: SIZE // 6])]
+    for rule in ("strict", "lenient"):
+        assert seconds(parsing.parse, texts, (*parsing.TASKS, "grounding"), rule, True) < 5
+
+
+OTHER_READERS = {
+    "prose": parsing.prose,
+    "gallery": gallery.sections,
+    "first sentence": drafts.first_sentence,
+    "sections of an annotation": annotations.parse_reasoning,
+    "denial of an anomaly": annotations.NO_ANOMALY.search,
+    "doubt": reflection.DOUBT.search,
+    "leak": reflection.LEAK.search,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_READERS)
+def test_other_readers_of_text_take_such_time_too(name: str) -> None:
+    assert sum(seconds(OTHER_READERS[name], unit * (SIZE // len(unit))) for unit in UNITS) < 20

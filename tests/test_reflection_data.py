@@ -169,6 +169,9 @@ def test_a_good_record_has_no_fault() -> None:
         ({"revise": f"According to the annotation. {REVISED}"}, "gives away"),
         ({"reflect": f"{GOOD} <answer>B</answer>"}, "holds a tag"),
         ({"think": "</think>"}, "holds a tag"),
+        ({"think": " . . . "}, "no first reasoning"),
+        ({"think": GOOD}, "repeats the first reasoning"),
+        ({"revise": f"{REVISED} So the answer is C."}, "states another answer"),
         (
             {"draft": {"choice": "B"}, "draft_is_right": True, "reflect": f"That was wrong. {GOOD}"},
             "rejects a right draft",

@@ -216,7 +216,15 @@ def random_batch(rng: np.random.Generator, n: int) -> tuple[parsing.Parsed, Targ
         )
 
     parsed = parsing.Parsed(
-        rng.integers(0, 3, n), rng.random(n) < 0.7, answers(), answers(), rng.integers(0, 200, n), rng.random(n)
+        task=rng.integers(0, 3, n),
+        form=rng.random(n) < 0.7,
+        final=answers(),
+        draft=answers(),
+        reflect_words=rng.integers(0, 200, n),
+        reflect_copied=rng.random(n),
+        think_words=rng.integers(0, 3, n),
+        revise_words=rng.integers(0, 3, n),
+        contradicted=rng.random(n) < 0.3,
     )
     final = answers()
     return parsed, Target(parsed.task, final.choice, final.label, final.kind, final.interval)

@@ -72,11 +72,10 @@ def grounding(parsed: Parsed, target: Target, protocol: str = "clean") -> dict[s
     iou = np.where(said == INTERVAL, temporal_iou(interval, truth), 0.0)
     iou = iou[(kind == INTERVAL) & ((said != UNKNOWN) | (protocol == "clean"))]
     missed = np.abs(interval - truth)[(kind == INTERVAL) & (said == INTERVAL)]
-    quiet = (said == NORMAL) & (np.asarray(parsed.final.anomaly) != 1)
     return {
         "mIoU": estimate(iou),
         **{f"R@{t}": estimate(iou >= t) for t in THRESHOLDS},
-        "false_alarms": estimate(~quiet[kind == NORMAL]),
+        "false_alarms": estimate((said != NORMAL)[kind == NORMAL]),
         "start_error": estimate(missed[:, 0]),
         "end_error": estimate(missed[:, 1]),
         "unparsed": int((said == UNKNOWN).sum()),

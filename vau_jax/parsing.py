@@ -1,8 +1,13 @@
 """Completions to arrays, by one of two rules that are kept apart.
 
-`strict` is what training rewards: the grammar exactly (each tag once, in order, only white space between), then values.
+`strict` is what training rewards: the grammar exactly (each tag once, in order, only white space between), with a value
+that can be read in every place that wants one, and no value that contradicts another.
 `lenient` is what evaluation reads: tags where there are any, else a letter, class name or time expression that stands
 alone after the reasoning.
+
+Under either rule an answer and a time that contradict each other (`Anomaly` with [-1, -1], `Normal` with an interval)
+are no answer: whoever says both says neither, and reading one half would pay for naming both. Every pattern here takes
+time in proportion to the text, whatever the text: a model can write anything.
 """
 
 import re
@@ -21,6 +26,7 @@ UNKNOWN, NORMAL, INTERVAL = 0, 1, 2  # kinds of interval: none given, "no anomal
 TAG = re.compile(r"<(/?)(think|draft|reflect|revise|answer|glue)>")
 PLAIN_ORDER = ("think", "answer")
 REFLECTION_ORDER = ("think", "draft", "reflect", "revise", "answer")
+LARGEST = float(np.finfo(np.float32).max)  # seconds: a number beyond it cannot be read
 
 
 @pytree
@@ -29,22 +35,25 @@ class Answers:
 
     choice: np.ndarray  # int32 [N]: 0..3
     label: np.ndarray  # int32 [N]: index into annotations.LABELS
-    anomaly: np.ndarray  # int32 [N]: 0 normal, 1 anomaly
+    anomaly: np.ndarray  # int32 [N]: 0 normal, 1 anomaly; agrees with `kind`
     kind: np.ndarray  # int32 [N]: UNKNOWN, NORMAL or INTERVAL
-    interval: np.ndarray  # float32 [N, 2]: seconds, zeros unless kind is INTERVAL
+    interval: np.ndarray  # float32 [N, 2]: finite seconds, zeros unless kind is INTERVAL
     swapped: np.ndarray  # bool [N]: the interval stood in the text with its end first
 
 
 @pytree
 class Parsed:
-    """N completions as numbers."""
+    """N completions as numbers. A word is a run of letters and digits: punctuation is none."""
 
     task: np.ndarray  # int32 [N]: index into TASKS
-    form: np.ndarray  # bool [N]: the grammar is kept exactly
+    form: np.ndarray  # bool [N]: the completion keeps the strict rule
     final: Answers
     draft: Answers
     reflect_words: np.ndarray  # int32 [N]: words inside <reflect>, 0 without one
-    reflect_copied: np.ndarray  # float32 [N]: share of its runs of three words that stand in <think> too
+    reflect_copied: np.ndarray  # float32 [N]: share of them that are copied from <think>, by `_copied`
+    think_words: np.ndarray  # int32 [N]
+    revise_words: np.ndarray  # int32 [N]
+    contradicted: np.ndarray  # bool [N]: <revise> states another answer than <answer>, by `_contradicts`
 
 
 class _Answer(NamedTuple):
@@ -56,6 +65,9 @@ class _Answer(NamedTuple):
     swapped: bool = False
 
 
+NOTHING = _Answer()
+
+
 def parse(
     texts: Sequence[str],
     task: str | Sequence[str],
@@ -64,7 +76,7 @@ def parse(
 ) -> Parsed:
     """Reads N completions. `task` is one of TASKS, or one for each text; `reflection` asks for the long grammar.
 
-    Under "strict" a completion that breaks the grammar has no values at all.
+    Under "strict" a completion that breaks the rule has no values at all.
     """
     tasks = [task] * len(texts) if isinstance(task, str) else list(task)
     unknown = sorted(set(tasks) - set(TASKS))
@@ -73,31 +85,31 @@ def parse(
             f"parse wants a task of {', '.join(TASKS)} for each of {len(texts)} texts and rule strict or lenient, "
             f"found tasks {unknown or len(tasks)} and rule {rule!r}"
         )
-    read = _strict if rule == "strict" else _lenient
-    forms, finals, drafts, words, copied = [], [], [], [], []
+    forms, finals, drafts, counts, copied, contradicted = [], [], [], [], [], []
     for text, name in zip(texts, tasks, strict=True):
         sections = strict_sections(text, name, reflection)
-        forms.append(sections is not None)
-        final, draft = read(text, sections, name)
+        exact = None if sections is None else _strict(sections, name)
+        found = sections or loose_sections(text)
+        final, draft = _lenient(found, name) if rule == "lenient" else exact or (NOTHING, NOTHING)
+        think, reflect, revise = (_words(found.get(tag, "")) for tag in ("think", "reflect", "revise"))
+        forms.append(exact is not None)
         finals.append(final)
         drafts.append(draft)
-        found = sections or loose_sections(text)
-        words.append(len(found.get("reflect", "").split()))
-        copied.append(_copied(found.get("reflect", ""), found.get("think", "")))
+        counts.append((len(reflect), len(think), len(revise)))
+        copied.append(_copied(reflect, think))
+        contradicted.append(_contradicts(found.get("revise", ""), final, name))
+    reflect_words, think_words, revise_words = np.asarray(counts, np.int32).reshape(-1, 3).T
     return Parsed(
         task=np.asarray([TASKS.index(name) for name in tasks], np.int32),
         form=np.asarray(forms, bool),
         final=_stack(finals),
         draft=_stack(drafts),
-        reflect_words=np.asarray(words, np.int32),
+        reflect_words=reflect_words,
         reflect_copied=np.asarray(copied, np.float32),
+        think_words=think_words,
+        revise_words=revise_words,
+        contradicted=np.asarray(contradicted, bool),
     )
-
-
-def _copied(text: str, source: str) -> float:
-    """The share of a text's runs of three words that another has; 0 for one without such a run."""
-    runs, known = ({tuple(words[i : i + 3]) for i in range(len(words) - 2)} for words in (text.split(), source.split()))
-    return len(runs & known) / len(runs) if runs else 0.0
 
 
 def _stack(answers: list[_Answer]) -> Answers:
@@ -110,14 +122,23 @@ def _stack(answers: list[_Answer]) -> Answers:
 
 # --- Sections -----------------------------------------------------------------------------------------------------
 
+SPECIAL = re.compile(r"<\|\w+\|>")  # a special token of the chat template, written out
+LONG_SPACE = re.compile(r"\s{17,}")  # more white space at one place than any layout needs
+
 
 def strict_sections(text: str, task: str, reflection: bool) -> dict[str, str] | None:
-    """Tag -> content when the text keeps the grammar exactly, else None."""
+    """Tag -> content when the text keeps the grammar exactly, else None.
+
+    White space may stand between tags and around values, no more than 16 characters of it at one place. A special token
+    (`<|im_start|>`) has no place in a completion.
+    """
     order = REFLECTION_ORDER if reflection and task in VERIFIABLE else PLAIN_ORDER
     order = (*order, "glue") if task == "grounding" else order
     sections, at = {}, 0
     tags = list(TAG.finditer(text))
     if [m.group(1) + m.group(2) for m in tags] != [slash + name for name in order for slash in ("", "/")]:
+        return None
+    if SPECIAL.search(text) or LONG_SPACE.search(text):
         return None
     for opened, closed in zip(tags[::2], tags[1::2], strict=True):
         if text[at : opened.start()].strip():
@@ -128,41 +149,120 @@ def strict_sections(text: str, task: str, reflection: bool) -> dict[str, str] | 
 
 
 def loose_sections(text: str) -> dict[str, str]:
-    """Tag -> content of its last complete occurrence; what follows the reasoning stands under "rest"."""
-    found = {m.group(1): m.group(2) for m in re.finditer(r"<(\w+)>((?:(?!<\1>).)*?)</\1>", text, re.DOTALL)}
-    rest = re.split(r"</(?:think|revise)>", text)[-1]
-    return {**found, "rest": TAG.sub(" ", rest)}
+    """Tag -> content of its last complete occurrence; what follows the reasoning stands under "rest".
+
+    An occurrence is complete when the tag is closed before it is opened again; tags inside it are its content.
+    """
+    tags = list(TAG.finditer(text))
+    following: dict[str, re.Match[str]] = {}
+    closing: list[re.Match[str] | None] = []  # of each tag: the next one of its name, where that closes
+    for tag in reversed(tags):
+        closing.append(after if (after := following.get(tag[2])) and after[1] else None)
+        following[tag[2]] = tag
+    found, at = {}, 0
+    for tag, closed in zip(tags, reversed(closing), strict=True):
+        if not tag[1] and closed and tag.start() >= at:
+            found[tag[2]] = text[tag.end() : closed.start()]
+            at = closed.end()
+    ends = [tag.end() for tag in tags if tag[1] and tag[2] in ("think", "revise")]
+    return {**found, "rest": TAG.sub(" ", text[ends[-1] if ends else 0 :])}
+
+
+def prose(text: str) -> str:
+    """A text as it may stand inside a tag: without tags of the grammar, special tokens and long white space."""
+    return LONG_SPACE.sub(" ", SPECIAL.sub("", TAG.sub("", text)))
+
+
+# --- Words of the reasoning ---------------------------------------------------------------------------------------
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _copied(words: Sequence[str], source: Sequence[str]) -> float:
+    """The share of words that are copied, 0 without words.
+
+    Copied are three words that stand side by side in the source, in this order, also where one foreign word was put
+    between two of them. So neither punctuation and case nor a filler after every word hide a copy, and phrases that two
+    texts about one video share by chance stay few.
+    """
+    known = set(zip(source, source[1:], source[2:], strict=False))
+    copied: set[int] = set()
+    for i in range(len(words) - 2):
+        for j in (i + 1, i + 2):
+            for k in (j + 1, j + 2):
+                if k < len(words) and (words[i], words[j], words[k]) in known:
+                    copied |= {i, j, k}
+    return len(copied) / len(words) if words else 0.0
+
+
+_STATES = r"(?i:\b(?:answer|option|choice|class|category|label)\s{0,3}(?:is|:))"
+_SO = r"(?i:\b(?:so|thus|hence|therefore|choose|pick|must be))"
+_NAMES = "|".join(re.escape(label).replace("_", "[ _]") for label in LABELS)
+_CONCLUSION = {
+    # A letter; after A no more of a sentence, as that begins with the article.
+    "qa": re.compile(
+        rf"(?:{_STATES}|{_SO})[\s,:*(]{{0,4}}(?i:(?:option|answer)\s{{1,3}})?\(?"
+        r"([B-D]\b|A(?=[)*]{0,3}\s{0,3}(?:[.,;:!?]|$)))"
+    ),
+    "classification": re.compile(rf"{_STATES}[\s*]{{0,4}}((?i:{_NAMES}))\b"),
+    "grounding": re.compile(rf"{_STATES}[\s*]{{0,4}}((?i:normal|anomaly))\b"),
+}
+
+
+def _contradicts(reasoning: str, final: _Answer, task: str) -> bool:
+    """Whether reasoning says in so many words (`the answer is B`, `so B`) another answer than the one that is given.
+
+    The last such statement counts. Reasoning that states none contradicts nothing: what it argues for is not guessed.
+    """
+    stated = _CONCLUSION[task].findall(reasoning) if task in VERIFIABLE and final != NOTHING else []
+    if not stated:
+        return False
+    value = _value(stated[-1], task)
+    return (value.choice, value.label, value.anomaly) != (final.choice, final.label, final.anomaly)
 
 
 # --- Values -------------------------------------------------------------------------------------------------------
 
-_NUMBER = r"-?\d+(?:\.\d+)?"
+_NUMBER = r"-?[0-9]+(?:\.[0-9]+)?"
 _PAIR = re.compile(rf"\s*\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]\s*")
 
 
-def _strict(text: str, sections: dict[str, str] | None, task: str) -> tuple[_Answer, _Answer]:
-    if sections is None:
-        return _Answer(), _Answer()
-    final = _value(sections["answer"], task)
-    draft = _value(sections.get("draft", ""), task)
+def _strict(sections: dict[str, str], task: str) -> tuple[_Answer, _Answer] | None:
+    """Final answer and draft; None where one that the grammar wants cannot be read, or contradicts itself."""
+    if task not in VERIFIABLE:
+        return (NOTHING, NOTHING) if _words(sections["answer"]) else None
     if task == "grounding":
-        kind, interval = _pair(sections["glue"])
-        final = final._replace(kind=kind, interval=interval)
-        name, _, pair = sections.get("draft", "").strip().partition(" ")
-        anomaly = _anomaly(name)
-        kind, interval = (NORMAL, (0.0, 0.0)) if anomaly == 0 and not pair else _pair(pair)
-        draft = _Answer(anomaly=anomaly, kind=kind, interval=interval)
-    return final, draft
+        name, *pair = sections.get("draft", "").split(maxsplit=1) or [""]
+        drafted = "[-1, -1]" if not pair and _value(name, task).anomaly == 0 else "".join(pair)
+        final, draft = _timed(sections["answer"], sections["glue"]), _timed(name, drafted)
+    else:
+        final, draft = _value(sections["answer"], task), _value(sections.get("draft", ""), task)
+    return None if final == NOTHING or ("draft" in sections and draft == NOTHING) else (final, draft)
+
+
+def _timed(name: str, pair: str) -> _Answer:
+    """`Anomaly` with an interval, or `Normal` with [-1, -1]; anything else is no answer."""
+    anomaly, (kind, interval) = _value(name, "grounding").anomaly, _pair(pair)
+    return _Answer(anomaly=anomaly, kind=kind, interval=interval) if anomaly == _SAYS.get(kind) else NOTHING
+
+
+_SAYS = {NORMAL: 0, INTERVAL: 1}  # whether there is an anomaly, by kind of interval
 
 
 def _value(text: str, task: str) -> _Answer:
     """The value inside <answer> or <draft>: spaces around it, its case and a full stop behind it do not matter."""
-    if task not in VERIFIABLE:
-        return _Answer()
     text = text.strip().removesuffix(".").strip()
+    if task not in VERIFIABLE or not text.isascii():  # other scripts have letters that fold to ours
+        return NOTHING
     if task == "qa":
-        return _Answer(choice="ABCD".index(text)) if re.fullmatch("[A-D]", text) else _Answer()
-    return _Answer(label=_label(text)) if task == "classification" else _Answer(anomaly=_anomaly(text))
+        return _Answer(choice="ABCD".index(text)) if re.fullmatch("[A-D]", text) else NOTHING
+    if task == "classification":
+        return _Answer(label=_LABEL_OF.get(_fold(text), -1))
+    return _Answer(anomaly={"normal": 0, "anomaly": 1}.get(text.casefold(), -1))
 
 
 def _fold(text: str) -> str:
@@ -172,78 +272,81 @@ def _fold(text: str) -> str:
 _LABEL_OF = {_fold(label): index for index, label in enumerate(LABELS)}
 
 
-def _label(text: str) -> int:
-    return _LABEL_OF.get(_fold(text), -1)
-
-
-def _anomaly(text: str) -> int:
-    return {"normal": 0, "anomaly": 1}.get(text.strip().removesuffix(".").casefold(), -1)
-
-
 def _pair(text: str) -> tuple[int, tuple[float, float]]:
-    """`[s, e]`: (-1, -1) is NORMAL; reversed, empty or negative bounds are no interval."""
+    """`[s, e]`: (-1, -1) is NORMAL; reversed, empty, negative or endless bounds are no interval."""
     match = _PAIR.fullmatch(text)
     if match is None:
         return UNKNOWN, (0.0, 0.0)
     start, end = float(match[1]), float(match[2])
     if (start, end) == (-1.0, -1.0):
         return NORMAL, (0.0, 0.0)
-    return (INTERVAL, (start, end)) if 0 <= start < end else (UNKNOWN, (0.0, 0.0))
+    return (INTERVAL, (start, end)) if 0 <= start < end <= LARGEST else (UNKNOWN, (0.0, 0.0))
 
 
 # --- Lenient ------------------------------------------------------------------------------------------------------
 
-_CLOCK = r"(?:(\d+):)?(?:(\d+):)?(\d+(?:\.\d+)?)"
+# No number begins inside another and nothing is read twice (`*+`, `++`): else a long one takes its length squared.
+_CLOCK = r"(?:(\d++):)?(?:(\d++):)?(\d++(?:\.\d++)?+)"
 _SPAN = re.compile(
-    rf"(?:from|between)?\s*\[?\s*{_CLOCK}\s*(?:s|sec|seconds?)?\s*(?:,|-|–|to|until|till|and)\s*{_CLOCK}(?![\d:])",
+    rf"(?<!\d){_CLOCK}\s*+(?:(?:seconds?|sec|s)\s*+)?(?:,|-|–|to|until|till|and)\s*+{_CLOCK}(?!\d|:\d)",
     re.IGNORECASE,
+)
+_NO_ANOMALY = re.compile(r"\[\s*+-1(?:\.0*+)?\s*+,\s*+-1(?:\.0*+)?\s*+\]")
+_DENIED = re.compile(  # `no anomaly`, `nothing abnormal`, `not normal`: what follows is denied
+    r"\b(?:no|not|nothing|without)\s{1,3}(?:(?:an?|any|signs?|evidence|of)\s{1,3}){0,4}"
+    r"(normal|anomal(?:y|ies|ous)|abnormal(?:ity|ities)?)\b"
 )
 _LETTER = re.compile(r"(?<![\w'])\(?([A-D])(?:[.):](?=\s|$)|(?=\s*$)|(?=\s*[,;\n]))")
 
 
-def _lenient(text: str, sections: dict[str, str] | None, task: str) -> tuple[_Answer, _Answer]:
-    found = sections or loose_sections(text)
+def _lenient(found: dict[str, str], task: str) -> tuple[_Answer, _Answer]:
+    """Final answer and draft in the sections of a text."""
     outside = found.get("rest", "")
-    final = _lenient_value(found.get("answer", outside), task)
-    if task == "grounding":
-        kind, interval, swapped = _lenient_interval(found.get("glue", outside))
-        if kind == UNKNOWN and final.anomaly == 0:
-            kind = NORMAL
-        anomaly = final.anomaly if final.anomaly >= 0 else {NORMAL: 0, INTERVAL: 1}.get(kind, -1)
-        final = _Answer(anomaly=anomaly, kind=kind, interval=interval, swapped=swapped)
-    draft = _lenient_value(found.get("draft", ""), task)
-    if task == "grounding":
-        kind, interval, swapped = _lenient_interval(found.get("draft", ""))
-        kind = NORMAL if kind == UNKNOWN and draft.anomaly == 0 else kind
-        draft = draft._replace(kind=kind, interval=interval, swapped=swapped)
-    return final, draft
+    final, draft = found.get("answer", outside), found.get("draft", "")
+    if task != "grounding":
+        return _lenient_value(final, task), _lenient_value(draft, task)
+    # Beside `Normal` in a text without <glue>, times are of what the text describes.
+    time = found["glue"] if "glue" in found else "" if _lenient_value(final, task).anomaly == 0 else outside
+    return _lenient_timed(final, time), _lenient_timed(draft, draft)
+
+
+def _lenient_timed(text: str, time: str) -> _Answer:
+    """An answer and its time; one that is lacking follows from the other, but for the time of an anomaly."""
+    anomaly = _lenient_value(text, "grounding").anomaly
+    kind, interval, swapped = _lenient_interval(time)
+    if kind == UNKNOWN:
+        return _Answer(anomaly=anomaly, kind=NORMAL if anomaly == 0 else UNKNOWN)
+    if anomaly not in (-1, _SAYS[kind]):
+        return NOTHING
+    return _Answer(anomaly=_SAYS[kind], kind=kind, interval=interval, swapped=swapped)
 
 
 def _lenient_value(text: str, task: str) -> _Answer:
     exact = _value(text, task)
-    if exact != _Answer() or task not in VERIFIABLE:
+    if exact != NOTHING or task not in VERIFIABLE:
         return exact
     if task == "qa":
         letters = {match.group(1) for match in _LETTER.finditer(text)}
-        return _Answer(choice="ABCD".index(letters.pop())) if len(letters) == 1 else _Answer()
+        return _Answer(choice="ABCD".index(letters.pop())) if len(letters) == 1 else NOTHING
     if task == "classification":
         folded = f" {re.sub(r'[^a-z ]', ' ', _fold(text))} "
         named = {index for name, index in _LABEL_OF.items() if f" {name} " in folded}
-        return _Answer(label=named.pop()) if len(named) == 1 else _Answer()
-    words = set(re.findall(r"[a-z]+", text.casefold()))
+        return _Answer(label=named.pop()) if len(named) == 1 else NOTHING
+    plain = _DENIED.sub(lambda m: " anomaly " if m[1] == "normal" else " normal ", text.casefold())
+    words = set(re.findall(r"[a-z]+", plain))
     normal, anomaly = bool(words & {"normal"}), bool(words & {"anomaly", "abnormal", "anomalous"})
-    return _Answer(anomaly=int(anomaly)) if normal != anomaly else _Answer()
+    return _Answer(anomaly=int(anomaly)) if normal != anomaly else NOTHING
 
 
 def _lenient_interval(text: str) -> tuple[int, tuple[float, float], bool]:
     """The first time span in a text; `1:05` and `01:02:03.5` are clock times, a reversed span is turned round."""
-    if re.search(r"\[\s*-1(?:\.0*)?\s*,\s*-1(?:\.0*)?\s*\]", text):
+    if _NO_ANOMALY.search(text):
         return NORMAL, (0.0, 0.0), False
     match = _SPAN.search(text)
     if match is None:
         return UNKNOWN, (0.0, 0.0), False
     start, end = _seconds(*match.groups()[:3]), _seconds(*match.groups()[3:])
-    if start == end:
+    if start == end or not max(start, end) <= LARGEST:
         return UNKNOWN, (0.0, 0.0), False
     return INTERVAL, (min(start, end), max(start, end)), start > end
 

@@ -16,11 +16,11 @@ REFLECT_WORDS = (
     100,
     150,
 )  # of a reflection: from the first to the second number is best, the third is worth nothing
-MOST_COPIED = 0.5  # a reflection that repeats more of the first reasoning has no form
+MOST_COPIED = 0.5  # a reflection with so large a share copied from the first reasoning is none
 
 
 def format_reward(parsed: Parsed, target: Target) -> jax.Array:
-    """1 where the completion keeps the grammar exactly, else 0."""
+    """1 where the completion keeps the strict rule of `parsing`, else 0."""
     return jnp.asarray(parsed.form, jnp.float32)
 
 
@@ -44,15 +44,18 @@ def reflection_reward(parsed: Parsed, target: Target) -> jax.Array:
     A right draft that is kept earns 0.5, a wrong one that is corrected 0.25, a wrong one that is kept 0, a right one
     that is broken -0.25. More f always pays, and for any f the best draft is one that scores the same: a wrong draft on
     purpose loses. The factor for the length is 1 between the first two REFLECT_WORDS and falls evenly, to 0 without a
-    word and at the third. Without form, or with more than MOST_COPIED of it copied, the whole is 0.
-    This is our own formula; its parts follow SRPO (arXiv 2506.01713), whose correction bonus could be gamed.
+    word and at the third. The whole is 0 without form, and where there is no reflection to pay for: no word of first or
+    of revised reasoning, MOST_COPIED or more of it copied from the first, or a revised reasoning that states another
+    answer than the final one. This is our own formula; its parts follow SRPO (arXiv 2506.01713), whose correction bonus
+    could be gamed.
     """
     draft, final = task_score(parsed.draft, target), task_score(parsed.final, target)
     effect = 0.25 * final + 0.25 * final * draft + 0.25 * jnp.minimum(final - draft, 0.0)
     few, many, most = REFLECT_WORDS
     length = jnp.minimum(parsed.reflect_words / few, (most - parsed.reflect_words) / (most - many))
-    formed = parsed.form & (parsed.reflect_copied <= MOST_COPIED)
-    return jnp.where(formed, jnp.clip(length, 0.0, 1.0) * (0.25 + effect), 0.0).astype(jnp.float32)
+    reasoned = (parsed.think_words > 0) & (parsed.revise_words > 0) & ~parsed.contradicted
+    counts = parsed.form & reasoned & (parsed.reflect_copied < MOST_COPIED)
+    return jnp.where(counts, jnp.clip(length, 0.0, 1.0) * (0.25 + effect), 0.0).astype(jnp.float32)
 
 
 def correctness(answers: Answers, target: Target) -> jax.Array:

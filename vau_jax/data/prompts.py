@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vau_jax import parsing
 from vau_jax.data.annotations import LABELS, SECTIONS, Interval, Row
 from vau_jax.files import InputError, read_json
 
@@ -171,8 +172,12 @@ def shuffle_options(row: Row, order: Sequence[int]) -> Row:
 
 
 def format_interval(interval: Interval) -> str:
-    """`[12.0, 30.5]`, or `[-1.0, -1.0]` for no anomaly."""
-    return f"[{interval[0]:.1f}, {interval[1]:.1f}]" if isinstance(interval, tuple | list) else "[-1.0, -1.0]"
+    """`[12.0, 30.5]`, or `[-1.0, -1.0]` for no anomaly; with more digits where one would leave nothing between."""
+    if not isinstance(interval, tuple | list):
+        return "[-1.0, -1.0]"
+    start, end = interval
+    digits = 1 if round(start, 1) < round(end, 1) else 6
+    return f"[{start:.{digits}f}, {end:.{digits}f}]"
 
 
 def final_answer(row: Row, task: str) -> str:
@@ -182,7 +187,7 @@ def final_answer(row: Row, task: str) -> str:
     if task == "classification":
         return row.anomaly_class or ""
     if task == "description":
-        return "\n".join(f"{title}: {text}" for title, text in row.reasoning.items())
+        return parsing.prose("\n".join(f"{title}: {text}" for title, text in row.reasoning.items()))
     return "Normal" if row.interval == "normal" else "Anomaly"
 
 
@@ -226,18 +231,24 @@ def completion(
     Without a record the reasoning comes from the annotation, in one pass; a description's is the annotation's own, its
     answer the six sections. With one, "think" has its first and its
     revised reasoning in one pass, "two_pass" all but the reflection. A wrong draft has weight 0 unless `weights` say
-    otherwise: the model is to learn to correct, not to err.
+    otherwise: the model is to learn to correct, not to err. Tags and special tokens in the annotation's words are left
+    out. Raises InputError for a task that the row has no answer to.
     """
+    if task not in row.tasks:
+        raise InputError(
+            f"{row.video} has no right answer for {task}: its annotation serves {', '.join(row.tasks) or 'no task'}"
+        )
     answer = f"<answer>{final_answer(row, task)}</answer>"
     if task == "grounding":
         answer += f"<glue>{format_interval(row.interval)}</glue>"
     if style == "direct":
         return [Span(answer, weights["answer"])]
     if reflection is None:
-        think = row.description if task == "description" else plain_reasoning(row)
+        think = parsing.prose(row.description if task == "description" else plain_reasoning(row))
         return [Span(f"<think>{think}</think>", weights["think"]), Span(answer, weights["answer"])]
     think, reflect, revise = (
-        text.replace("{check}", check(row)) for text in (reflection.think, reflection.reflect, reflection.revise)
+        parsing.prose(text.replace("{check}", check(row)))
+        for text in (reflection.think, reflection.reflect, reflection.revise)
     )
     if style == "think":
         return [Span(f"<think>{think} {revise}</think>", weights["think"]), Span(answer, weights["answer"])]
