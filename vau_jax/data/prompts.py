@@ -172,11 +172,11 @@ def shuffle_options(row: Row, order: Sequence[int]) -> Row:
 
 
 def format_interval(interval: Interval) -> str:
-    """`[12.0, 30.5]`, or `[-1.0, -1.0]` for no anomaly; with more digits where one would leave nothing between."""
+    """`[12.0, 30.5]`, or `[-1.0, -1.0]` for no anomaly; with more digits where a tenth of a second is coarse."""
     if not isinstance(interval, tuple | list):
         return "[-1.0, -1.0]"
     start, end = interval
-    digits = 1 if round(start, 1) < round(end, 1) else 6
+    digits = 1 if end - start > 0.2 else 6
     return f"[{start:.{digits}f}, {end:.{digits}f}]"
 
 
