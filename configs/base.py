@@ -108,7 +108,7 @@ def get_config() -> ConfigDict:
     c.rollout.reward_seconds = 60.0  # for one number; longer is a failure of that completion
 
     c.rewards = ConfigDict()  # weights; 0: off
-    c.rewards.format = 1.0  # the grammar is kept
+    c.rewards.format = 1.0  # the grammar is kept, every value can be read, and none contradicts another
     c.rewards.accuracy = 1.0  # of the final answer
     c.rewards.tiou = 0.0  # temporal IoU of the final interval, grounding
     c.rewards.reflection = 0.0  # its form, and its effect from draft to final answer
