@@ -1,5 +1,6 @@
 """Completions to arrays: the strict grammar, and what lenient reading finds."""
 
+import re
 import time
 
 import numpy as np
@@ -124,6 +125,12 @@ def test_targets_tell_the_three_codes_apart() -> None:
     assert target.kind.tolist() == [parsing.UNKNOWN, parsing.NORMAL, parsing.INTERVAL]
     assert target.choice.tolist() == [-1, -1, 3]
     np.testing.assert_array_equal(target.interval, [[0, 0], [0, 0], [1, 2]])
+
+
+@pytest.mark.parametrize("interval", [(1e39, 2e39), (0.0, float("inf")), (0.0, float("nan")), (6.0, 2.0), (-1.0, 2.0)])
+def test_a_true_interval_that_cannot_be_scored_is_named(interval: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match=re.escape(f"interval {interval}: expected 0 <= start <= end")):
+        parsing.targets([("grounding", None, "Fire", interval)])
 
 
 def test_an_unknown_task_is_named() -> None:

@@ -363,7 +363,13 @@ def _seconds(first: str | None, second: str | None, last: str) -> float:
 
 
 def targets(items: Sequence[tuple[str, str | None, str | None, Interval]]) -> Target:
-    """The truth of N examples, each (task, answer letter, class name, interval), as arrays."""
+    """The truth of N examples, each (task, answer letter, class name, interval), as arrays.
+
+    Raises InputError for an interval that float32 does not hold: no score could be made of it.
+    """
+    for *_, interval in items:
+        if isinstance(interval, tuple) and not 0 <= interval[0] <= interval[1] <= LARGEST:
+            raise InputError(f"interval {interval}: expected 0 <= start <= end in seconds, finite in float32")
     kinds = [UNKNOWN if i is None else NORMAL if i == "normal" else INTERVAL for _, _, _, i in items]
     return Target(
         task=np.asarray([TASKS.index(task) for task, _, _, _ in items], np.int32),
