@@ -1,6 +1,8 @@
 """Scores against independent code and hand-worked cases."""
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from vau_jax import metrics, parsing
+from vau_jax.data import annotations
 from vau_jax.data.annotations import LABELS
 from vau_jax.scores import score
 
@@ -62,6 +65,32 @@ def test_hand_worked_grounding() -> None:
 def test_an_unreadable_answer_on_a_normal_video_is_a_false_alarm() -> None:
     records = [grounded("?", "normal", "Normal", "")]
     assert score(records, reflection=False)["tasks"]["grounding"]["false_alarms"]["value"] == 1.0
+
+
+@pytest.mark.parametrize(("answer", "glue"), [("Anomaly", "[-1, -1]"), ("Normal", "[2, 6]")])
+def test_an_answer_that_contradicts_its_time_is_wrong_on_every_video_and_counted(answer: str, glue: str) -> None:
+    records = [grounded(glue, answer=answer), grounded(glue, "normal", "Normal", answer)]
+    result = score(records, reflection=False)
+    found = result["tasks"]["grounding"]
+    assert (found["mIoU"]["value"], found["false_alarms"]["value"], found["unparsed"]) == (0.0, 1.0, 2)
+    assert [estimate["value"] for estimate in result["by_class"]["grounding"].values()] == [0.0, 0.0]
+
+
+def test_no_number_that_a_model_writes_makes_a_score_that_is_none() -> None:
+    """Strict JSON has neither Infinity nor NaN."""
+    numbers = ("9" * 38, "9" * 39, "9" * 400, "9" * 5000, "0." + "0" * 400 + "1")
+    records = [grounded(f"[{a}, {b}]") for a, b in itertools.product(("0", *numbers), numbers)]
+    records = [{**r, "completions": [r["completions"][0], f"from {'9' * 39}:00 to 5"]} for r in records]
+    json.dumps(score(records, reflection=True), allow_nan=False)
+
+
+def test_the_best_constant_interval_scores_what_the_baseline_says(vau_bench: Path) -> None:
+    rows, _ = annotations.load(vau_bench / "test_msad.csv")
+    target = parsing.targets([("grounding", None, r.anomaly_class, r.interval) for r in rows if "grounding" in r.tasks])
+    best = metrics.baselines(target, "grounding")["best_constant_interval"]
+    text = f"<think>t</think><answer>Anomaly</answer><glue>{best['answer']}</glue>"
+    parsed = parsing.parse([text] * len(target.kind), "grounding", "lenient")
+    assert metrics.grounding(parsed, target)["mIoU"] == pytest.approx({k: v for k, v in best.items() if k != "answer"})
 
 
 def test_hand_worked_classification() -> None:
