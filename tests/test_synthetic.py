@@ -1,12 +1,14 @@
 """The rendered data set: real H.264 files, facts that hold, and nothing to learn from the text alone."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import av
 import numpy as np
 
-from vau_jax.data import annotations, synthetic
+from vau_jax import parsing, rewards
+from vau_jax.data import annotations, prompts, synthetic
 from vau_jax.data.annotations import LABELS
 
 
@@ -25,6 +27,19 @@ def test_files_are_h264_of_the_promised_kind(dataset: Path) -> None:
 def test_there_are_eight_kinds_of_anomaly_of_vau_bench() -> None:
     assert len(synthetic.ANOMALIES) >= 8
     assert set(synthetic.KINDS) <= set(LABELS)
+
+
+def test_every_reflection_record_makes_a_completion_that_is_paid_for(dataset: Path) -> None:
+    """A wrong draft that is corrected earns 0.5, a right one that is kept 0.75, and half a right interval between."""
+    rows, _ = annotations.load(dataset / "train.csv")
+    records = [json.loads(line) for line in (dataset / "train_reflection.jsonl").read_text().splitlines()]
+    by_name = {row.video: row for row in rows}
+    for record in records:
+        row, task = by_name[record.pop("video")], record.pop("task")
+        spans = prompts.completion(row, task, "reflection", prompts.Reflection(**record))
+        parsed = parsing.parse(["".join(span.text for span in spans)], task, "strict", reflection=True)
+        target = parsing.targets([(task, row.answer, row.anomaly_class, row.interval)])
+        assert 0.5 <= float(rewards.reflection_reward(parsed, target)[0]) <= 0.75
 
 
 def test_annotations_are_clean(dataset: Path) -> None:
