@@ -7,9 +7,10 @@ seek it gives others where pictures lead their key frame (open groups, MPEG-4 wi
 what PyAV cannot.
 """
 
+import io
 import os
 from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +30,10 @@ MAX_FRAMES = 2**22  # 38 hours at 30 a second
 MAX_SECONDS = 2**20  # 12 days
 PASSING_OVER = ("h264", "hevc", "mpeg4")  # codecs whose decoder passes over single pictures exactly when told to
 DECORD_FRAMES = 8  # that decord holds at once
-CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ivf,ogg,h264,hevc,av1,m4v,gif"
-AV_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}  # no play list that leads elsewhere
+DECORD_BYTES = 2**28  # of packets that are repacked for decord
+DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp9")  # old decoders see no more of unknown files than they must
+CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ivf,ogg,h264,hevc,av1,m4v,gif"  # FFmpeg's names
+AV_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none", "enable_drefs": "0"}
 
 
 class VideoError(Exception):
@@ -75,11 +78,12 @@ class Index:
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The container and its first video stream, sizes checked before anything is decoded."""
-    try:
-        container = av.open(str(path), options=AV_OPTIONS, metadata_errors="ignore")
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
-    with container:
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(open(path, "rb", buffering=0))
+            container = opened.enter_context(av.open(file, options=AV_OPTIONS, metadata_errors="ignore"))
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
         if not container.streams.video:
             raise VideoError(f"{path} has no video stream")
         stream = container.streams.video[0]
@@ -219,10 +223,11 @@ def from_beginning(path: Path, index: Index, numbers: frozenset[int]) -> Iterato
 
 
 def by_decord(path: Path, index: Index, numbers: frozenset[int]) -> Iterator[Picture]:
-    """The frames `numbers` by decord. Raises RuntimeError where decord is missing or counts the frames differently."""
+    """The frames `numbers` by decord. Raises RuntimeError where decord is missing, is not asked for such a video, or
+    counts the frames differently."""
     if decord is None:
         raise RuntimeError("decord is not installed")
-    reader = decord.VideoReader(str(path), num_threads=1)
+    reader = decord.VideoReader(_repacked(path), num_threads=1)
     if len(reader) != len(index.stamps):
         raise RuntimeError(f"decord finds {len(reader)} frames, PyAV {len(index.stamps)}")
     order = sorted(numbers)
@@ -230,6 +235,22 @@ def by_decord(path: Path, index: Index, numbers: frozenset[int]) -> Iterator[Pic
         some = order[first : first + DECORD_FRAMES]
         # decord does not say which of its pictures a damaged file spoilt: what PyAV could not decode stays flagged.
         yield from (Picture(n, image, True) for n, image in zip(some, reader.get_batch(some).asnumpy(), strict=True))
+
+
+def _repacked(path: Path) -> io.BytesIO:
+    """The video's packets as an MP4 file of our own, in memory: nothing in it can name another file."""
+    packed = io.BytesIO()
+    with _open(path) as (source, stream), av.open(packed, "w", format="mp4") as target:
+        if stream.codec_context.name not in DECORD_CODECS:
+            raise RuntimeError(f"decord is not asked for {stream.codec_context.name}")
+        copy = target.add_stream_from_template(stream)
+        for packet in _packets(source, stream):
+            packet.stream = copy
+            target.mux(packet)
+            if packed.tell() > DECORD_BYTES:
+                raise RuntimeError(f"decord is not asked for more than {DECORD_BYTES} bytes")
+    packed.seek(0)
+    return packed
 
 
 def pictures(path: Path, index: Index, numbers: frozenset[int]) -> Iterator[Iterator[Picture]]:

@@ -133,7 +133,7 @@ def read(path: str | os.PathLike, options: VideoOptions, factor: int, multiple: 
     nearest frame before stands in for one that cannot be decoded, as long as options.min_frames can. Raises VideoError.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # also where no file can have such a name
         raise VideoError(f"no such file: {path}", "missing")
     index = decoders.scan(path)
     numbers, seconds = choose(index.starts, index.end, options, multiple)
@@ -171,7 +171,7 @@ class Probe:
 def probe(path: str | os.PathLike) -> Probe:
     """Reads a file's list of frames and decodes the first. Raises VideoError."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # also where no file can have such a name
         raise VideoError(f"no such file: {path}", "missing")
     index = decoders.scan(path)
     for pictures in decoders.pictures(path, index, frozenset({0})):
