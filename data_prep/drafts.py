@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from vau_jax import files, parsing, rewards, sampling
 from vau_jax.chat import Chat, Message, Reply, frames_content
-from vau_jax.data import pipeline, prompts, video
+from vau_jax.data import pipeline, prompts, tables, video
 from vau_jax.data.annotations import LABELS, Row
+from vau_jax.data.decode_worker import DecoderPool
 from vau_jax.data.decoders import VideoError
 from vau_jax.data.pipeline import Example
 from vau_jax.metric_writer import Progress
@@ -42,9 +43,9 @@ def make(config: ConfigDict, workdir: Path, examples: list[Example]) -> list[Dra
         return [(e, by_rule(e, config.keep.wrong_share, config.seed), "") for e in examples]
     path = workdir / "drafts.jsonl"
     settings = hashlib.sha256(f"{student}{config.data}{config.seed}".encode()).hexdigest()
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]
-    known = {r["example"]: r for r in whole if r["settings"] == settings}
+    whole = [line for line in files.read_lines(path) if line.endswith("\n")] if path.exists() else []
+    records = [record for _, record in tables.json_lines(path, "".join(whole))]
+    known = {record["example"]: record for record in records if record.get("settings") == settings}
     todo = [example for example in examples if example.name not in known]
     progress = Progress("drafts", len(examples), start=len(known))
     files.write_text(path, "".join(json.dumps(record) + "\n" for record in known.values()))
@@ -94,13 +95,14 @@ def by_endpoint(config: ConfigDict, workdir: Path, examples: list[Example]) -> I
     student.jsonl, so that none is paid for twice."""
     s, words = config.student, prompts.load_words(config.data.templates)
     student = Chat(s, workdir / "student.jsonl")
+    pool = DecoderPool(1, config.data.video_seconds)
     asked: list[Example] = []
     unread: list[Drafted] = []
 
     def questions() -> Iterator[list[Message]]:
         for example in examples:
             try:
-                shown = pictures(example, s.frames)
+                shown = pictures(example, s.frames, pool)
             except VideoError as error:
                 unread.append((example, [], f"the video cannot be read: {error}"))
                 continue
@@ -115,6 +117,7 @@ def by_endpoint(config: ConfigDict, workdir: Path, examples: list[Example]) -> I
             found = replies.pop(number)
             texts = [reply.text for reply in found if not reply.error]
             yield _read(asked[number], texts, f"{UNANSWERED}: {found[-1].error}")
+    pool.close()
     yield from unread
 
 
@@ -124,12 +127,13 @@ def _read(example: Example, texts: Sequence[str], reason: str) -> Drafted:
     return example, drafts, "" if drafts else "no answer in the student's texts" if texts else reason
 
 
-def pictures(example: Example, count: int) -> list[Message]:
-    """`count` frames of a video as content of a message, and when they were taken; nothing for 0. Raises VideoError."""
+def pictures(example: Example, count: int, pool: DecoderPool) -> list[Message]:
+    """`count` frames of a video, decoded by `pool`, as content of a message, and when they were taken; nothing for 0.
+    Raises VideoError."""
     if not count:
         return []
     options = video.VideoOptions(nframes=count, min_pixels=64 * 64, max_pixels=512 * 512)
-    clip = video.read(example.path, options, factor=2, multiple=1)
+    clip = pool.read(example.path, options, factor=2, multiple=1)
     times = ", ".join(f"{time:.1f}" for time in clip.times)
     return [
         *frames_content(clip.frames),

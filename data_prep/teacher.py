@@ -12,6 +12,7 @@ from data_prep.drafts import Draft, first_sentence, pictures
 from vau_jax.chat import Chat, Message, json_object
 from vau_jax.data import prompts
 from vau_jax.data.annotations import Row
+from vau_jax.data.decode_worker import DecoderPool
 from vau_jax.data.decoders import VideoError
 from vau_jax.data.pipeline import Example
 from vau_jax.metric_writer import Progress
@@ -27,13 +28,14 @@ def reflect(
     if not config.teacher.url:
         return [(by_rule(*one), "") for one in chosen], {"kind": "rules: composed from the annotation, no model"}
     teacher = Chat(config.teacher, workdir / "answers.jsonl")
+    pool = DecoderPool(1, config.data.video_seconds)
     written: list[Written] = [(None, "")] * len(chosen)
     numbers: list[int] = []
 
     def questions() -> Iterator[list[Message]]:
         for number, (example, draft, right) in enumerate(chosen):
             try:
-                shown = pictures(example, config.teacher.frames)
+                shown = pictures(example, config.teacher.frames, pool)
             except VideoError as error:
                 written[number] = (None, f"the video cannot be read: {error}")
                 continue
@@ -45,6 +47,7 @@ def reflect(
         error = f"the teacher did not answer: {reply.error}" if reply.error else ""
         written[numbers[index]] = (None if error else read_reply(reply.text), error)
         progress.show(done, f"{teacher.tokens.total()} tokens, cost {teacher.cost:.2f}")
+    pool.close()
     template = json.dumps(messages(*_blank(), []))
     card = {
         "kind": "model",

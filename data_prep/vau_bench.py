@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -111,7 +111,10 @@ def import_splits(
     splits = {split: [_shuffled(row, seed) for row in rows] for split, rows in splits.items()}
     if folders:
         splits = _joined(splits, folders, workers, found)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {out}: {error.strerror} (--out)") from error
     texts = {}
     for split, rows in splits.items():
         texts[f"{split}.jsonl"] = "".join(json.dumps(annotations.to_json(row)) + "\n" for row in rows)
@@ -180,8 +183,16 @@ def _videos_below(folder: Path) -> dict[str, list[Path]]:
     by_name: dict[str, list[Path]] = {}
     for path in sorted(folder.resolve().rglob("*")):
         if path.suffix.lower() in ENDINGS and path.is_file():
+            _check_utf8(path)
             by_name.setdefault(annotations.plain_name(path.name).lower(), []).append(path)
     return by_name
+
+
+def _check_utf8(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the name of {str(path)!a} is not UTF-8, so that no table can hold it: rename it") from error
 
 
 def _find(row: Row, by_name: dict[str, list[Path]], found: Found) -> Path | None:
@@ -245,8 +256,8 @@ def main() -> None:
         imports.add_argument(f"--{split}", nargs="+", default=[], metavar="FILE")
     imports.add_argument("--videos", nargs="+", default=[], metavar="SOURCE=DIR")
     imports.add_argument("--out", required=True, type=Path)
-    imports.add_argument("--seed", type=int, default=0, help="of the options' order")
-    imports.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read videos")
+    imports.add_argument("--seed", type=_from(0), default=0, help="of the options' order")
+    imports.add_argument("--workers", type=_from(1), default=os.cpu_count(), help="processes that read videos")
     args = parser.parse_args()
     if args.command == "audit":
         print(audit(args.files, args.source, args.protocol, args.rows))
@@ -256,6 +267,17 @@ def main() -> None:
     print(found.table())
     if folders:
         print(f"use with --config.data.videos={common_folder(list(folders.values()))}")
+
+
+def _from(least: int) -> Callable[[str], int]:
+    """An argument's type: whole numbers from `least` on."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < least:
+            raise ValueError
+        return int(text)
+
+    return whole_number
 
 
 def _folders(given: list[str]) -> dict[str, Path]:

@@ -346,6 +346,15 @@ def test_a_missing_video_is_excluded_and_listed(config: ConfigDict, tmp_path: Pa
     assert [e.video for e in audit.entries if e.reason.startswith("no such video")] == ["train_00003.mp4"]
 
 
+def test_a_name_that_no_file_can_have_is_excluded_and_listed(config: ConfigDict, tmp_path: Path) -> None:
+    name = "x" * 300 + ".mp4"
+    path = tmp_path / "long.csv"
+    path.write_text(Path(config.csv).read_text().replace("train_00003.mp4", name))
+    config.csv = str(path)
+    _, audit = pipeline.load_examples(config)
+    assert [e.video for e in audit.entries if e.reason.startswith("no such video")] == [name]
+
+
 def test_an_example_without_its_reflection_record_is_excluded_and_listed(config: ConfigDict, tmp_path: Path) -> None:
     lines = Path(config.reflection).read_text().splitlines(keepends=True)
     path = tmp_path / "some.jsonl"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from data_prep import vau_bench as module
 from tests import clips
 from vau_jax.data import annotations
+from vau_jax.files import InputError, exit_on_input_error
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,6 +70,32 @@ def test_audit_prints_counts_and_leaks(vau_bench: Path) -> None:
 def test_audit_of_rows_names_each(vau_bench: Path) -> None:
     done = run("audit", vau_bench / "test_msad.csv", "--rows")
     assert "Shooting_10.mp4  changed qa: correct option holds more than its letter" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--out", "/dev/null/folder"], "cannot write to the folder /dev/null/folder"),
+        (["--out", "x", "--seed", "-1"], "argument --seed: invalid whole_number value"),
+        (["--out", "x", "--workers", "0"], "argument --workers: invalid whole_number value"),
+    ],
+    ids=["out", "seed", "workers"],
+)
+def test_impossible_flags_are_named(
+    flags: list[str], words: str, vau_bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vau_bench", "import", "--test", str(vau_bench / "test_msad.csv"), *flags])
+    with pytest.raises(SystemExit) as ended:
+        exit_on_input_error(module.main)
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_video_whose_name_no_table_can_hold_is_named(vau_bench: Path, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    Path(os.fsdecode(bytes(tmp_path / "videos") + b"/caf\xe9.mp4")).touch()
+    tests, folders = {"test": [str(vau_bench / "test_msad.csv")]}, {"msad": tmp_path / "videos"}
+    with pytest.raises(InputError, match=r"caf\\udce9\.mp4' is not UTF-8"):
+        module.import_splits(tmp_path / "out", tests, folders, seed=0, workers=1)
 
 
 def test_rows_are_joined_with_their_videos_by_name(imported: Path) -> None:

@@ -21,7 +21,7 @@ from vau_jax import cli, parsing, processes, rewards, sampling, scores, sharding
 from vau_jax.about import about
 from vau_jax.data import pipeline, prompts
 from vau_jax.data.pipeline import Example, HostBatch, Loaded
-from vau_jax.files import InputError, read_json, write_text
+from vau_jax.files import InputError, read_json, read_lines, write_text
 from vau_jax.metric_writer import Progress
 from vau_jax.vlm import VideoLM, decode_text
 
@@ -104,7 +104,7 @@ def predict(config: ConfigDict, workdir: Path, examples: list[Example], fingerpr
 
 def _finished(path: Path, fingerprint: str) -> dict[str, scores.Record]:
     """The whole records of an earlier call with the same settings; the file keeps only those."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    lines = read_lines(path) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["fingerprint"] == fingerprint]
     write_text(path, "".join(kept))
     return {record["example"]: record for record in map(json.loads, kept)}

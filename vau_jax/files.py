@@ -97,6 +97,12 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         yield
 
 
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a text file with their ends; "\\n" alone ends one, because U+2028 may stand in a JSON string."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return list(file)
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """Parses a JSON file; a damaged one is an `InputError` that names it."""
     try:

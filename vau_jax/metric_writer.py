@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from vau_jax import processes
 from vau_jax.data.decoders import short
-from vau_jax.files import InputError, read_json, write_text
+from vau_jax.files import InputError, read_json, read_lines, write_text
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX says after each program
 
@@ -210,7 +210,7 @@ def _whole_lines(path: Path) -> list[str]:
     """The lines of a file but for a last one that a kill cut short."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in read_lines(path) if line.endswith("\n")]
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | None]]:

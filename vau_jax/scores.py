@@ -10,7 +10,7 @@ import numpy as np
 
 from vau_jax import metrics, parsing, rewards
 from vau_jax.data.annotations import LABELS
-from vau_jax.files import InputError
+from vau_jax.files import InputError, read_lines
 from vau_jax.parsing import Answers, Parsed
 from vau_jax.types import Target
 
@@ -51,7 +51,7 @@ def score(records: list[Record], reflection: bool, protocol: str = "clean") -> d
 def load(folder: Path) -> list[Record]:
     """The records of the evaluation in a folder, those of turned options left out; none where there is no file."""
     path = folder / "predictions.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = read_lines(path) if path.is_file() else []
     try:
         return [record for record in map(json.loads, lines) if not record["rotation"]]
     except (json.JSONDecodeError, KeyError, TypeError) as error:

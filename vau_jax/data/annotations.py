@@ -10,18 +10,17 @@ It also reads the JSONL that `data_prep.vau_bench import` writes: rows that are 
 """
 
 import ast
-import csv
-import io
-import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from vau_jax.data import tables
 from vau_jax.files import InputError
 
 COLUMNS = (
@@ -74,6 +73,9 @@ SECTIONS = (
 )
 
 MISSING = "-1"
+MAX_SECONDS = 2**20  # of a video: 12 days
+MAX_LITERAL = 2**14  # characters of a Python literal; Python takes up to a second for longer ones
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 PROTOCOLS = ("clean", "paper")
 SOURCES = ("msad", "ucf", "ecva")
 Source = Literal["msad", "ucf", "ecva"]
@@ -164,22 +166,41 @@ def load(
     `"paper"` reproduces the published denominators: it keeps ECVA's misread times, drops its rows without an interval,
     and gives UCF-Crime's rows without text the class that their file name says.
 
-    Raises InputError for a missing or unreadable file, a missing column, or a file without rows.
+    A row that breaks the rules of CSV is left out, and so is one whose video would lie outside of the folder of videos.
+    Raises InputError for a missing or unreadable file, a missing column, a line that is no JSON, or no rows.
     """
     for name, value, known in (("source", source, (*SOURCES, "auto")), ("protocol", protocol, PROTOCOLS)):
         if value not in known:
             raise InputError(f"{name}={value!r} is unknown: expected one of {', '.join(known)}")
-    records = _read_records(Path(path))
-    audit = Audit(str(path), protocol, rows=len(records))
-    if "video" in records[0]:
-        if protocol == "paper":
-            raise InputError(f"{path} holds imported rows, which are mended: protocol=paper needs the CSV as published")
-        return [_imported_row(path, line, record) for line, record in enumerate(records, start=1)], audit
+    path = Path(path)
+    text = tables.read(path, "annotation file")
+    if path.suffix == ".jsonl":
+        records = tables.json_lines(path, text)
+        if records and "video" in records[0][1]:
+            if protocol == "paper":
+                raise InputError(
+                    f"{path} holds imported rows, which are mended: protocol=paper needs the CSV as published"
+                )
+            audit = Audit(str(path), protocol, len(records))
+            rows = [_imported_row(path, line, record) for line, record in records]
+            return [row for row in rows if _stays_inside(row.video, row.line, audit)], audit
+        found, faults = tables.text_rows(path, records, COLUMNS)
+    else:
+        found, faults = tables.csv_rows(path, text, COLUMNS, "Video Name")
+    if not found:
+        told = f", the first is row {faults[0].number}: {faults[0].reason}" if faults else ""
+        raise InputError(f"{path} has no rows that can be read: at least one annotated video is needed{told}")
+    audit = Audit(str(path), protocol, len(found) + len(faults))
+    audit.entries = [AuditEntry(fault.number, fault.start, "excluded", "row", fault.reason) for fault in faults]
+    return _rows(found, source, protocol, audit), audit
+
+
+def _rows(found: Sequence[tuple[int, dict[str, str]]], source: str, protocol: str, audit: Audit) -> list[Row]:
+    """The rows of text as typed ones, by the rules of their sources."""
     rows, seen = [], set()
-    for line, record in enumerate(records, start=1):
+    for line, record in found:
         video = record["Video Name"].strip()
-        if not video:
-            audit.entries.append(AuditEntry(line, "", "excluded", "row", "no video name"))
+        if not _stays_inside(video, line, audit):
             continue
         reader = _RowReader(record, line, detect_source(video) if source == "auto" else source, protocol, audit)
         if video in seen:
@@ -188,7 +209,22 @@ def load(
         row = reader.read()
         if row is not None:
             rows.append(row)
-    return rows, audit
+    return rows
+
+
+def _stays_inside(video: str, line: int, audit: Audit) -> bool:
+    """Whether a video's name is that of a file in the folder of videos or below; one that is not is noted."""
+    parts = PurePath(video).parts
+    if not parts:
+        reason = "no video name"
+    elif CONTROL.search(video):
+        reason = "the video's name has control characters"
+    elif PurePath(video).is_absolute() or ".." in parts:
+        reason = f"the video's name leads out of the folder of videos: {video}"
+    else:
+        return True
+    audit.entries.append(AuditEntry(line, CONTROL.sub("?", video), "excluded", "row", reason))
+    return False
 
 
 def denominators(rows: Sequence[Row]) -> dict[str, int]:
@@ -220,28 +256,45 @@ def to_json(row: Row) -> dict[str, Any]:
     return {**record, "options": list(row.options), "reasoning": dict(row.reasoning)}
 
 
-def _imported_row(path: str | os.PathLike, line: int, record: dict[str, Any]) -> Row:
+def _imported_row(path: Path, line: int, record: dict[str, Any]) -> Row:
     """The row that `to_json` wrote."""
     try:
         interval = record["interval"]
         if isinstance(interval, list):
-            start, end = interval
-            interval = (float(start), float(end))
-        row = Row(**{**record, "options": tuple(record["options"]), "interval": interval, "line": line})
-        known = (
-            row.source in SOURCES
-            and row.answer in (None, *"ABCD")
-            and len(row.options) in (0, 4)
-            and (row.anomaly_class is None or row.anomaly_class in LABELS)
-            and (row.interval is None or row.interval == "normal" or 0 <= row.interval[0] < row.interval[1])
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} line {line} is no imported row ({error}): run `data_prep.vau_bench import`"
-        ) from error
-    if not known:
-        raise InputError(f"{path} line {line}: source, answer, options, class or interval of {row.video} is impossible")
+            start, end = (_seconds(value) for value in interval)
+            interval = (start, end)
+        options = record["options"]
+        row = Row(**{**record, "options": (*options,), "interval": interval, "line": line})
+        if not isinstance(options, list) or not _possible(row):
+            raise ValueError("a field has an impossible value")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = CONTROL.sub("?", str(error))[:200]
+        raise InputError(f"{path} line {line} is no imported row ({what}): run `data_prep.vau_bench import`") from error
     return row
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_SECONDS:
+        raise ValueError(f"interval: expected seconds from 0 to {MAX_SECONDS}, found {str(value)[:40]}")
+    return float(value)
+
+
+def _possible(row: Row) -> bool:
+    """Whether every field of a row that JSON gave has its type and a value that there is."""
+    texts = [row.video, row.question, *row.options, row.key_object, row.description]
+    texts += [*row.reasoning.keys(), *row.reasoning.values()]
+    numbers = [n for n in (row.duration, row.fps, row.width, row.height) if n is not None]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(n, int | float) and 0 < n < 1e9 for n in numbers)
+        and row.source in SOURCES
+        and row.answer in (None, *"ABCD")
+        and len(row.options) in (0, 4)
+        and row.anomaly_class in (None, *LABELS)
+        and (
+            row.interval in (None, "normal") or (isinstance(row.interval, tuple) and row.interval[0] < row.interval[1])
+        )
+    )
 
 
 def detect_source(video: str) -> Source:
@@ -251,42 +304,6 @@ def detect_source(video: str) -> Source:
             return source
     stem = Path(video).stem
     return "ecva" if stem.isdigit() else "ucf" if stem.endswith("_x264") else "msad"
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise InputError(f"annotation file {path} does not exist: give a CSV or JSONL file of annotations")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if path.suffix == ".jsonl":
-        records = [_json_record(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-        if records and "video" in records[0]:
-            return records
-        records = [{key: "" if value is None else str(value) for key, value in record.items()} for record in records]
-        columns = set().union(*records) if records else set(COLUMNS)
-    else:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        records, columns = list(reader), set(reader.fieldnames or ())
-    missing = [column for column in COLUMNS if column not in columns]
-    if missing:
-        raise InputError(
-            f"{path} lacks the column(s) {', '.join(missing)}: VAU-Bench's columns are {', '.join(COLUMNS)}"
-        )
-    if not records:
-        raise InputError(f"{path} has no rows: at least one annotated video is needed")
-    return [{column: str(record.get(column) or "") for column in COLUMNS} for record in records]
-
-
-def _json_record(path: Path, line: int, text: str) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} line {line} is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{path} line {line}: expected an object with VAU-Bench's columns, found {text[:60]}")
-    return record
 
 
 @dataclass
@@ -398,6 +415,9 @@ class _RowReader:
         if start < 0 or end <= start:
             self.note("excluded", "grounding", f"interval is empty, reversed or negative: {raw}")
             return None
+        if end > MAX_SECONDS:
+            self.note("excluded", "grounding", f"interval lies beyond the end of any video: {raw}")
+            return None
         return start, end
 
     def from_mmss(self, *times: float) -> tuple[float, ...]:
@@ -434,13 +454,8 @@ def parse_reasoning(text: str) -> dict[str, str]:
 
 def _sections(text: str) -> list[tuple[str, str]]:
     """(title, body) of every section in order, repeated ones too."""
-    if text.startswith("{"):
-        try:
-            value = ast.literal_eval(text)  # reads literals; runs nothing
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            return [(title, _flatten(value[title])) for title in SECTIONS if title in value]
+    if text.startswith("{") and isinstance(parts := _literal(text), dict):
+        return [(title, parts[title]) for title in SECTIONS if title in parts]
     titles = "|".join(re.escape(title) for title in SECTIONS)
     parts = re.split(rf"#{{2,4}}\s*\**({titles})\**\s*:?", text, flags=re.IGNORECASE)
     canonical = {title.casefold(): title for title in SECTIONS}
@@ -451,12 +466,20 @@ def _sections(text: str) -> list[tuple[str, str]]:
 
 def _without_brackets(text: str) -> str:
     """The text, or the parts of one that is a Python list: `['a man', 'a door']` is `a man; a door`."""
-    if not text.startswith("["):
-        return text
+    parts = _literal(text) if text.startswith("[") else None
+    return parts if isinstance(parts, str) else text
+
+
+def _literal(text: str) -> dict[Any, str] | str | None:
+    """A Python literal flattened to text, a dict by its keys; None where the text is none. Nothing is run."""
+    if len(text) > MAX_LITERAL:
+        return None
     try:
-        return _flatten(ast.literal_eval(text))
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
+        with warnings.catch_warnings(action="ignore"):  # of backslashes
+            value = ast.literal_eval(text)
+        return {key: _flatten(item) for key, item in value.items()} if isinstance(value, dict) else _flatten(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # of depth, keys, and huge numbers
+        return None
 
 
 def _flatten(value: object) -> str:

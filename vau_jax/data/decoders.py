@@ -18,6 +18,8 @@ from typing import NamedTuple
 import av
 import numpy as np
 
+from vau_jax.data.annotations import MAX_SECONDS
+
 try:
     import decord
 
@@ -27,7 +29,6 @@ except ImportError:  # no wheel for this processor (arm64)
 
 MAX_FRAME_PIXELS = 2**26  # 8192 x 8192
 MAX_FRAMES = 2**22  # 38 hours at 30 a second
-MAX_SECONDS = 2**20  # 12 days
 PASSING_OVER = ("h264", "hevc", "mpeg4")  # codecs whose decoder passes over single pictures exactly when told to
 DECORD_FRAMES = 8  # that decord holds at once
 DECORD_BYTES = 2**28  # of packets that are repacked for decord

@@ -5,6 +5,7 @@ processes. Videos are decoded by processes of their own (decode_worker.py), whic
 """
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -91,7 +92,7 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]
     examples = []
     for row in rows:
         path = folder / row.video
-        if not path.is_file():
+        if not os.path.isfile(path):  # False too where no file can have such a name
             audit.note(row, "excluded", "row", f"no such video: {path}")
             continue
         for task in (task for task in config.tasks if task in row.tasks):
@@ -101,7 +102,10 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]
                 continue
             examples.append(Example(row, task, path, reflection))
     if not examples:
-        raise InputError(f"no usable example is left for tasks {', '.join(config.tasks)}:\n{audit.table()}")
+        why = "; ".join(f"{n} {reason}" for (action, reason), n in audit.counts().most_common() if action == "excluded")
+        raise InputError(
+            f"no usable example is left for tasks {', '.join(config.tasks)} of {audit.path}, {audit.rows} rows: {why}"
+        )
     return examples[: config.max_examples or None], audit
 
 

@@ -8,7 +8,6 @@ A completion follows the grammar that `vau_jax.parsing` reads:
 with style "reflection"; "two_pass" is the same with nothing inside <reflect>.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vau_jax import parsing
+from vau_jax.data import tables
 from vau_jax.data.annotations import LABELS, SECTIONS, Interval, Row
 from vau_jax.files import InputError, read_json
 
@@ -118,16 +118,29 @@ class Reflection:
 def load_reflections(path: str | os.PathLike) -> dict[tuple[str, str], Reflection]:
     """Reads a JSONL of reflection records: (video, task) -> Reflection. Raises InputError naming the bad line."""
     path, records = Path(path), {}
-    if not path.is_file():
-        raise InputError(f"reflection file {path} does not exist (config.data.reflection)")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, raw in tables.json_lines(path, tables.read(path, "reflection file (config.data.reflection)")):
         try:
-            raw = json.loads(line)
             key = raw.pop("video"), raw.pop("task")
-            records[key] = Reflection(**raw)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} line {number} is no reflection record: {error}") from error
+            records[key] = _checked(Reflection(**raw))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} line {number} is no reflection record: {str(error)[:200]!r}") from error
     return records
+
+
+def _checked(record: Reflection) -> Reflection:
+    """A record that JSON gave. Raises ValueError where a field has another type or a draft says nothing."""
+    if not all(isinstance(text, str) for text in (record.think, record.reflect, record.revise)):
+        raise ValueError("think, reflect and revise must be texts")
+    if not isinstance(record.draft_is_right, bool):
+        raise ValueError("draft_is_right must be true or false")
+    match record.draft:
+        case {"choice": "A" | "B" | "C" | "D"} | {"interval": None | [int() | float(), int() | float()]}:
+            return record
+        case {"label": str(label)} if label in LABELS:
+            return record
+    raise ValueError(
+        'draft must hold "choice" (A to D), "label" (a class) or "interval" (null or two times in seconds)'
+    )
 
 
 def style_of(task: str, style: str) -> str:

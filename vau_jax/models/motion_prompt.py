@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from vau_jax.data import video
+from vau_jax.data.decode_worker import DecoderPool
 from vau_jax.data.decoders import VideoError
 from vau_jax.files import InputError, exit_on_input_error, read_json, write_text
 from vau_jax.models.config import MOTION_FILE, Motion, VisionConfig
@@ -187,7 +188,7 @@ def main() -> None:
     args = parser.parse_args()
     options = video.VideoOptions.from_item({"fps": args.fps, "min_pixels": 64 * 64, "max_pixels": 160 * 160})
     try:
-        clip = video.read(args.video, options, factor=4, multiple=2)
+        clip = DecoderPool(1).read(args.video, options, factor=4, multiple=2)
     except VideoError as error:
         raise InputError(str(error)) from error
     Image.fromarray(strip(clip.frames, args.m, args.n)).save(args.out)
