@@ -264,9 +264,11 @@ def test_padding_changes_no_logits(vlm: VideoLM, rng: np.random.Generator) -> No
         ([{"type": "audio"}], "content type 'audio'"),
         ([{"type": "video", "video": np.zeros((2, 8, 8, 3))}], "uint8"),
         ([{"type": "video", "video": "/none.mp4"}], "no such file"),
-        ([{"type": "image", "image": "/none.png"}], "cannot read image"),
+        ([{"type": "image", "image": "/none.png"}], "no such file"),
+        ([{"type": "image", "image": np.zeros((1, 300, 3), np.uint8)}], "aspect ratio"),
+        ([{"type": "video", "video": np.zeros((2, 300, 1, 3), np.uint8)}], "aspect ratio"),
     ],
-    ids=["type", "dtype", "video", "image"],
+    ids=["type", "dtype", "video", "image", "image shape", "video shape"],
 )
 def test_a_bad_message_is_named(vlm: VideoLM, content: list, words: str) -> None:
     with pytest.raises(InputError, match=words):

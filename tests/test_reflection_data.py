@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +18,7 @@ from ml_collections import ConfigDict
 from configs import reflection as reflection_config
 from data_prep import drafts, reflection, teacher
 from data_prep.drafts import Draft
+from tests import clips
 from tests.chat_server import Answer, pictures, serve
 from vau_jax import parsing, rewards
 from vau_jax.data import annotations, pipeline, prompts
@@ -173,6 +176,29 @@ def test_a_short_interval_is_written_with_the_digits_that_it_needs(interval: tup
     whole = "".join(span.text for span in prompts.completion(row, "grounding", "think", None))
     found = parsing.parse([whole], "grounding").final
     assert found.kind[0] == parsing.INTERVAL and found.interval[0] == pytest.approx(interval)
+
+
+def test_a_video_that_hangs_its_decoder_costs_its_question_alone(
+    config: ConfigDict, dataset: Path, tmp_path: Path
+) -> None:
+    """A transport stream that goes on with nothing for 100 GB: shown to a student, and to a teacher."""
+    videos = tmp_path / "videos"
+    shutil.copytree(dataset / "videos", videos)
+    rows, _ = annotations.load(config.data.csv)
+    sparse = clips.write(tmp_path / "a.ts", count=4).rename(videos / rows[0].video)
+    os.truncate(sparse, 100 * 2**30)  # without taking any room
+    config.data.update({"videos": str(videos), "tasks": ("classification",), "max_examples": 2, "video_seconds": 1.0})
+    config.student.update({"samples": 1, "frames": 2, "retries": 0, "model": "student"})
+    config.teacher.update({"frames": 2, "retries": 0, "model": "teacher"})
+    with serve(lambda request, number: Answer("<think>So.</think><answer>Fire</answer>")) as server:
+        config.student.url = server.url
+        card = reflection.run(config, tmp_path / "student")
+    assert card["with_a_draft"] == 1 and card["rejected"]["the video cannot be read"] == 1
+    config.student.url = ""
+    with serve(lambda request, number: reply()) as server:
+        config.teacher.url = server.url
+        card = reflection.run(config, tmp_path / "teacher")
+    assert card["with_a_draft"] == 2 and card["rejected"]["the video cannot be read"] == 1
 
 
 # --- What is kept -------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Video files: which frames are taken, at which size, and what happens to broken ones. All files are real."""
 
+import struct
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import clips
 from vau_jax.data import synthetic, video
@@ -137,6 +140,42 @@ def test_counts_and_sizes_are_qwen_vl_utils(frames: int, size: tuple[int, int], 
     most = max(min(768 * 28 * 28, item.get("total_pixels", 128000 * 28 * 28 * 0.9) / count * 2), int(least * 1.05))
     theirs = vision_process.smart_resize(size[1], size[0], 28, min_pixels=least, max_pixels=most)
     assert video.frame_size(size[1], size[0], count, options, 28, 2) == theirs
+
+
+def png(width: int, height: int) -> bytes:
+    """A grey picture file that is cut short after its first bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(1000)))
+
+
+@pytest.mark.parametrize("kind", video.IMAGES)
+def test_pictures_are_read_in_colour(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (16, 16), (200, 30, 60)).save(tmp_path / "a", format=kind)
+    found = video.read_image(tmp_path / "a")
+    assert found.shape == (16, 16, 3) and found.dtype == np.uint8
+    assert np.abs(found.astype(int) - (200, 30, 60)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (png(20_000, 20_000), "400000000 pixels"),
+        (png(10_000, 10_000), "10000x10000 pixels"),
+        (png(100, 100), "image file is truncated|broken"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
+        (b"", "cannot identify"),
+    ],
+    ids=["20,000", "10,000", "cut short", "PostScript", "empty"],
+)
+def test_a_picture_that_is_too_large_or_none_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(VideoError, match=words):
+        video.read_image(path)
 
 
 @pytest.mark.parametrize("item", [{"fps": 0.0}, {"min_frames": 8, "max_frames": 4}], ids=str)

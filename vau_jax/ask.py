@@ -9,6 +9,7 @@ Prints the answer, and the interval where the task has one.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def _check(question: Question) -> None:
         raise InputError(
             f'the task qa wants a question and four options, found "{question.text}" and {list(question.options)}'
         )
-    if not Path(question.video).is_file():
+    if not os.path.isfile(question.video):
         raise InputError(f"video {question.video} does not exist: give a video file")
 
 

@@ -4,14 +4,14 @@ The model never computes an integer itself: every index it needs comes from here
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from vau_jax.data import video
 from vau_jax.data.decoders import VideoError
@@ -302,15 +302,14 @@ class Processor:
         options = VideoOptions.from_item(item, self.video_options)
         source = item["video"]
         if isinstance(source, str | os.PathLike):
-            try:
-                sampling = self.sampling(options)
+            sampling = self.sampling(options)
+            with _as_input():
                 clip = self.read_video(source, sampling.options, sampling.factor, sampling.multiple)
-            except VideoError as error:
-                raise InputError(str(error)) from error
         else:
             frames = _checked_frames(np.asarray(source), 4, "video")
             depth = self.config.vision.temporal_patch_size
-            size = video.frame_size(*frames.shape[1:3], len(frames), options, self.factor, depth)
+            with _as_input():
+                size = video.frame_size(*frames.shape[1:3], len(frames), options, self.factor, depth)
             resized = video.resize(frames, *size)
             if self.config.vision.motion:
                 resized = np.concatenate([resized[:1], resized])  # nothing moves in the first of given frames
@@ -324,14 +323,22 @@ class Processor:
     def _image(self, item: Message) -> Visual:
         source = item["image"]
         if isinstance(source, str | os.PathLike):
-            try:
-                source = Image.open(source).convert("RGB")
-            except OSError as error:
-                raise InputError(f"cannot read image {item['image']}: {error}") from error
+            with _as_input():
+                source = video.read_image(source)
         frame = _checked_frames(np.asarray(source), 3, "image")[None]
         options = VideoOptions.from_item(item, self.image_options)
-        size = video.frame_size(*frame.shape[1:3], 1, options, self.factor, 1)
+        with _as_input():
+            size = video.frame_size(*frame.shape[1:3], 1, options, self.factor, 1)
         return encode_visual(video.resize(frame, *size), self.config.vision)
+
+
+@contextmanager
+def _as_input() -> Iterator[None]:
+    """What cannot be read is the user's mistake here, where one prompt is made of it."""
+    try:
+        yield
+    except VideoError as error:
+        raise InputError(str(error)) from error
 
 
 def _checked_frames(frames: np.ndarray, rank: int, what: str) -> np.ndarray:

@@ -6,6 +6,7 @@ into the prompt's positions.
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from vau_jax.data.decoders import Picture, VideoError
 from vau_jax.files import InputError
 
 MAX_CLIP_BYTES = 2**31  # of the resized frames
+IMAGES = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow runs other programs for some others
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,21 @@ class _Frames:
         """The frames, the nearest before (or the first after) in the place of those that are not there."""
         before = np.maximum.accumulate(np.where(self.there, np.arange(len(self.there)), -1))
         return self.frames[np.where(before < 0, np.argmax(self.there), before)] if not self.there.all() else self.frames
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """uint8 [H, W, 3] of a picture file, its size checked before it is decoded. Raises VideoError."""
+    if not os.path.isfile(path):
+        raise VideoError(f"no such file: {path}", "missing")
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGES) as image:
+            if image.width * image.height > decoders.MAX_FRAME_PIXELS:
+                raise VideoError(f"{path} has {image.width}x{image.height} pixels", "too large")
+            return np.asarray(image.convert("RGB"))
+    except VideoError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever a damaged file provokes
+        raise VideoError(f"cannot read image {path}: {decoders.short(error)}") from error
 
 
 def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
