@@ -76,12 +76,23 @@ class Index:
         return needed
 
 
+class _File(io.FileIO):
+    """A file as FFmpeg reads one: a place that it does not have is an answer, where PyAV would print an exception and
+    take the whole file for unreadable."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (OSError, OverflowError):
+            return -1
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The container and its first video stream, sizes checked before anything is decoded."""
     with ExitStack() as opened:
         try:
-            file = opened.enter_context(open(path, "rb", buffering=0))
+            file = opened.enter_context(_File(path))
             container = opened.enter_context(av.open(file, options=AV_OPTIONS, metadata_errors="ignore"))
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
