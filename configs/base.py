@@ -153,8 +153,8 @@ def endpoint() -> ConfigDict:
     c.model = ""  # its name there
     c.key_variable = "OPENAI_API_KEY"  # environment variable that holds the key
     c.concurrency = 8  # questions at once
-    c.seconds = 120.0  # to wait for an answer
-    c.retries = 6  # with growing pauses, after rate limits, server errors, timeouts
+    c.seconds = 120.0  # for a response, from connecting to its last byte
+    c.retries = 6  # with growing pauses, after rate limits, server errors, timeouts; 1 + retries times seconds is all
     c.temperature = 0.7  # of its sampling; 0: the likeliest
     c.max_tokens = 1024  # of an answer
     c.json_mode = True  # ask for JSON by response_format; some servers do not know it

@@ -4,10 +4,10 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,7 @@ class Answer:
     delay: float = 0.0
     body: bytes | None = None  # instead of a completion
     cut: bool = False  # break off in the middle
+    raw: Callable[[BinaryIO], None] | None = None  # writes all that goes over the wire, instead of a response
 
 
 @dataclass
@@ -54,6 +55,11 @@ def serve(script: Callable[[dict[str, Any], int], Answer]) -> Iterator[Server]:
 
         def reply(self, answer: Answer) -> None:
             time.sleep(answer.delay)
+            if answer.raw:
+                self.close_connection = True
+                with suppress(ConnectionError):  # the client waits no longer
+                    answer.raw(self.wfile)
+                return
             completion = {
                 "id": "x",
                 "object": "chat.completion",
@@ -65,7 +71,7 @@ def serve(script: Callable[[dict[str, Any], int], Answer]) -> Iterator[Server]:
                 "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
             }
             body = answer.body if answer.body is not None else json.dumps(completion).encode()
-            try:
+            with suppress(ConnectionError):
                 self.send_response(answer.status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
@@ -73,17 +79,20 @@ def serve(script: Callable[[dict[str, Any], int], Answer]) -> Iterator[Server]:
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(body[: len(body) // 2] if answer.cut else body)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # the client waits no longer
             if answer.cut:
                 self.close_connection = True
 
         def log_message(self, *args: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Http(ThreadingHTTPServer):
+        request_queue_size = 100  # many ask at once
+        daemon_threads = True
+        block_on_close = False  # an answer without end is not waited for
+
+    http = Http(("127.0.0.1", 0), Handler)
     server = Server(f"http://127.0.0.1:{http.server_port}/v1")
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread = threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield server

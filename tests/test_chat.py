@@ -65,14 +65,14 @@ def test_a_passing_failure_is_tried_again(tmp_path: Path, first: Answer) -> None
 def test_a_lasting_failure_is_an_error_and_is_not_kept(tmp_path: Path) -> None:
     with serve(lambda request, n: Answer(status=503, body=b"{}")) as server:
         reply = Chat(config(server.url, retries=1), tmp_path / "a.jsonl").ask(question("q"))
-    assert reply.text == "" and "InternalServerError" in reply.error
+    assert reply.text == "" and reply.error == "HTTP 503: {}"
     with serve(lambda request, n: Answer("now")) as server:
         assert Chat(config(server.url), tmp_path / "a.jsonl").ask(question("q")).text == "now"
 
 
 def test_an_endpoint_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     reply = Chat(config("http://127.0.0.1:9/v1", retries=0), tmp_path / "a.jsonl").ask(question("q"))
-    assert "APIConnectionError" in reply.error
+    assert reply.error.startswith("ConnectError: ")
 
 
 def test_answers_are_paid_for_once(tmp_path: Path) -> None:

@@ -88,7 +88,11 @@ def test_sft_mixes_descriptions_in_by_weight(model_folder: Path, dataset: Path, 
         (marks(7, fluency=-1), None),
         (marks(7, fluency="8"), None),
         (marks(7, fluency=True), None),
-        ('{"classification": NaN}', None),
+        (json.dumps({axis: float("nan") for axis in AXES}), None),
+        (marks(7, fluency=10**400), None),
+        (marks(7, remark="\ud800"), None),
+        ("[" * 100_000, None),
+        ("```" + " " * 100_000, None),  # a fence that is never closed
         (json.dumps({axis: 7 for axis in list(AXES)[1:]}), None),
         ("7 out of 10", None),
         ("[7, 7, 7, 7, 7]", None),
@@ -155,7 +159,7 @@ def test_a_judge_that_cannot_be_reached_marks_nothing_and_says_so(tmp_path: Path
     c = judge_config.get_config()
     c.update({"url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0})
     result = judge.run(c, tmp_path)
-    assert result["total"]["n"] == 0 and "APIConnectionError" in result["unmarked"]["x"]
+    assert result["total"]["n"] == 0 and "ConnectError" in result["unmarked"]["x"]
     assert (tmp_path / "judged" / "judge.json").is_file()
 
 

@@ -1,32 +1,32 @@
 """Questions to a model behind an OpenAI-compatible chat endpoint: many at once, each paid for once, all counted.
 
 Answers are kept in a JSONL file as they come, under a hash of the model and the messages, so that a killed call that
-is repeated asks only what has no answer yet. Retries with growing pauses, after rate limits (429, Retry-After),
-server errors and timeouts, are the `openai` client's own.
+is repeated asks only what has no answer yet. Whatever goes wrong with a question is why it has no answer, and the
+others go on.
 """
 
+import asyncio
 import base64
 import hashlib
 import io
 import json
 import os
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import numpy as np
-import openai
+from anyio.from_thread import start_blocking_portal
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vau_jax.files import InputError
+from vau_jax.endpoint import Endpoint, Message, NoCompletion
 
-Message = dict[str, Any]
 ATTEMPTS = 3  # at an answer that passes its check
 
 
@@ -43,16 +43,8 @@ class Chat:
     are to be kept."""
 
     def __init__(self, config: ConfigDict, cache: str | os.PathLike | None) -> None:
-        if not config.url or not config.model:
-            raise InputError(f"an endpoint needs url and model, found url={config.url!r} and model={config.model!r}")
+        self.endpoint = Endpoint(config)
         self.config, self.cache = config, Path(cache) if cache else None
-        self.client = openai.OpenAI(
-            base_url=config.url,
-            api_key=os.environ.get(config.key_variable, "none"),
-            timeout=config.seconds,
-            max_retries=config.retries,
-        )
-        self.lock = threading.Lock()
         self.answers = _read_answers(self.cache) if self.cache else {}
         self.tokens: Counter[str] = Counter()  # used by this object: "prompt" and "completion"
 
@@ -68,19 +60,10 @@ class Chat:
         asked = [c.model, c.temperature, c.max_tokens, attempt, list(messages)]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
-    def ask(self, messages: Sequence[Message], check: Callable[[str], str] = lambda text: "", sample: int = 0) -> Reply:
-        """An answer that `check` has nothing to say against, or after some attempts why there is none; another one for
-        each `sample`."""
-        complaint = ""
-        for attempt in range(sample * ATTEMPTS, (sample + 1) * ATTEMPTS):
-            try:
-                text = self._answer(messages, attempt)
-            except (openai.OpenAIError, ValueError) as error:  # ValueError: an answer that is no whole JSON
-                return Reply(error=f"{type(error).__name__}: {str(error)[:200]}")
-            complaint = check(text)
-            if not complaint:
-                return Reply(text)
-        return Reply(error=complaint)
+    def ask(self, messages: Sequence[Message], check: Callable[[str], str] = lambda text: "") -> Reply:
+        """An answer that `check` has nothing to say against, or after some attempts why there is none."""
+        ((_, reply),) = self.ask_all([messages], check)
+        return reply
 
     def ask_all(
         self,
@@ -88,14 +71,20 @@ class Chat:
         check: Callable[[str], str] = lambda text: "",
         samples: int = 1,
     ) -> Iterator[tuple[int, Reply]]:
-        """(number of the question, a reply) as they come, `samples` to a question, config.concurrency asked at once.
-        Questions are taken as they are needed, so that those with pictures need not all be in memory."""
+        """(number of the question, a reply as `ask` gives) as they come, `samples` different ones to a question,
+        config.concurrency asked at once. Questions are taken as they are needed, so that those with pictures need not
+        all be in memory. One call at a time."""
         asked = ((number, sample, q) for number, q in enumerate(questions) for sample in range(samples))
         waiting: dict[Future[Reply], int] = {}
-        with ThreadPoolExecutor(self.config.concurrency) as pool:
+        slots = asyncio.Semaphore(self.config.concurrency)
+        with (  # requests run in a thread of their own, while this one makes the next questions
+            start_blocking_portal() as portal,
+            portal.wrap_async_context_manager(self.endpoint.client()) as client,
+        ):
             while True:
                 for number, sample, question in asked:
-                    waiting[pool.submit(self.ask, question, check, sample)] = number
+                    reply = portal.start_task_soon(self._ask, client, slots, question, check, sample)
+                    waiting[reply] = number
                     if len(waiting) >= 2 * self.config.concurrency:
                         break
                 if not waiting:
@@ -103,36 +92,57 @@ class Chat:
                 for done in wait(waiting, return_when=FIRST_COMPLETED).done:
                     yield waiting.pop(done), done.result()
 
-    def _answer(self, messages: Sequence[Message], attempt: int) -> str:
+    async def _ask(
+        self,
+        client: httpx.AsyncClient,
+        slots: asyncio.Semaphore,
+        messages: Sequence[Message],
+        check: Callable[[str], str],
+        sample: int,
+    ) -> Reply:
+        """One question, in all its attempts, within the time that config.seconds and config.retries give."""
+        complaint, seconds = "", self.config.seconds * (1 + self.config.retries)
+        async with slots:
+            try:
+                async with asyncio.timeout(seconds):
+                    for attempt in range(sample * ATTEMPTS, (sample + 1) * ATTEMPTS):
+                        text, complaint = await self._answer(client, messages, attempt)
+                        complaint = complaint or check(text)
+                        if not complaint:
+                            return Reply(text)
+            except TimeoutError:
+                complaint = complaint or f"no answer within {seconds:g} s"
+            except NoCompletion as reason:
+                complaint = str(reason)
+        return Reply(error=complaint)
+
+    async def _answer(self, client: httpx.AsyncClient, messages: Sequence[Message], attempt: int) -> tuple[str, str]:
+        """(text, why there is none). Raises NoCompletion."""
         key = self.key(messages, attempt)
         if key in self.answers:
-            return self.answers[key]
-        c = self.config
-        response = self.client.chat.completions.create(
-            model=c.model,
-            messages=list(messages),
-            temperature=c.temperature,
-            max_tokens=c.max_tokens,
-            seed=attempt,
-            **({"response_format": {"type": "json_object"}} if c.json_mode else {}),
-        )
-        text = (response.choices[0].message.content or "") if response.choices else ""
-        used = response.usage
-        with self.lock:
-            self.tokens["prompt"] += used.prompt_tokens if used else 0
-            self.tokens["completion"] += used.completion_tokens if used else 0
-            self.answers[key] = text
+            return self.answers[key], ""
+        try:
+            found = await self.endpoint.complete(client, messages, attempt)
+        except NoCompletion:
+            raise
+        except Exception as error:  # whatever a server provokes costs this question alone
+            raise NoCompletion(self.endpoint.one_line(f"{type(error).__name__}: {error}")) from error
+        self.tokens["prompt"] += found.prompt_tokens
+        self.tokens["completion"] += found.completion_tokens
+        if found.text:
+            self.answers[key] = found.text
             if self.cache:
-                _append(self.cache, {"key": key, "text": text})
-        return text
+                _append(self.cache, {"key": key, "text": found.text})
+        return found.text, self.endpoint.one_line(found.complaint)
 
 
 def json_object(text: str) -> dict[str, Any] | None:
     """The JSON object that an answer is, also inside a fence of backticks; None where it is something else."""
-    fenced = re.search(r"```(?:json)?\s*(.*?)```", text, re.DOTALL)
+    fenced = re.search(r"```(?:json)?(.*?)```", text, re.DOTALL)
     try:
         found = json.loads(fenced.group(1) if fenced else text)
-    except json.JSONDecodeError:
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half of a surrogate pair
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -152,7 +162,7 @@ def _read_answers(path: Path) -> dict[str, str]:
     """The whole lines of the file; one that a kill cut short is asked again."""
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         with path.open("a", encoding="utf-8") as file:
             file.write("\n")
@@ -161,9 +171,11 @@ def _read_answers(path: Path) -> dict[str, str]:
     for line in lines:
         try:
             record = json.loads(line)
-            found[record["key"]] = record["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            key, text = record["key"], record["text"]
+        except (ValueError, RecursionError, KeyError, TypeError):
             continue  # the rest of a line that was cut short
+        if isinstance(key, str) and isinstance(text, str) and text.strip():  # an empty text was never an answer
+            found[key] = text
     return found
 
 

@@ -9,7 +9,6 @@ predictions.jsonl and writes EVALUATION/judged/NAME.json; with other judges' fil
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,8 +86,7 @@ def read_marks(answer: str) -> Marks | None:
 
 
 def _is_mark(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0.0 <= value <= MOST
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= MOST  # NaN is not
 
 
 def total(marks: Marks) -> float:
@@ -163,7 +161,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         "cost_this_call": judge.chat.cost,
         "marks": marked,
     }
-    write_text(folder / f"{config.name}.json", json.dumps(result, indent=1))
+    write_text(folder / f"{config.name}.json", json.dumps(result, indent=1, allow_nan=False))
     shown = {key: value for key, value in result.items() if key != "marks"} | {"agreement": agreement(folder)}
     print(json.dumps(shown, indent=1), flush=True)
     return result
