@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vau_jax import ask
+from vau_jax.files import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +43,20 @@ def test_what_is_printed(completion: str, task: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "options", "words"),
+    [
+        ("x" * 4001, (), "may have 4000 characters together, found 4001: shorten them"),
+        ("x" * 2000, ("y" * 501,) * 4, "found 4004"),
+        ("what \udcff", (), "the question holds what is no character"),
+    ],
+    ids=["long", "long options", "no character"],
+)
+def test_a_question_that_no_model_should_read_is_named(text: str, options: tuple[str, ...], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        ask.check(ask.Question(__file__, "describe", text, options))
+
+
+@pytest.mark.parametrize(
     ("args", "words"),
     [
         (["--model=/none", "--video={clip}", "--task=ground"], "model folder /none does not exist"),
@@ -51,9 +66,17 @@ def test_what_is_printed(completion: str, task: str, expected: str) -> None:
     ],
     ids=["model", "video", "options", "not a video"],
 )
-def test_a_mistake_is_one_line(model_folder: Path, dataset: Path, args: list[str], words: str) -> None:
+def test_a_mistake_is_one_line(
+    model_folder: Path,
+    dataset: Path,
+    args: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     clip = dataset / "videos" / "test_00000.mp4"
-    done = command(*(arg.format(clip=clip, model=model_folder) for arg in args))
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr("sys.argv", ["ask", *(arg.format(clip=clip, model=model_folder) for arg in args)])
+    with pytest.raises(SystemExit) as ended:
+        ask.main()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2 and words in line

@@ -4,15 +4,19 @@
 
 Drop a video in, choose the task, and see the text while it is written, then the answer, its place on the time line and
 frames of the interval. The page is for this machine alone unless --host says otherwise, and nothing is fetched from or
-sent to anywhere else. Uploaded files are removed after an hour.
+sent to anywhere else. Uploaded files are removed after an hour, when there is no room for others, and at the end.
 """
 
 import argparse
 import os
 import queue
+import signal
+import socket
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,21 +24,26 @@ import numpy as np
 from absl import logging
 
 from vau_jax import gallery
-from vau_jax.ask import Asker, Question
+from vau_jax.ask import MOST_TEXT, Asker, Question, check
 from vau_jax.data.decoders import VideoError
 from vau_jax.data.prompts import format_interval
 from vau_jax.data.video import VideoOptions
 from vau_jax.files import InputError, exit_on_input_error
+from vau_jax.uploads import Uploads, open_folder
 from vau_jax.vlm import DTYPES
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 try:
     import gradio as gr
+    import uvicorn
+    from fastapi import FastAPI
+
+    from vau_jax.guard import Guard
 except ImportError as error:
     raise SystemExit('the app needs gradio: pip install -e ".[app]" in the repository') from error
 
 FRAMES = 8  # shown of the interval
-KEPT = 3600  # seconds that an uploaded file stays
+BEAT = 0.2  # seconds between looks at whether anybody still waits
 TASK_NAMES = {"When is the anomaly?": "ground", "Which kind?": "classify", "Four options": "qa", "Free": "describe"}
 
 Shown = tuple[str, str, list[tuple[np.ndarray, str]]]  # the text so far, the answer as HTML, frames with their times
@@ -44,42 +53,63 @@ class _Stopped(Exception):  # noqa: N818 - nothing went wrong
     """Nobody waits for the text any more."""
 
 
-def streamed(asker: Asker, question: Question) -> Iterator[str]:
-    """The completion while it is written, the last time whole. Closing the iterator ends the decoding."""
-    texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    stopped = threading.Event()
+class Model:
+    """A model that computes in one thread: a question waits until the one before has really ended, also where nobody
+    waits for that any more, as a computation of the device cannot be broken off."""
 
-    def watch(text: str) -> None:
-        if stopped.is_set():
-            raise _Stopped
-        texts.put(text)
+    def __init__(self, asker: Asker) -> None:
+        self.asker = asker
+        self.thread = ThreadPoolExecutor(1)
+        self.closed = threading.Event()
 
-    with ThreadPoolExecutor(1) as thread:
-        whole = thread.submit(asker.complete, question, watch)
+    def close(self) -> None:
+        """Ends the decoding soon, for good: a process that ends does not wait for a whole answer."""
+        self.closed.set()
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+    def streamed(self, question: Question) -> Iterator[str]:
+        """The completion while it is written, the last time whole. Closing the iterator ends the decoding."""
+        texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        stopped = threading.Event()
+
+        def watch(text: str) -> None:
+            if stopped.is_set() or self.closed.is_set():
+                raise _Stopped
+            texts.put(text)
+
+        whole = self.thread.submit(self.asker.complete, question, watch)
         whole.add_done_callback(lambda _: texts.put(None))
+        text: str | None = ""
         try:
-            while (text := texts.get()) is not None:
+            while text is not None:
                 yield text
+                with suppress(queue.Empty):  # yields again and again, as an iterator can be closed at a yield alone
+                    text = texts.get(timeout=BEAT)
+            yield whole.result()
         finally:
             stopped.set()
-        yield whole.result()
+            whole.cancel()  # where it has not begun
 
 
 def respond(
-    asker: Asker, max_seconds: float, video: str | None, task: str, text: str, *options: str
+    model: Model, uploads: Uploads, max_seconds: float, video: str | None, task: str, *texts: str | None
 ) -> Iterator[Shown]:
-    """What the page shows, again and again, from the press of the button on; a mistake is a plain message."""
+    """What the page shows, again and again, from the press of the button on; a mistake is a plain message. `texts` are
+    the question and its options."""
+    asker = model.asker
     try:
         if not video:
             raise InputError("there is no video yet: drop a file into the box on the left")
-        question = Question(video, TASK_NAMES[task], text.strip(), tuple(o.strip() for o in options))
+        text, *options = ((text or "").strip() for text in texts)
+        question = Question(video, TASK_NAMES[task], text, tuple(options))
+        check(question)
         duration = asker.decoders.probe(video).duration
-        if duration > max_seconds:
+        if not duration <= max_seconds:
             raise InputError(
                 f"the video lasts {duration:.0f} s, and at most {max_seconds:.0f} s are taken (--max_seconds)"
             )
         completion = ""
-        for completion in streamed(asker, question):
+        for completion in model.streamed(question):
             yield completion, "", []
         answer = asker.read(completion, question)
         bars = []
@@ -97,6 +127,9 @@ def respond(
     except (InputError, VideoError) as error:
         problem = str(error).replace(str(video), Path(video).name) if video else str(error)
         yield "", gallery.render("answer.html.jinja", problem=problem), []
+    finally:
+        if video:
+            uploads.mark_answered(Path(video))
 
 
 def _frames(
@@ -112,17 +145,18 @@ def _frames(
     return [(frame, f"{time:.1f} s") for frame, time in zip(clip.frames, times, strict=True)]
 
 
-def build(asker: Asker, max_seconds: float) -> gr.Blocks:
+def build(model: Model, uploads: Uploads, max_seconds: float) -> gr.Blocks:
     """The page."""
-    with gr.Blocks(title="vau_jax", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+    with gr.Blocks(title="vau_jax", analytics_enabled=False) as page:
         gr.Markdown("# Ask about a video")
         with gr.Row():
             with gr.Column():
                 video = gr.Video(sources=["upload"], label="Video", height=320)
                 task = gr.Radio(list(TASK_NAMES), value=next(iter(TASK_NAMES)), label="Task")
-                text = gr.Textbox("", label="Question", info="needed with four options; may be left empty otherwise")
+                info = "needed with four options; may be left empty otherwise"
+                text = gr.Textbox("", label="Question", info=info, max_length=MOST_TEXT)
                 with gr.Group(visible=False) as choices:
-                    options = [gr.Textbox("", label=f"Option {letter}") for letter in "ABCD"]
+                    options = [gr.Textbox("", label=f"Option {letter}", max_length=MOST_TEXT) for letter in "ABCD"]
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary")
                     stop = gr.Button("Stop")
@@ -130,9 +164,9 @@ def build(asker: Asker, max_seconds: float) -> gr.Blocks:
                 written = gr.Textbox(label="What the model writes", lines=6, max_lines=20)
                 answer = gr.HTML(elem_id="answer")
                 frames = gr.Gallery(label="Frames", columns=4, object_fit="contain", height="auto", format="webp")
-        task.change(lambda name: gr.Group(visible=TASK_NAMES[name] == "qa"), task, choices, queue=False)
+        task.change(lambda name: gr.Group(visible=TASK_NAMES[name] == "qa"), task, choices, queue=False, api_name=False)
         run = ask.click(
-            partial(respond, asker, max_seconds),
+            partial(respond, model, uploads, max_seconds),
             [video, task, text, *options],
             [written, answer, frames],
             api_name=False,
@@ -141,27 +175,38 @@ def build(asker: Asker, max_seconds: float) -> gr.Blocks:
     return page
 
 
-def serve(page: gr.Blocks, host: str, port: int | None, max_mb: int, wait: bool = True) -> str:
-    """Opens the page for browsers on `host` and returns its address; with `wait`, only after it was closed.
-
-    Without a port the first free one from 7860 is taken."""
-    page.queue(max_size=16, default_concurrency_limit=1)  # there is one model
+@contextmanager
+def serve(
+    page: gr.Blocks, uploads: Uploads, host: str, port: int, max_mb: int, names: Iterable[str] = ()
+) -> Iterator[str]:
+    """The page for browsers on `host`, until the block ends; its address. Port 0 is any free one. `names`: see Guard.
+    Raises OSError where nothing can listen there."""
+    page.queue(max_size=16, default_concurrency_limit=1, api_open=False)  # there is one model
     fonts = ["system-ui", "sans-serif"]  # names alone: gradio's own fonts would be fetched
-    _, address, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        page,
+        path="/",
         max_file_size=f"{max_mb}mb",
         footer_links=[],
+        run_history=False,
+        show_error=False,
         ssr_mode=False,
         theme=gr.themes.Default(font=fonts, font_mono=["monospace"]),
-        prevent_thread_lock=True,
     )
-    if wait:
-        print(f"open {address}", flush=True)
-        page.block_thread()
-    return address
+    guarded = Guard(app, host, names, uploads, max_mb * 2**20)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as listening:
+        server = uvicorn.Server(uvicorn.Config(guarded, log_level="warning", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+            yield f"http://{shown}:{listening.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=5)
+            page.close(verbose=False)
 
 
 def main() -> None:
@@ -171,17 +216,29 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=0, help="0: the run's own, or 1024")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network, to everybody in it")
     parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--name", action="append", default=[], help="another host name of the page, such as a proxy's")
     parser.add_argument("--max_mb", type=int, default=500, help="largest file taken")
+    parser.add_argument("--max_total_mb", type=int, default=2000, help="largest size of all files that are kept")
     parser.add_argument("--max_seconds", type=float, default=1800, help="longest video taken")
     a = parser.parse_args()
     logging.set_verbosity(logging.ERROR)  # orbax warns of a file that parameters alone do not need
 
     def run() -> None:
-        page = build(Asker(a.model, a.dtype, a.max_new_tokens), a.max_seconds)
-        try:
-            serve(page, a.host, a.port, a.max_mb)
-        except OSError as error:
-            raise InputError(f"cannot serve on {a.host}:{a.port}: {error} (--host, --port)") from error
+        asker = Asker(a.model, a.dtype, a.max_new_tokens)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the files are removed
+        with (
+            open_folder(a.max_total_mb * 2**20) as uploads,
+            closing(Model(asker)) as model,
+            suppress(KeyboardInterrupt),
+        ):
+            page = build(model, uploads, a.max_seconds)
+            try:
+                with serve(page, uploads, a.host, a.port, a.max_mb, a.name) as address:
+                    print(f"open {address}", flush=True)
+                    threading.Event().wait()
+            except OSError as error:
+                raise InputError(f"cannot serve on {a.host}:{a.port}: {error} (--host, --port)") from error
 
     exit_on_input_error(run)
 

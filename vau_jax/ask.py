@@ -26,6 +26,7 @@ from vau_jax.files import InputError, exit_on_input_error, read_json
 from vau_jax.vlm import DTYPES, VideoLM
 
 TASKS = {"qa": "qa", "ground": "grounding", "classify": "classification", "describe": "description"}
+MOST_TEXT = 4000  # characters of a question with its options; each may be up to four tokens
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Asker:
 
     def complete(self, question: Question, watch: Callable[[str], None] | None = None) -> str:
         """The model's whole text; `watch` is called with what there is of it while it is written. Raises InputError."""
-        _check(question)
+        check(question)
         sampled = asdict(video_options(self.data, self.vlm.processor.video_options)) if self.data else {}
         video = {"type": "video", "video": question.video, **sampled}
         text = {"type": "text", "text": _words(question, self.data)}
@@ -72,11 +73,22 @@ class Asker:
         return read(completion, question, self.data.get("style") in prompts.WITH_DRAFT)
 
 
-def _check(question: Question) -> None:
+def check(question: Question) -> None:
+    """Raises InputError for a question that cannot be asked."""
     if question.task == "qa" and (not question.text or len([o for o in question.options if o]) != 4):
         raise InputError(
-            f'the task qa wants a question and four options, found "{question.text}" and {list(question.options)}'
+            f'the task qa wants a question and four options, found "{question.text[:100]}" and '
+            f"{[o[:100] for o in question.options[:9]]}"
         )
+    words = "".join((question.text, *question.options))
+    if len(words) > MOST_TEXT:
+        raise InputError(
+            f"a question and its options may have {MOST_TEXT} characters together, found {len(words)}: shorten them"
+        )
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the question holds what is no character: {error.reason}") from error
     if not os.path.isfile(question.video):
         raise InputError(f"video {question.video} does not exist: give a video file")
 
@@ -132,7 +144,7 @@ def main() -> None:
 
     def run() -> None:
         question = Question(a.video, a.task, a.question, tuple(a.option))
-        _check(question)  # before the model is loaded, which takes long
+        check(question)  # before the model is loaded, which takes long
         asker = Asker(a.model, a.dtype, a.max_new_tokens)
         completion = asker.complete(question)
         found = asker.read(completion, question).text
