@@ -149,7 +149,7 @@ def get_config() -> ConfigDict:
 def endpoint() -> ConfigDict:
     """The fields of a model behind an OpenAI-compatible chat endpoint."""
     c = ConfigDict()
-    c.url = ""  # such as http://localhost:8000/v1
+    c.url = ""  # such as http://localhost:8000/v1, without user, password or query: configs are kept with runs
     c.model = ""  # its name there
     c.key_variable = "OPENAI_API_KEY"  # environment variable that holds the key
     c.concurrency = 8  # questions at once

@@ -13,6 +13,7 @@ import pytest
 
 from tests.chat_server import Answer, serve
 from tests.test_chat import config, last, question
+from vau_jax import cli
 from vau_jax.chat import Chat, Reply
 from vau_jax.files import InputError
 
@@ -229,6 +230,14 @@ def test_an_empty_text_in_the_file_of_answers_is_none(tmp_path: Path) -> None:
 def test_a_secret_in_the_url_is_refused_and_not_shown(url: str) -> None:
     with pytest.raises(InputError, match="no user, password or query") as caught:
         Chat(config(url), None)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_secret_in_the_url_of_an_endpoint_that_is_not_used_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["train", "--config=configs/vau_r1_qa_rft.py", "--config.judge.url=http://user:secret@localhost/v1"]
+    monkeypatch.setattr("sys.argv", arguments)  # where ml_collections looks for the names of fields
+    with pytest.raises(InputError, match="no user, password or query") as caught:
+        cli.read(arguments)
     assert "secret" not in str(caught.value)
 
 

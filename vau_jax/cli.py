@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,21 @@ def read(arguments: list[str]) -> tuple[ConfigDict, flags.FlagValues]:
         raise InputError(f"unexpected argument(s) {' '.join(rest[1:])}: options have the form --name=value")
     if config is None:
         raise InputError("--config=configs/X.py is needed")
+    if urls := list(_urls(config)):
+        from vau_jax.endpoint import check_url  # noqa: PLC0415 - slow to import, and few configs name endpoints
+
+        for url in urls:
+            check_url(url)  # before anything keeps a copy of the config
     return config, values
+
+
+def _urls(config: ConfigDict) -> Iterator[str]:
+    """Addresses of endpoints, at any depth."""
+    for name, value in config.items(preserve_field_references=True):
+        if isinstance(value, ConfigDict):
+            yield from _urls(value)
+        elif name == "url" and isinstance(value, str) and value:
+            yield value
 
 
 def _last_line(error: Exception) -> str:
