@@ -92,6 +92,7 @@ def get_config() -> ConfigDict:
     c.optim.final_lr = 0.0  # end of the schedule, as a share of lr
     c.optim.b1 = 0.9  # decay of the mean of gradients
     c.optim.b2 = 0.999  # decay of the mean of their squares
+    c.optim.eps = 1e-8  # added to that mean's root: a step of a gradient much smaller than this is in proportion to it
     c.optim.weight_decay = 0.0  # decoupled, times the learning rate
     c.optim.no_decay = (r".*(norm\d?|layernorm)/weight", r".*/bias")  # names without weight decay (regexes)
     c.optim.freeze = ()  # regexes on parameter names; VAU-R1 trains everything

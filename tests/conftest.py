@@ -14,7 +14,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 # Most of the tests' time is compilation. Programs that LLVM leaves as they are, with fused loops by XLA's older
 # emitters, compile in a third of it. The demo's test runs without this, as users do.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# Flags of your own stand after them: of two values of a flag XLA takes the later.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+)
 
 from collections.abc import Iterator
 from pathlib import Path

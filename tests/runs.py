@@ -1,7 +1,25 @@
-"""A short training run as a command line, for tests that start it in processes of its own."""
+"""Short training runs: as a command line, for tests that start one in processes of its own, and what one computed.
+
+A step of AdamW makes much of small gradients: their rounding, which is another on every processor, becomes a whole
+step. Tests that compare two ways to compute one thing compare gradients, or go on with steps IN_PROPORTION to them.
+"""
 
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from vau_jax.train import Trainer
+
+IN_PROPORTION = {"optim.eps": 1.0, "optim.lr": 1.0}  # by elements of gradients of norm 1 at most
+
+
+def first_gradient(trainer: Trainer) -> list[np.ndarray]:
+    """That of a trainer's first update, clipped: AdamW's mean of gradients is then 1 - b1 times it."""
+    means = optax.tree_utils.tree_get_all_with_path(jax.device_get(trainer.state.opt_state), "mu")
+    return [leaf / (1 - trainer.config.optim.b1) for _, tree in means for leaf in jax.tree.leaves(tree)]
 
 
 def arguments(stage: str, model: Path, data: Path, workdir: Path, steps: int, **changed: Any) -> list[str]:

@@ -169,7 +169,7 @@ def run_script(script: str, **env: str) -> None:
 
 def test_the_tpu_kernel_on_a_mesh() -> None:
     """Interpreted on 8 devices, two for the examples, four for 8 heads that share 2 kv heads: gradients as on one."""
-    run_script(SPREAD, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    run_script(SPREAD, XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8")
 
 
 TPU = """

@@ -187,7 +187,8 @@ def test_two_devices_predict_what_one_does(model_folder: Path, dataset: Path, tm
     args += ["--config.data.max_completion_tokens=8", "--config.data.max_frames=8", "--config.data.budget=model"]
     texts = []
     for count in (1, 2):
-        env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+        env = {**os.environ, "XLA_FLAGS": flags}
         command = [sys.executable, "-m", "vau_jax.evaluate", *args, f"--workdir={tmp_path / str(count)}"]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]

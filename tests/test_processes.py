@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.runs import arguments
+from tests.runs import IN_PROPORTION, arguments
 from vau_jax import checkpoint
 from vau_jax.metric_writer import read_metrics
 
@@ -24,7 +24,7 @@ SAME = {"rtol": 1e-4, "atol": 1e-6}  # sums of float32 in other orders, four ste
 
 
 def options(stage: str, model: Path, data: Path, workdir: Path, steps: int = STEPS) -> list[str]:
-    changed = {"rollout.temperature": 0.5}
+    changed = {"rollout.temperature": 0.5, **IN_PROPORTION}
     if stage == "rft":
         changed |= {"user_rewards": "(('tests.reward_functions:told', 1.0),)", "data.difficulty.enabled": True}
         changed |= {"grpo.kl_in": "reward", "grpo.scale": "batch", "rollout.max_draws": 3}

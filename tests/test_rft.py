@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from configs import base
 from tests import reward_functions
 from tests.oracle import ask
+from tests.runs import first_gradient
 from tests.test_train import small
 from vau_jax import checkpoint, grpo, rollout, sharding, train
 from vau_jax.data import annotations, pipeline
@@ -80,15 +81,16 @@ def test_how_often_the_tower_sees_a_video(
 
 
 def test_a_frozen_tower_changes_nothing_but_the_work(model_folder: Path, dataset: Path) -> None:
-    """The same update of the decoder from stored features as from patches."""
+    """The same gradients of the decoder from stored features as from patches."""
     c = config(model_folder, dataset, **{"optim.freeze": ("visual/.*",)})
     stored = train.Trainer(c)
     again = train.Trainer(c)
     again.tower_is_frozen = False
-    (a, params), (b, expected) = moved(stored), moved(again)
+    (a, _), (b, _) = moved(stored), moved(again)
     np.testing.assert_allclose(a["loss"], b["loss"], atol=1e-5)
     np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
-    assert_close(params, expected, 2e-5)
+    assert_close(first_gradient(stored), first_gradient(again), 1e-5)
+    assert max(np.abs(leaf).max() for leaf in first_gradient(stored)) > 0.01
 
 
 def test_features_stand_in_the_batch(model_folder: Path, dataset: Path) -> None:

@@ -51,18 +51,18 @@ def make(
         if not any(re.fullmatch(pattern, name) for name in names):
             raise InputError(f"optim pattern {pattern!r} matches no parameter; names look like {', '.join(names[:3])}")
     rate = schedule(config, steps)
-    betas = {"b1": config.b1, "b2": config.b2}
+    moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     decayed = _labels(params, lambda name: not _any(config.no_decay, name))
     groups = {
         "trained": optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
-            optax.adamw(rate, weight_decay=config.weight_decay, mask=decayed, **betas),
+            optax.adamw(rate, weight_decay=config.weight_decay, mask=decayed, **moments),
         ),
         "frozen": optax.set_to_zero(),
     }
     if motion is not None:
         own_rate = lambda step: motion.lr_scale * rate(step)  # noqa: E731
-        groups["motion"] = optax.adamw(own_rate, weight_decay=motion.weight_decay, **betas)
+        groups["motion"] = optax.adamw(own_rate, weight_decay=motion.weight_decay, **moments)
 
     def group(name: str) -> str:
         if _any(config.freeze, name):
