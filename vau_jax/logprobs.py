@@ -259,8 +259,9 @@ def completion_hidden(hidden: jax.Array, prompt_mask: jax.Array, generations: in
     b, t = prompt_mask.shape
     own = hidden[:, t:].reshape(b, generations, -1, hidden.shape[-1])
     last = last_token(hidden[:, :t], prompt_mask)
-    first = jnp.broadcast_to(last[:, None, None], (b, generations, 1, hidden.shape[-1]))
-    return jnp.concatenate([first, own[:, :, :-1]], axis=2)
+    # As float32, so that the sum of the G gradients is one in float32.
+    first = jnp.broadcast_to(last.astype(jnp.float32)[:, None, None], (b, generations, 1, hidden.shape[-1]))
+    return jnp.concatenate([first.astype(hidden.dtype), own[:, :, :-1]], axis=2)
 
 
 def last_token(hidden: jax.Array, mask: jax.Array) -> jax.Array:

@@ -64,13 +64,14 @@ def attend(q: jax.Array, parts: list[Keys]) -> jax.Array:
 def _over_groups(q: jax.Array, parts: list[Keys], at_once: int) -> jax.Array:
     """`attend` for `at_once` groups at a time."""
     own = {i: (part.k, part.v) for i, part in enumerate(parts) if part.k.ndim == 5}
+    wide = _wide(parts)
     seen = [jnp.broadcast_to(part.seen, (part.seen.shape[0], *q.shape[1:2], part.seen.shape[2])) for part in parts]
 
     def one(group: Any) -> jax.Array:
         q, own, seen = group
         chosen = [
             Keys(*(x[:, None] for x in own[i]) if i in own else (part.k, part.v), seen[i][:, None], part.causal)
-            for i, part in enumerate(parts)
+            for i, part in enumerate(_narrow(wide, q.dtype))
         ]
         return _attend(q[:, None], chosen)[:, 0]
 
@@ -83,12 +84,23 @@ def _over_queries(q: jax.Array, parts: list[Keys], at_once: int) -> jax.Array:
     length = q.shape[2]
     padded = jnp.pad(q, ((0, 0), (0, 0), (0, -length % at_once), (0, 0), (0, 0)))
     pieces = jnp.moveaxis(padded.reshape(*q.shape[:2], -1, at_once, *q.shape[3:]), 2, 0)
+    wide = _wide(parts)
 
     def one(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _attend(piece[0], parts, first_row=piece[1])
+        return _attend(piece[0], _narrow(wide, q.dtype), first_row=piece[1])
 
     out = jax.lax.map(one, (pieces, jnp.arange(len(pieces)) * at_once))
     return jnp.moveaxis(out, 0, 2).reshape(padded.shape)[:, :, :length]
+
+
+def _wide(parts: list[Keys]) -> list[Keys]:
+    """The keys that all pieces read, as float32: their gradient is then the sum of the pieces' in float32."""
+    return [part._replace(k=part.k.astype(jnp.float32), v=part.v.astype(jnp.float32)) for part in parts]
+
+
+def _narrow(parts: list[Keys], dtype: Any) -> list[Keys]:
+    """As they were."""
+    return [part._replace(k=part.k.astype(dtype), v=part.v.astype(dtype)) for part in parts]
 
 
 def _attend(q: jax.Array, parts: list[Keys], first_row: jax.Array | int = 0) -> jax.Array:

@@ -1,6 +1,7 @@
 """Layers that the vision tower and the decoder share."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,30 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # by Hugging Face'
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "silu": nn.silu,
 }
+
+
+# What many tokens share has a gradient that is a sum over all of them. In bfloat16 a sum of ones stays at 256, so that
+# these two add up in float32, whatever the dtypes of parameters and activations.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rows_of(table: jax.Array, index: jax.Array, dtype: Any) -> jax.Array:
+    """Rows [..., D] of `table` [V, D] in `dtype`, for int32 index [...]."""
+    return jnp.take(table.astype(dtype), index, axis=0)
+
+
+def _rows_backward(dtype: Any, kept: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, None]:
+    table, index = kept
+    total = jnp.zeros(table.shape, jnp.float32).at[index].add(grad.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+rows_of.defvjp(lambda table, index, dtype: (rows_of(table, index, dtype), (table, index)), _rows_backward)
+
+
+def for_all(shared: jax.Array, like: jax.Array) -> jax.Array:
+    """`shared` [..., D] for every token of `like` [..., D], in its shape and dtype."""
+    return jnp.broadcast_to(shared.astype(jnp.float32), like.shape).astype(like.dtype)
 
 
 class Dense(nn.Module):
@@ -40,8 +65,8 @@ class Dense(nn.Module):
         kernel = self.param("kernel", UNIT_NORMAL, (x.shape[-1], self.features))
         y = self._times(x, kernel)
         if self.bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-            y += bias.reshape(self.parts or -1)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y += for_all(bias.reshape(self.parts or -1), y)
         if self.lora is None or not self.has_variable("lora", "a"):
             return y
         if self.lora.dropout and self.has_rng("dropout"):  # training gives the key, everything else does not
@@ -69,7 +94,7 @@ class RMSNorm(nn.Module):
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * weight.astype(x.dtype)
+        return wide.astype(x.dtype) * for_all(weight, x)
 
 
 class LayerNorm(nn.Module):

@@ -17,7 +17,7 @@ from vau_jax import sharding
 from vau_jax.models import attention, rope
 from vau_jax.models.attention import Keys
 from vau_jax.models.config import QwenVLConfig, with_motion
-from vau_jax.models.layers import UNIT_NORMAL, Dense, RMSNorm, SwiGLU
+from vau_jax.models.layers import UNIT_NORMAL, Dense, RMSNorm, SwiGLU, rows_of
 from vau_jax.models.lora import LoRA
 from vau_jax.models.motion_prompt import MotionPrompt
 from vau_jax.models.vision import VisionTower
@@ -143,6 +143,19 @@ class Decoder(nn.Module):
         return RMSNorm(c.rms_norm_eps, name="norm")(x), kv
 
 
+class Embedding(nn.Module):
+    """Token numbers int32 [...] to [..., features]."""
+
+    size: int
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        table = self.param("embedding", UNIT_NORMAL, (self.size, self.features))
+        return rows_of(table, tokens, self.dtype)
+
+
 class QwenVL(nn.Module):
     """The whole model; `QwenVL(config).apply(variables, ..., method="hidden")` and so on."""
 
@@ -156,7 +169,7 @@ class QwenVL(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=UNIT_NORMAL)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.dtype)
         self.visual = VisionTower(c.vision, self.dtype, self.lora, self.remat, self.unroll, self.mesh)
         self.decoder = Decoder(c, self.dtype, self.attention, self.lora, self.remat, self.unroll, self.mesh)
         if c.vision.motion:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from vau_jax import sharding
 from vau_jax.models import attention, rope
 from vau_jax.models.config import VisionConfig
-from vau_jax.models.layers import MLP, UNIT_NORMAL, Dense, LayerNorm, RMSNorm, SwiGLU
+from vau_jax.models.layers import MLP, UNIT_NORMAL, Dense, LayerNorm, RMSNorm, SwiGLU, rows_of
 from vau_jax.models.lora import LoRA
 from vau_jax.types import Features, Groups, Vision
 
@@ -126,7 +126,7 @@ class VisionTower(nn.Module):
         x = Dense(c.hidden_size, self.dtype, bias=c.patch_bias, name="patch_embed")(pixels.astype(self.dtype))
         if c.position_grid:
             table = self.param("pos_embed", UNIT_NORMAL, (c.position_grid**2, c.hidden_size))
-            corners = jnp.take(table.astype(self.dtype), vision.corners, axis=0)  # [B, P, 4, D]
+            corners = rows_of(table, vision.corners, self.dtype)  # [B, P, 4, D]
             x = x + jnp.einsum("bpcd,bpc->bpd", corners, vision.corner_weights).astype(self.dtype)
         taps = len(c.deepstack_layers)
         kept = jnp.zeros((taps + 1, *x.shape), x.dtype) if taps else None
