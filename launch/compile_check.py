@@ -206,7 +206,7 @@ class Programs:
         knobs = sampling._Knobs(key, scalar(jnp.float32), scalar(jnp.int32), None)
         size = self.g, self.c, self.c
         variables = self.variables
-        if self.mesh.shape["fsdp"] > 1:
+        if self._read_apart:
             read = jax.eval_shape(partial(sampling.for_reading, dtype=self.model.dtype, mesh=self.mesh), variables)
             variables = _placed(read, sharding.gathered(variables, self.mesh))
         given = variables, self.seen, knobs
@@ -215,6 +215,12 @@ class Programs:
         place = partial(jax.tree.map, self._where)
         args = variables, place(prompts), place(loop), knobs, scalar(jnp.int32)
         yield "decode step", sampling._advance, args, {"fixed": fixed}
+
+    @property
+    def _read_apart(self) -> bool:
+        """Whether sampling reads a copy of the weights: whole over fsdp, in the dtype of activations."""
+        dtypes = {x.dtype for x in jax.tree.leaves(self.variables["params"])}
+        return self.mesh.shape["fsdp"] > 1 or dtypes != {jnp.dtype(self.model.dtype)}
 
     def _where(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         """Where sampling leaves an array: caches by rule, what has a row for each prompt by example."""
@@ -265,9 +271,9 @@ class Programs:
         }
         found = {"update": {**run, "gradients": held(self.trained), **self._activations()}}
         if self.config.stage == "rft":
-            weights = held(self.variables)
-            if self.mesh.shape["fsdp"] > 1:
-                weights = sum(x.size * self.model.dtype(0).itemsize for x in jax.tree.leaves(self.variables))
+            weights = 0.0
+            if self._read_apart:
+                weights = sum(x.size for x in jax.tree.leaves(self.variables)) * self.model.dtype(0).itemsize
                 weights /= self.mesh.shape["tensor"]
             c = self.model.config
             tokens = (

@@ -195,19 +195,21 @@ def sample(
 
 def for_reading(variables: Variables, dtype: Any, mesh: Mesh | None) -> Variables:
     """The parameters as every token reads them: matrices in the model's dtype, and on a mesh no longer split over
-    fsdp, which would gather them again for each token. Takes their size over mesh.tensor more memory."""
-    if mesh is None or mesh.shape["fsdp"] == 1:
-        return variables
+    fsdp, which would gather them again for each token. What is not so already takes as much memory more."""
+    split = mesh is not None and mesh.shape["fsdp"] > 1
 
-    def one(path: tuple[Any, ...], x: jax.Array, place: NamedSharding) -> jax.Array:
-        is_matrix = path[-1].key in ("kernel", "embedding", "lm_head")
-        return _cast(dtype if is_matrix else x.dtype, place)(x)  # one by one: together they need twice the memory
+    def one(path: tuple[Any, ...], x: jax.Array, place: NamedSharding | None = None) -> jax.Array:
+        wanted = jnp.dtype(dtype) if path[-1].key in ("kernel", "embedding", "lm_head") else x.dtype
+        if not split and x.dtype == wanted:
+            return x
+        return _cast(wanted, place)(x)  # one by one: together they need twice the memory
 
-    return jax.tree_util.tree_map_with_path(one, variables, sharding.gathered(variables, mesh))
+    places = () if mesh is None else (sharding.gathered(variables, mesh),)
+    return jax.tree_util.tree_map_with_path(one, variables, *places)
 
 
 @lru_cache(maxsize=64)
-def _cast(dtype: Any, place: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+def _cast(dtype: Any, place: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
     """A program that casts an array, and then lays it out like that."""
     return jax.jit(lambda x: jax.lax.optimization_barrier(x.astype(dtype)), out_shardings=place)
 
