@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     c.lora = ConfigDict()  # low-rank adapters: they alone are trained, and saved in checkpoints
     c.lora.rank = 0  # 0: none, all parameters are trained
     c.lora.alpha = 32.0  # the adapters' output is times alpha / rank
-    c.lora.dropout = 0.0  # of the adapters' input, in training
+    c.lora.dropout = 0.0  # of the adapters' input, in training; sft only
     c.lora.targets = (r"decoder/layers/.*_proj",)  # linear layers that get them (regexes on names)
     c.lora.rank_stabilised = False  # alpha / sqrt(rank) instead
 

@@ -166,6 +166,10 @@ def test_training_saves_adapters_alone_and_loads_whole(model_folder: Path, runs:
     trained, base = VideoLM.load(runs / "sft"), VideoLM.load(model_folder)
     assert equal(trained.params, base.params)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(trained.adapters)), "b begins at zero"
+    low = VideoLM.load(runs / "sft", "bfloat16", merge=True)
+    assert low.model.dtype == jnp.bfloat16 and low.model.lora is None
+    once = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained.merged().params)
+    jax.tree.map(np.testing.assert_array_equal, low.params, once)  # rounded once
     stored = sum(p.stat().st_size for p in (runs / "sft" / "checkpoints").rglob("*") if p.is_file())
     assert stored < (model_folder / hf.SINGLE).stat().st_size / 2
 
@@ -173,6 +177,9 @@ def test_training_saves_adapters_alone_and_loads_whole(model_folder: Path, runs:
     assert abs(step["kl"]) < 1e-6, "the reference is the merged start"
     after = VideoLM.load(runs / "rft")
     assert equal(after.params, trained.merged().params)
+    low = VideoLM.load(runs / "rft", "bfloat16", merge=True)  # through both runs
+    once = jax.tree.map(lambda x: x.astype(jnp.bfloat16), after.merged().params)
+    jax.tree.map(np.testing.assert_array_equal, low.params, once)
     after.save_adapter(tmp_path / "adapter")
     assert load_file(tmp_path / "adapter" / peft.WEIGHTS)
 
@@ -265,3 +272,10 @@ def test_a_lora_run_whose_start_is_gone_says_so(model_folder: Path, dataset: Pat
     shutil.rmtree(base)
     with pytest.raises(InputError, match="which does not exist: put it back"):
         VideoLM.load(tmp_path / "run")
+
+
+def test_dropout_with_rft_is_refused(model_folder: Path, dataset: Path) -> None:
+    c = run_config("rft", model_folder, dataset)
+    c.lora.dropout = 0.05
+    with pytest.raises(InputError, match=r"lora\.dropout=0\.05 with stage=rft: .* set lora\.dropout=0"):
+        train.Trainer(c)

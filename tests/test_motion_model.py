@@ -86,6 +86,18 @@ def test_the_variation_is_the_layers(prompted: VideoLM) -> None:
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_variations_of_parts_add_up_to_that_of_the_whole(prompted: VideoLM) -> None:
+    batch = encoded(prompted, frames(prompted, 5), frames(prompted, 9, seed=1) // 4)
+    pairs = motion_prompt.pairs_of(batch.vision, prompted.processor.config.vision)
+
+    def variation(batch: Batch, *given: jax.Array) -> float:
+        return float(prompted.model.apply(prompted.variables, batch, *given, method="motion_variation"))
+
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(2)]
+    assert variation(parts[0]) != pytest.approx(variation(parts[1]), rel=0.1)
+    assert sum(variation(part, pairs) for part in parts) == pytest.approx(variation(batch), rel=1e-5)
+
+
 def test_two_clips_of_one_row_are_not_one(prompted: VideoLM) -> None:
     """The attention of the second clip's first frame is not set beside that of the first clip's last."""
     shots = frames(prompted, 5), frames(prompted, 5, seed=1)
@@ -178,16 +190,21 @@ def test_sft_trains_both_numbers_at_their_own_rate(model_folder: Path, dataset: 
     numbers = VideoLM.load(tmp_path).params["motion_prompt"]
     moved = [abs(float(numbers[name]) - value) for name, value in zip("mn", (0.8916, -0.2543), strict=True)]
     assert all(0.02 < change < 0.11 for change in moved), "two steps of Adam at 50 times 1e-3"
+    low = VideoLM.load(tmp_path, "bfloat16")
+    assert all(low.params["motion_prompt"][name] == value for name, value in numbers.items()), "float32 all the same"
+    assert low.params["embed_tokens"]["embedding"].dtype == jnp.bfloat16
 
 
 def test_the_regulariser_is_in_the_loss(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    """Of a batch in parts, which have videos of different lengths, as much as of the whole."""
     losses = {}
-    for weight in (0.0, 100.0):
+    for weight, parts in ((0.0, 1), (100.0, 2)):
         c = small("srvau_r1_sft", model_folder, dataset)
-        c.motion.weight = weight
+        c.motion.weight, c.micro_batches, c.data.max_frames = weight, parts, 64
         losses[weight] = run(c, tmp_path / str(weight))[0]
     gap = losses[100.0]["loss"] - losses[0.0]["loss"]
     assert gap == pytest.approx(100 * losses[0.0]["motion/variation"], rel=1e-4)
+    assert losses[100.0]["motion/variation"] == pytest.approx(losses[0.0]["motion/variation"], rel=1e-5)
     assert losses[0.0]["motion/variation"] > 1e-5
 
 
@@ -207,6 +224,7 @@ def test_with_adapters_alone_the_numbers_are_among_them(model_folder: Path, data
     run(c, tmp_path / "run")
     vlm = VideoLM.load(tmp_path / "run")
     m = float(vlm.adapters["motion_prompt"]["m"])
+    assert VideoLM.load(tmp_path / "run", "bfloat16").merged().params["motion_prompt"]["m"] == m
     assert m != pytest.approx(0.8916, abs=1e-6)
     batch = encoded(vlm, frames(vlm))
     expected = np.asarray(vlm.logits(batch))

@@ -1,4 +1,4 @@
-"""What many tokens share gets a gradient added up in float32: in bfloat16 a sum of ones ends at 256."""
+"""What is in float32 beside bfloat16: sums (of ones, one in bfloat16 ends at 256), optimiser arithmetic, weights."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tests.test_shared_prefix import C, G, two_prompts
-from vau_jax import update
+from tests.test_train import small
+from vau_jax import sampling, sharding, train, update
 from vau_jax.models import attention
 from vau_jax.models.attention import Keys
 from vau_jax.models.qwen_vl import Embedding
@@ -72,3 +73,30 @@ def test_no_gradient_of_the_model_is_a_sum_in_bfloat16(family_folder: Path) -> N
         if given.size > result.size or (equation.primitive.name == "scatter-add" and result.ndim == 2):
             sums[str(result.dtype)] += 1
     assert sums["float32"] > 20 and not sums["bfloat16"], sums
+
+
+def test_a_state_in_bfloat16_stays_so_and_its_update_is_compiled_once(model_folder: Path, dataset: Path) -> None:
+    """Whose gradients are added up over parts in float32."""
+    c = small("vau_r1_sft", model_folder, dataset)
+    c.param_dtype, c.dtype, c.micro_batches, c.remat = "bfloat16", "bfloat16", 2, False
+    t = train.Trainer(c)
+    before = jax.tree.map(lambda x: x.dtype, t.state)
+    for number in range(2):
+        t.step(number)
+    t.close()
+    assert jax.tree.map(lambda x: x.dtype, t.state) == before
+    assert jnp.bfloat16 in jax.tree.leaves(before.opt_state)
+    assert t.update._cache_size() == 1
+
+
+def test_sampling_reads_matrices_in_the_dtype_of_activations(vlm: VideoLM) -> None:
+    """On one device too, and what has it already is not copied."""
+    mesh = sharding.make_mesh({"fsdp": -1})
+    params = jax.device_put(vlm.params, sharding.state_shardings(vlm.params, mesh))
+    for where in (None, mesh):
+        read = sampling.for_reading({"params": params}, jnp.bfloat16, where)["params"]
+        assert read["embed_tokens"]["embedding"].dtype == jnp.bfloat16
+        assert read["decoder"]["layers"]["q_proj"]["kernel"].dtype == jnp.bfloat16
+        assert read["decoder"]["norm"]["weight"] is params["decoder"]["norm"]["weight"]
+        again = sampling.for_reading({"params": read}, jnp.bfloat16, where)["params"]
+        assert all(a is b for a, b in zip(*map(jax.tree.leaves, (read, again)), strict=True))

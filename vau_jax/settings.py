@@ -80,6 +80,11 @@ def _check_rft(c: ConfigDict) -> None:
         top_k=r.top_k,
         min_new_tokens=r.min_new_tokens,
     )
+    if c.lora.rank and c.lora.dropout:
+        raise InputError(
+            f"lora.dropout={c.lora.dropout} with stage=rft: completions are sampled, and their log-probabilities "
+            "computed, without dropout, so that the update's ratios would be its noise: set lora.dropout=0"
+        )
     check_range("grpo.overlong_buffer", c.grpo.overlong_buffer, 0, limit)
     for name, weight in c.rewards.items():
         check_range(f"rewards.{name}", weight)

@@ -68,7 +68,7 @@ class Trainer:
         self.lora = LoRA(**config.lora) if config.lora.rank else None
         # What is not trained needs no more bits than it is used in.
         held = config.dtype if self.lora else config.param_dtype
-        start = VideoLM.load(source or config.init_from or config.model, held, self.mesh).merged()
+        start = VideoLM.load(source or config.init_from or config.model, held, self.mesh, merge=True)
         if config.motion.enabled:
             start = start.with_motion(config.motion)
         self.processor = start.processor
@@ -145,7 +145,7 @@ class Trainer:
         dtype = jnp.dtype(self.config.param_dtype)
         flat = lora.init(key, shapes, self.lora, dtype)
         if "motion_prompt" in params:
-            flat |= {f"motion_prompt/{name}": x.astype(dtype) for name, x in params["motion_prompt"].items()}
+            flat |= {f"motion_prompt/{name}": jnp.copy(x) for name, x in params["motion_prompt"].items()}
         return hf.unflatten(flat)
 
     @property

@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vau_jax import grpo, logprobs, optim, sft, sharding
-from vau_jax.models import qwen_vl
+from vau_jax.models import motion_prompt, qwen_vl
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.types import Array, Batch, Completions, Params, State, TrainBatch, Variables
 
 STAGES = {"sft": sft, "rft": grpo}
+SHARES = ("motion/variation",)  # metrics that a part gives its share of
 DROPOUT_STREAM = 2**31 - 1  # no step number: dropout's keys and the sampler's never meet
 
 Metrics = dict[str, jax.Array]
@@ -61,15 +62,15 @@ def make(
     def objective(
         trained: Params, base: Params | None, part: TrainBatch, whole: Metrics, key: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
-        """The part's share of the loss, and its metrics."""
+        """The part's share of the loss, and its metrics. `whole` are sums over the whole batch."""
         variables = policy(optim.stop_frozen(config.optim, trained), base)
         logps, entropies = policy_logps(variables, part.batch, part.completions, model, temperature, key)
         inputs = _by_completion(part.loss_inputs)
         logps, entropies = (x.reshape(-1, x.shape[-1]) for x in (logps, entropies))
         loss, metrics = stage.loss(logps, {**inputs, "entropies": entropies, **whole}, settings)
         if model.config.vision.motion:
-            variation = model.apply(variables, part.batch, method="motion_variation")
-            loss += config.motion.weight / config.micro_batches * variation
+            variation = model.apply(variables, part.batch, whole["motion_pairs"], method="motion_variation")
+            loss += config.motion.weight * variation
             metrics["motion/variation"] = variation
         if "sampler_logps" in inputs:
             metrics |= _token_metrics(logps, entropies, inputs)
@@ -80,10 +81,12 @@ def make(
         if model.lora is not None and model.lora.dropout:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT_STREAM), state.step)
         whole = stage.totals(_by_completion(train.loss_inputs))
+        if model.config.vision.motion:
+            whole["motion_pairs"] = motion_prompt.pairs_of(train.batch.vision, model.config.vision)
         differentiate = jax.value_and_grad(objective, has_aux=True)
         if config.micro_batches == 1:
             (loss, metrics), grads = differentiate(state.params, base, train, whole, key)
-            return loss, metrics, grads
+            return loss, metrics, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
 
         def add(sums: tuple[jax.Array, Params], numbered: tuple[jax.Array, TrainBatch]) -> tuple[Any, Metrics]:
             number, part = numbered
@@ -101,6 +104,8 @@ def make(
     def update(state: State, base: Params | None, train: TrainBatch) -> tuple[State, Metrics]:
         loss, metrics, grads = gradient(state, base, train)
         changes, opt_state = optimiser.update(grads, state.opt_state, state.params)
+        # The optimiser computes in float32; what it keeps has the dtypes that it began with: one program for all steps.
+        opt_state = jax.tree.map(lambda new, old: new.astype(old.dtype), opt_state, state.opt_state)
         new = State(state.step + 1, optax.apply_updates(state.params, changes), opt_state, state.reference)
         metrics = {**metrics, "loss": loss, "grad_norm": optax.global_norm(grads)}
         if model.config.vision.motion:
@@ -152,8 +157,13 @@ def _split(train: TrainBatch, parts: int) -> TrainBatch:
 
 
 def _combine(metrics: Metrics) -> Metrics:
-    """Metrics of the parts [parts] as those of the whole: maxima of maxima, the others mean by tokens."""
+    """Metrics of the parts [parts] as those of the whole: maxima of maxima, the sum of SHARES, the others mean by
+    tokens."""
     share = metrics.pop("share")
-    return {
-        name: values.max() if name.endswith("/max") else jnp.sum(share * values) for name, values in metrics.items()
-    }
+
+    def one(name: str, values: jax.Array) -> jax.Array:
+        if name.endswith("/max"):
+            return values.max()
+        return values.sum() if name in SHARES else jnp.sum(share * values)
+
+    return {name: one(name, values) for name, values in metrics.items()}

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax import checkpoint, files, logprobs, sampling, sharding
+from vau_jax import checkpoint, files, logprobs, optim, sampling, sharding
 from vau_jax.data.processor import Message, Processor, collate
 from vau_jax.files import InputError
 from vau_jax.models import config as model_config
@@ -65,46 +65,62 @@ class VideoLM:
         dtype: str = "float32",
         mesh: jax.sharding.Mesh | None = None,
         adapter: str | os.PathLike | None = None,
+        merge: bool = False,
     ) -> "VideoLM":
         """Opens a Hugging Face folder (config.json, tokenizer.json, safetensors) or the workdir of a training run.
 
         `dtype` ("float32", "bfloat16") is that of parameters and activations; norms, RoPE, softmax and logits are
         float32 always. With a `mesh`, parameters are laid out by `sharding.PARAM_RULES`, and this process reads only
         what its devices hold. `adapter` is a PEFT folder (adapter_config.json, adapter_model.safetensors) to put on.
+        A run's adapters, which stay in float32, are added in with `merge`: to the weights as they are stored, in
+        float32, and rounded to `dtype` once.
         Raises InputError for a folder that is neither, and for weights that do not fit.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype={dtype!r} is unknown: expected one of {', '.join(DTYPES)}")
-        vlm = cls._open(path, dtype, mesh)
+        vlm = (cls._whole if merge or adapter else cls._open)(path, dtype, mesh)
         if adapter is None:
             return vlm
         kind, flat = peft.load(adapter, vlm.processor.config)
         if motion := model_config.read_motion(adapter):
             flat |= _motion_numbers(motion_prompt.read_file(adapter))
             vlm = vlm._in_form(motion)
-        return vlm.merged()._with_adapters(kind, flat, mesh)
+        return vlm._with_adapters(kind, flat, mesh)
 
     @classmethod
-    def _open(cls, path: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | None) -> "VideoLM":
+    def _whole(
+        cls, path: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | None, stored: bool = False
+    ) -> "VideoLM":
+        """Like `_open`, with a run's adapters added in."""
+        if checkpoint.find_model(path).adapter is None:
+            return cls._open(path, dtype, mesh, stored)
+        return cls._open(path, dtype, mesh, stored=True).merged(dtype)
+
+    @classmethod
+    def _open(
+        cls, path: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | None, stored: bool = False
+    ) -> "VideoLM":
+        """With `stored`, parameters keep the dtype that they are stored in, or float32 where adapters were added in."""
         found = checkpoint.find_model(path)
         if found.adapter is not None:  # the checkpoint holds adapters alone: the rest is where the run began
             source = checkpoint.Source(found.adapter.base, found.adapter.files)
             checkpoint.check_source(source, found.folder.parent)
-            base = cls._open(source.path, dtype, mesh).merged()
+            base = cls._whole(source.path, "float32" if stored else dtype, mesh, stored)
             flat = hf.flatten(checkpoint.restore_params(found.step_folder))
             base = base._in_form(model_config.read_motion(found.folder))
             return base._with_adapters(found.adapter.lora, flat, mesh)
         processor = Processor(found.folder)
         model = QwenVL(processor.config, DTYPES[dtype], mesh=mesh)
+        held = None if stored else DTYPES[dtype]
         if found.step_folder is None:
-            params = hf.load(found.folder, processor.config, DTYPES[dtype], sharding.layout(mesh))
+            params = hf.load(found.folder, processor.config, held, sharding.layout(mesh))
             if processor.config.vision.motion:
                 params |= _place(_motion_numbers(motion_prompt.read_file(processor.folder)), "float32", mesh)
             return cls(processor, model, params)
-        return cls(processor, model, _place(hf.flatten(checkpoint.restore_params(found.step_folder)), dtype, mesh))
+        return cls(processor, model, _place(hf.flatten(checkpoint.restore_params(found.step_folder)), held, mesh))
 
     def _with_adapters(self, kind: LoRA, flat: dict[str, np.ndarray], mesh: jax.sharding.Mesh | None) -> "VideoLM":
-        adapters = _place(flat, jax.tree.leaves(self.params)[0].dtype, mesh)
+        adapters = _place(flat, jnp.float32, mesh)
         return VideoLM(self.processor, self.model.clone(lora=kind), self.params, adapters)
 
     def _in_form(self, motion: Motion | None) -> "VideoLM":
@@ -130,12 +146,15 @@ class VideoLM:
         """What `model.apply` takes."""
         return qwen_vl.with_adapters(self.params, self.adapters)
 
-    def merged(self) -> "VideoLM":
-        """The same model with the adapters added into the parameters."""
+    def merged(self, dtype: str | None = None) -> "VideoLM":
+        """The same model with the adapters added into the parameters, in float32 and rounded once: to the parameters'
+        own dtype, or to `dtype`, which the activations get too."""
         if self.adapters is None:
             return self
-        params = jax.jit(lora.merge, static_argnums=2)(self.params, self.adapters, self.model.lora)
-        return VideoLM(self.processor, self.model.clone(lora=None), params)
+        held = DTYPES[dtype] if dtype else None
+        params = jax.jit(lora.merge, static_argnums=(2, 3))(self.params, self.adapters, self.model.lora, held)
+        model = self.model.clone(lora=None, dtype=held or self.model.dtype)
+        return VideoLM(self.processor, model, params)
 
     def encode(self, conversations: Sequence[Sequence[Message]], left: bool = False) -> Batch:
         """Chat messages to a padded batch (padding after the prompt, or before it when `left`).
@@ -222,10 +241,16 @@ def _motion_numbers(numbers: dict[str, float]) -> dict[str, np.ndarray]:
     return {f"motion_prompt/{name}": np.float32(value) for name, value in numbers.items()}
 
 
-def _place(flat: dict[str, np.ndarray], dtype: Any, mesh: jax.sharding.Mesh | None) -> Params:
-    """Host arrays by path to a tree of parameters on the mesh."""
+def _place(flat: dict[str, np.ndarray], dtype: Any | None, mesh: jax.sharding.Mesh | None) -> Params:
+    """Host arrays by path to a tree of parameters on the mesh, a motion prompt's two numbers in float32 always; `dtype`
+    None: as they are."""
     layout = sharding.layout(mesh)
-    return hf.unflatten({k: jax.device_put(np.asarray(v).astype(dtype), layout(k, v.shape)) for k, v in flat.items()})
+
+    def one(path: str, x: np.ndarray) -> jax.Array:
+        own = np.float32 if path.startswith(optim.MOTION) else dtype or x.dtype
+        return jax.device_put(np.asarray(x).astype(own), layout(path, x.shape))
+
+    return hf.unflatten({path: one(path, x) for path, x in flat.items()})
 
 
 @partial(jax.jit, static_argnames="model")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 from safetensors import safe_open
@@ -23,6 +24,7 @@ from vau_jax.types import Params
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 2 << 30  # of one file that `save_weights` writes; saving needs about three times that beside the model
+STORED = {"BF16": jnp.bfloat16, "F16": jnp.float16}  # dtypes by safetensors' names; all others are read as float32
 TRANSPOSE_ROWS = 256  # of a tensor turned at a time: a block that fits the processor's cache, five times faster
 Index = tuple[slice, ...]  # with start and stop
 
@@ -154,12 +156,15 @@ class _Reader:
     def __init__(self, folder: Path) -> None:
         self.where: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.stored: dict[str, str] = {}
         for path in self._files(folder):
             try:
                 with safe_open(path, framework="numpy") as handle:
                     for name in handle.keys():  # noqa: SIM118 - not a dict
                         self.where[plain_name(name)] = path, name
-                        self.shapes[plain_name(name)] = tuple(handle.get_slice(name).get_shape())
+                        tensor = handle.get_slice(name)
+                        self.shapes[plain_name(name)] = tuple(tensor.get_shape())
+                        self.stored[plain_name(name)] = tensor.get_dtype()
             except Exception as error:  # safetensors raises its own type for a damaged header
                 raise InputError(f"cannot read {path}: {error}; download or copy it again") from error
 
@@ -178,6 +183,11 @@ class _Reader:
                 f"{folder} has .bin weights only: those are pickles, which can run code; convert to safetensors"
             )
         raise InputError(f"{folder} has no {SINGLE} and no {INDEX}")
+
+    def dtype(self, rule: Rule) -> Any:
+        """What one of our parameters is stored in; float32 where its layers differ."""
+        found = {self.stored[name] for name in rule.tensors}
+        return STORED.get(found.pop(), np.float32) if len(found) == 1 else np.float32
 
     def read(self, rule: Rule, index: Index, dtype: Any) -> np.ndarray:
         """Part `index` of one of our parameters: of each tensor only the bytes that it needs."""
@@ -240,10 +250,11 @@ def _check(reader: _Reader, config: QwenVLConfig, shapes: dict[str, tuple[int, .
 def load(
     folder: str | os.PathLike,
     config: QwenVLConfig,
-    dtype: Any,
+    dtype: Any | None,
     layout: Callable[[str, tuple[int, ...]], Sharding],
 ) -> Params:
-    """Reads a folder's safetensors into our parameters, one after the other, the largest first.
+    """Reads a folder's safetensors into our parameters in `dtype` (None: each as it is stored), one after the other,
+    the largest first.
 
     `layout(path, shape)` says how a parameter lies on devices (`sharding.layout`). A process reads only what its own
     devices hold. Beside the parameters themselves, memory holds one parameter's part for one device.
@@ -254,8 +265,9 @@ def load(
     flat = {}
     for rule in sorted(rules(config), key=lambda rule: -np.prod(shapes[rule.ours])):
         shape = shapes[rule.ours]
+        held = dtype or reader.dtype(rule)
         flat[rule.ours] = _place(
-            shape, layout(rule.ours, shape), lambda index, rule=rule: reader.read(rule, index, dtype)
+            shape, layout(rule.ours, shape), lambda index, rule=rule, held=held: reader.read(rule, index, held)
         )
     return unflatten(flat)
 

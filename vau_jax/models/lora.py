@@ -66,16 +66,17 @@ def init(key: jax.Array, kernels: dict[str, tuple[int, ...]], lora: LoRA, dtype:
     return flat
 
 
-def merge(params: dict[str, Any], adapters: dict[str, Any], lora: LoRA) -> dict[str, Any]:
-    """The parameters with the adapters added in, in float32 and rounded once to the kernels' dtype; nested trees.
+def merge(params: dict[str, Any], adapters: dict[str, Any], lora: LoRA, dtype: Any | None = None) -> dict[str, Any]:
+    """The parameters with the adapters added in, in float32 and rounded once: to `dtype`, or each to its own; nested
+    trees.
 
-    What is trained whole beside adapters, a motion prompt's numbers, takes the parameters' place.
+    What is trained whole beside adapters, a motion prompt's numbers, takes the parameters' place as it is.
     """
     if not isinstance(params, dict):
-        return adapters
+        return params.astype(dtype or params.dtype)
+    merged = {name: merge(tree, adapters.get(name, {}), lora, dtype) for name, tree in params.items()}
     if set(adapters) == {"a", "b"}:
         kernel, factors = params["kernel"], (adapters[name].astype(jnp.float32) for name in ("a", "b"))
         change = jnp.einsum("...ir,...ro->...io", *factors) * lora.scale
-        return {**params, "kernel": (kernel.astype(jnp.float32) + change).astype(kernel.dtype)}
-    whole = {name: tree for name, tree in adapters.items() if name not in params}
-    return whole | {n: merge(tree, adapters[n], lora) if n in adapters else tree for n, tree in params.items()}
+        return {**merged, "kernel": (kernel.astype(jnp.float32) + change).astype(dtype or kernel.dtype)}
+    return merged | {name: x for name, x in adapters.items() if name not in params or not isinstance(x, dict)}

@@ -120,8 +120,9 @@ class MotionPrompt(nn.Module):
         attention = attention_of(difference if c.motion.signed else jnp.abs(difference), *numbers)
         return jnp.where(vision.motion.moves[..., None, None], attention, 1.0)
 
-    def variation(self, vision: Vision) -> jax.Array:
-        """The mean of (A_{t+1} - A_t)^2 over all neighbouring frames of the clips; 0 without any."""
+    def variation(self, vision: Vision, pairs: jax.Array | None = None) -> jax.Array:
+        """The mean of (A_{t+1} - A_t)^2 over all neighbouring frames of the clips; 0 without any. For a part of a
+        batch, `pairs` of the whole are given (see `pairs_of`), and what the parts give adds up to the mean."""
         weights = self(vision)
         if weights is None:
             return jnp.float32(0)
@@ -131,9 +132,14 @@ class MotionPrompt(nn.Module):
         across = jnp.take_along_axis(weights[:, :, 0], index, axis=1) - weights[:, :, -1]
         moves = vision.motion.moves[..., None]
         total = jnp.sum(jnp.where(moves[..., None], inside**2, 0)) + jnp.sum(jnp.where(linked[..., None], across**2, 0))
-        pixels = weights.shape[-1]
-        count = jnp.sum(moves) * inside.shape[2] * pixels + jnp.sum(linked) * pixels
-        return total / jnp.maximum(count, 1)
+        return total / jnp.maximum(pairs_of(vision, self.config) if pairs is None else pairs, 1)
+
+
+def pairs_of(vision: Vision, config: VisionConfig) -> jax.Array:
+    """float32 []: pairs of a pixel's weights in neighbouring frames, over all clips."""
+    inside = jnp.sum(vision.motion.moves, dtype=jnp.float32) * (config.temporal_patch_size - 1)
+    across = jnp.sum(vision.motion.following < vision.patches.shape[1], dtype=jnp.float32)
+    return (inside + across) * config.patch_size**2
 
 
 def start(name: str) -> tuple[float, float]:

@@ -187,9 +187,9 @@ class QwenVL(nn.Module):
             return batch.vision
         return self.visual(batch.vision, self.motion_prompt(batch.vision) if self.config.vision.motion else None)
 
-    def motion_variation(self, batch: Batch) -> jax.Array:
+    def motion_variation(self, batch: Batch, pairs: jax.Array | None = None) -> jax.Array:
         """How much the motion prompt's weights change over time, see MotionPrompt."""
-        return self.motion_prompt.variation(batch.vision)
+        return self.motion_prompt.variation(batch.vision, pairs)
 
     def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Token embeddings [B, T, D] with visual features in the places of visual tokens, and `Packed.deep`."""
