@@ -1,6 +1,10 @@
 """The frame cache: what it gives back, and how stale, damaged and half-written parts are found and mended."""
 
+import json
+import os
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests import clips
+from vau_jax import files
 from vau_jax.data import frame_cache, video
 from vau_jax.data.decoders import VideoError
 from vau_jax.data.frame_cache import FrameCache
@@ -78,6 +83,61 @@ def test_a_changed_video_is_not_served_and_its_record_is_made_anew(folder: Path,
     assert FrameCache(folder, forbidden).read(videos[1], SAMPLING)[1]
 
 
+def test_a_change_inside_a_file_is_noticed_whatever_its_size_and_time(folder: Path, videos: list[Path]) -> None:
+    build(folder, videos)
+    stat = videos[1].stat()
+    data = bytearray(videos[1].read_bytes())
+    data[len(data) // 3] ^= 1
+    with videos[1].open("r+b") as file:
+        file.write(data)
+    os.utime(videos[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert videos[1].stat().st_size == stat.st_size and videos[1].stat().st_mtime_ns == stat.st_mtime_ns
+    assert not FrameCache(folder).read(videos[1], SAMPLING)[1]
+
+
+def test_files_that_did_not_change_are_not_read_again(
+    folder: Path, videos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frame_cache, "SETTLED", 0)
+    build(folder, videos)
+    shutil.copy(videos[0], videos[0].with_name("copy.mp4"))
+    read, hashed = [], files.content_hash
+    monkeypatch.setattr(files, "content_hash", lambda path: read.append(path) or hashed(path))
+    cache = FrameCache(folder, forbidden)
+    for name in ("0.mp4", "1.mp4", "copy.mp4", "copy.mp4"):
+        assert cache.read(videos[0].with_name(name), SAMPLING)[1]
+    assert read == [videos[0].with_name("copy.mp4")]
+
+
+def test_the_key_says_every_setting_by_name() -> None:
+    """A pinned text: another one would leave every cache behind."""
+    assert set(frame_cache.FIELDS) == set(VideoOptions.__dataclass_fields__)
+    assert frame_cache.sampling_text(SAMPLING) == (
+        '{"fps": 2.0, "nframes": null, "min_frames": 4.0, "max_frames": 768.0, "min_pixels": 784.0, '
+        '"max_pixels": 12544.0, "total_pixels": 90316800.0, "per_clip": 0.0, "resized_height": null, '
+        '"resized_width": null, "video_start": null, "video_end": null, "lead": 0.0, "factor": 28.0, "multiple": 2.0}'
+    )
+
+
+def test_equal_settings_have_equal_keys(folder: Path, videos: list[Path]) -> None:
+    build(folder, videos)
+    same = replace(SAMPLING, options=replace(SAMPLING.options, fps=2))
+    assert FrameCache(folder, forbidden).read(videos[0], same)[1]
+
+
+def test_a_cache_of_another_version_is_said_and_filled_anew(folder: Path, videos: list[Path]) -> None:
+    build(folder, videos)
+    listing = next(folder.glob("*.json"))
+    old = [
+        {name: e[name] for name in ("video", "sampling", "failure", "reason")} for e in json.loads(listing.read_text())
+    ]
+    listing.write_text(json.dumps([{"key": f"{n:032x}", **entry} for n, entry in enumerate(old)]))
+    with pytest.raises(InputError, match="filled by another version"):
+        FrameCache(folder)
+    assert build(folder, videos) == Counter(stale=4, written=3, failed=1)
+    assert FrameCache(folder, forbidden).read(videos[0], SAMPLING)[1]
+
+
 def test_a_damaged_record_is_decoded_and_then_made_anew(folder: Path, videos: list[Path]) -> None:
     build(folder, videos)
     shard = next(folder.glob("*.arrayrecord"))
@@ -120,8 +180,6 @@ def test_a_killed_call_goes_on_after_its_last_whole_shard(
 
 
 def test_a_copied_cache_serves_copied_videos(folder: Path, videos: list[Path], tmp_path: Path) -> None:
-    import shutil
-
     build(folder, videos)
     shutil.copytree(folder, tmp_path / "elsewhere")
     shutil.copy(videos[0], tmp_path / "renamed.mp4")

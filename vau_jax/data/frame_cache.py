@@ -1,20 +1,26 @@
 """Decoded and resized frames in ArrayRecord shards, so that training reads them instead of video files.
 
 A folder holds frames-00000.arrayrecord, whose records are clips, beside frames-00000.json, which lists them. The list
-is written when its shard is whole on disk; a shard without one is what a killed call left. A record is found by what
-the video file holds and how it is to be sampled, never by its path, so that a changed video or another setting does
-not find it, and a cache may be copied with its videos.
+is written when its shard is whole on disk; a shard without one is what a killed call left. A record is found by all
+that the video file holds and how it is to be sampled, never by its path, so that a changed video or another setting
+does not find it, and a cache may be copied with its videos.
+
+Samples of a file would miss a change between them, and reading a hundred gigabytes at each start takes minutes: so the
+list keeps each file's size and time of change (ctime, which a program that edits a file cannot set back) beside its
+hash, as git's index does, and a file is read again only where these differ, such as in a copy.
 """
 
 import hashlib
 import json
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
@@ -26,24 +32,37 @@ from vau_jax.data.video import Clip, Sampling, VideoOptions
 from vau_jax.files import InputError
 
 SHARD_BYTES = 2**28  # about the size of a shard, and the most that a killed call loses
-EDGE = 2**16  # bytes at both ends of a video file that tell it from others
+SETTLED = 10**9  # nanoseconds since a file changed after which its time of change tells any later change
+VERSION = 2  # of the keys; another one where the same settings are to give other frames
+FIELDS = (  # of VideoOptions, all that decide what a record holds
+    "fps",
+    "nframes",
+    "min_frames",
+    "max_frames",
+    "min_pixels",
+    "max_pixels",
+    "total_pixels",
+    "per_clip",
+    "resized_height",
+    "resized_width",
+    "video_start",
+    "video_end",
+    "lead",
+)
 Decode = Callable[[Path, VideoOptions, int, int], Clip]
 
 
-def key_of(path: str | os.PathLike, sampling: Sampling) -> str:
-    """Of a video's size, its first and last 64 KiB (where containers keep their tables), and how it is sampled.
+def sampling_text(sampling: Sampling) -> str:
+    """How videos are sampled as JSON, by names and numbers alone: the same for each version of Python and of this
+    code, and for 2 and 2.0."""
+    values = {name: getattr(sampling.options, name) for name in FIELDS}
+    values |= {"factor": sampling.factor, "multiple": sampling.multiple}
+    return json.dumps({name: None if value is None else float(value) for name, value in values.items()})
 
-    Raises VideoError for a file that is not there.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(EDGE)
-            file.seek(max(0, size - EDGE))
-            tail = file.read(EDGE)
-    except OSError as error:
-        raise VideoError(f"no such file: {path}", "missing") from error
-    return hashlib.sha256(f"{size}|{sampling}|".encode() + head + tail).hexdigest()[:32]
+
+def key_of(content: str, sampling: Sampling) -> str:
+    """Under which a record is found: of the hash of a video's content, and of how it is sampled."""
+    return f"{VERSION}-{hashlib.sha256(f'{content}|{sampling_text(sampling)}'.encode()).hexdigest()[:32]}"
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,21 @@ class Entry:
     sampling: str
     failure: str = ""
     reason: str = ""
+    content: str = ""  # SHA-256 of the video file
+    size: int = 0  # of the video file, in bytes
+    changed: int = 0  # when it was last, in nanoseconds (ctime); 0: just before it was read
+
+    @property
+    def mark(self) -> "Mark":
+        return Mark(os.path.abspath(self.video), self.size, self.changed)
+
+
+class Mark(NamedTuple):
+    """Tells a video file that was read before from a changed one."""
+
+    path: str
+    size: int
+    changed: int
 
 
 class FrameCache:
@@ -68,12 +102,33 @@ class FrameCache:
         self.lock = threading.Lock()
         if self.folder and not self.folder.is_dir():
             raise InputError(f"frame cache {folder} does not exist: fill it with data_prep/cache_frames.py first")
+        self.contents: dict[Mark, str] = {}
         for shard, entries in shards(self.folder) if self.folder else ():
             self.places |= {entry.key: (shard, number, entry) for number, entry in enumerate(entries)}
+            self.contents |= {entry.mark: entry.content for entry in entries if entry.changed}
+        if self.places and not any(map(_is_current, self.places)):
+            raise InputError(
+                f"frame cache {folder} was filled by another version, whose records are not found: call "
+                "data_prep/cache_frames.py again, which makes them anew"
+            )
+
+    def content(self, path: str | os.PathLike) -> tuple[str, Mark]:
+        """SHA-256 of a video file, and what tells whether it changed since. Raises VideoError for one that is not
+        there."""
+        try:
+            stat = os.stat(path)
+            settled = time.time_ns() - stat.st_ctime_ns > SETTLED
+            mark = Mark(os.path.abspath(path), stat.st_size, stat.st_ctime_ns if settled else 0)
+            found = self.contents.get(mark) or files.content_hash(path)
+        except OSError as error:
+            raise VideoError(f"no such file: {path}", "missing") from error
+        if settled:
+            self.contents[mark] = found
+        return found, mark
 
     def read(self, path: str | os.PathLike, sampling: Sampling) -> tuple[Clip, bool]:
         """The clip, and whether it came from the cache. Raises VideoError."""
-        if self.folder is not None and (place := self.places.get(key_of(path, sampling))):
+        if self.folder is not None and (place := self.places.get(key_of(self.content(path)[0], sampling))):
             shard, number, entry = place
             if entry.failure:
                 raise VideoError(entry.failure, entry.reason)
@@ -101,6 +156,10 @@ class FrameCache:
             return False
         shard, number, entry = self.places[key]
         return bool(entry.failure) or self._record(shard, number) is not None
+
+
+def _is_current(key: str) -> bool:
+    return key.startswith(f"{VERSION}-")
 
 
 def shards(folder: Path) -> Iterator[tuple[Path, list[Entry]]]:
@@ -158,8 +217,11 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob("frames-*.part"):
         part.unlink()
-    keys = {path: _key_or_none(path, sampling) for path in videos}
-    counts = _drop_bad(folder, keys, sampling)
+    counts = _drop(folder, lambda entry: "" if _is_current(entry.key) else "stale")
+    known = FrameCache(folder)
+    contents = {path: _content_or_none(known, path) for path in videos}
+    keys = {path: found and key_of(found[0], sampling) for path, found in contents.items()}
+    counts += _drop_bad(known, keys, sampling)
     cache = FrameCache(folder)
     todo = [path for path, key in keys.items() if key is None or key not in cache.places]
     counts["kept"] = len(keys) - len(todo)
@@ -170,11 +232,13 @@ def build(
         done += 1
         counts["written" if clip else "failed"] += 1
         show(done, "" if clip else f"{path.name}: {error}")
-        if keys[path] is None:  # not there: nothing to remember it by
+        if contents[path] is None:  # not there: nothing to remember it by
             continue
         shard = shard or _Shard(folder / f"frames-{next_number:05d}.arrayrecord", [])
         failure = (str(error), error.reason) if error else ("", "")
-        shard.add(Entry(keys[path], str(path), str(sampling), *failure), clip)
+        content, mark = contents[path]
+        entry = Entry(keys[path], str(path), sampling_text(sampling), *failure, content, mark.size, mark.changed)
+        shard.add(entry, clip)
         if shard.size >= SHARD_BYTES:
             shard.finish()
             next_number, shard = next_number + 1, None
@@ -183,39 +247,41 @@ def build(
     return counts
 
 
-def _key_or_none(path: Path, sampling: Sampling) -> str | None:
+def _content_or_none(cache: FrameCache, path: Path) -> tuple[str, Mark] | None:
     try:
-        return key_of(path, sampling)
+        return cache.content(path)
     except VideoError:
         return None
 
 
-def _drop_bad(folder: Path, keys: dict[Path, str | None], sampling: Sampling) -> Counter[str]:
-    """Takes stale and damaged entries out of the lists, and away with shards that have no other."""
+def _drop_bad(cache: FrameCache, keys: dict[Path, str | None], sampling: Sampling) -> Counter[str]:
+    """Drops stale and damaged entries."""
+    wanted, names, text = set(keys.values()), {str(path) for path in keys}, sampling_text(sampling)
+
+    def fault(entry: Entry) -> str:
+        if entry.sampling == text and entry.video in names and entry.key not in wanted:
+            return "stale"
+        return "" if cache.is_whole(entry.key) else "damaged"
+
+    return _drop(cache.folder, fault)
+
+
+def _drop(folder: Path, fault: Callable[[Entry], str]) -> Counter[str]:
+    """Takes entries with a fault out of the lists, and away with shards that have no other; counts them by fault."""
     counts: Counter[str] = Counter()
-    wanted, names = set(keys.values()), {str(path) for path in keys}
-    cache = FrameCache(folder)
     for shard, entries in list(shards(folder)):
-        state = [_state(entry, cache, wanted, names, str(sampling)) for entry in entries]
-        if set(state) == {"good"}:
+        faults = [fault(entry) if entry.key else "" for entry in entries]  # blanks are of an earlier call
+        if not any(faults):
             continue
-        counts += Counter(s for s in state if s != "good")
+        counts += Counter(name for name in faults if name)
         # An entry's place in the list is its record's number: those that are dropped leave a blank.
-        kept = [e if s == "good" else Entry("", e.video, "") for e, s in zip(entries, state, strict=True)]
+        kept = [Entry("", e.video, "") if name else e for e, name in zip(entries, faults, strict=True)]
         if any(entry.key for entry in kept):
             files.write_text(shard.with_suffix(".json"), _listing(kept))
         else:
             shard.with_suffix(".json").unlink()
             shard.unlink(missing_ok=True)
     return counts
-
-
-def _state(entry: Entry, cache: FrameCache, wanted: set[str | None], names: set[str], sampling: str) -> str:
-    if not entry.key:
-        return "good"  # a blank of an earlier call
-    if entry.sampling == sampling and entry.video in names and entry.key not in wanted:
-        return "stale"
-    return "good" if cache.is_whole(entry.key) else "damaged"
 
 
 def _decoded(
