@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import base
+from vau_jax.rewards import REWARDS
 
 
 def get_config() -> ConfigDict:
@@ -20,4 +21,5 @@ def get_config() -> ConfigDict:
     c.dtype = train.dtype
     c.mesh = train.mesh
     c.data = train.data
+    c.rewards = ConfigDict({name: train.rewards[name] for name in REWARDS})  # weights of the total, as in training
     return c

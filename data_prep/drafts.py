@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -72,12 +71,11 @@ def by_model(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iter
     s = config.student
     vlm = VideoLM.load(s.checkpoint, s.dtype)
     batches = pipeline.eval_batches(examples, vlm.processor, config.data, s.batch_size, config.seed, blind=False)
-    key = jax.random.key(config.seed)
     for number, host in enumerate(batches):
         out = sampling.sample(
             vlm.variables,
             host.batch,
-            jax.random.fold_in(key, number),
+            pipeline.sampling_keys(host.examples, config.seed),
             s.temperature,
             model=vlm.model,
             num_generations=s.samples,

@@ -199,10 +199,7 @@ def _examples(config: ConfigDict) -> list[Example]:
         raise InputError("a student, and a teacher with frames, must see the videos: set config.data.videos")
     else:
         rows, audit = annotations.load(config.data.csv, config.data.source, config.data.protocol)
-        examples = [
-            Example(row, task, Path(row.video)) for row in rows for task in config.data.tasks if task in row.tasks
-        ]
-        examples = examples[: config.data.max_examples or None]
+        examples = pipeline.distinct(rows, config.data.tasks, Path(), audit)[: config.data.max_examples or None]
     print(audit.table(), flush=True)
     return examples
 
@@ -217,7 +214,7 @@ def _choose(config: ConfigDict, example: Example, found: list[Draft]) -> tuple[E
 
 
 def _record(example: Example, record: Reflection) -> dict[str, Any]:
-    return {"video": example.row.video, "task": example.task, **asdict(record)}
+    return {"example": example.name, "video": example.row.video, "task": example.task, **asdict(record)}
 
 
 def _card(

@@ -73,7 +73,7 @@ class VauBench(tfds.core.GeneratorBasedBuilder):
         rows, _ = annotations.load(path)
         for row in rows:
             if self.builder_config.name in ("all", row.source):
-                yield f"{row.source}/{row.video}", features_of(row)
+                yield f"{row.source}/{row.video}/{row.line}", features_of(row)
 
 
 def features_of(row: Row) -> dict[str, Any]:

@@ -123,6 +123,7 @@ def evaluate_stage(config: ConfigDict, workdir: Path, stage: str) -> None:
         c.data = train_config(config, workdir, "sft").data
         c.data.csv, c.data.reflection = str(shared(config, workdir) / "data" / "test.csv"), ""
         c.data.augment = False
+        c.rewards = config.rft.rewards  # of all stages, so that their totals compare
         c.checkpoint = str(workdir / ("model" if stage == "init" else stage))
         c.dtype, c.batch_size, c.blind = "float32", config.eval_batch_size, blind
         c.name = f"{stage} blind" if blind else stage

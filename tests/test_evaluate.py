@@ -9,13 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from tests import clips, tables
 from tests.test_train import small
-from vau_jax import evaluate, scores
+from vau_jax import checkpoint, evaluate, scores
 from vau_jax.data import pipeline
 from vau_jax.data.processor import Processor
 from vau_jax.files import InputError
+from vau_jax.types import State
+from vau_jax.vlm import VideoLM
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +48,122 @@ def test_evaluation_goes_on_after_the_examples_that_are_done(model_folder: Path,
     (tmp_path / "metrics.json").unlink()
     assert {**evaluate.run(c, tmp_path), "about": first["about"]} == first
     assert sorted(path.read_text().splitlines()) == sorted(line.strip() for line in lines)
+
+
+# --- What is evaluated anew ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(model_folder: Path, dataset: Path, tmp_path: Path) -> ConfigDict:
+    """Four questions about copies of the first test videos."""
+    c = small("eval", model_folder, dataset, "test")
+    rows = tables.read(dataset / "test.csv")[:4]
+    c.data.csv, c.data.videos = tables.write(tmp_path / "data" / "rows.csv", rows), str(tmp_path / "data")
+    for row in rows:
+        shutil.copy2(dataset / "videos" / row["Video Name"], tmp_path / "data")
+    c.data.tasks = ("qa",)
+    return c
+
+
+def test_questions_about_one_video_are_scored_each(tiny: ConfigDict, tmp_path: Path) -> None:
+    rows = tables.read(tiny.data.csv)
+    tables.write(tiny.data.csv, [*rows, {**rows[0], "Question": "Who comes last?"}])
+    result = evaluate.run(tiny, tmp_path / "eval")
+    asked = [(r["video"], r["question"].splitlines()[0]) for r in scores.load(tmp_path / "eval")]
+    assert len(set(asked)) == 5 == result["examples"] and asked[4] == (asked[0][0], "Who comes last?")
+
+
+@pytest.mark.parametrize("what", ["annotations", "videos", "words"])
+def test_what_changed_is_evaluated_again(
+    what: str, tiny: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = tmp_path / "words.json"
+    words.write_text('{"short_questions": {"qa": "{question}"}}')
+    tiny.data.templates = str(words)
+    first = evaluate.run(tiny, tmp_path / "eval")
+    if what == "annotations":  # of the same length
+        text = Path(tiny.data.csv).read_text()
+        Path(tiny.data.csv).write_text(text[:-20] + text[-20:].replace("0", "1"))
+    elif what == "videos":
+        clips.write(next(Path(tiny.data.videos).glob("*.mp4")), count=9)
+    else:
+        words.write_text('{"short_questions": {"qa": "{options}"}}')
+    assert evaluate.run(tiny, tmp_path / "eval")["fingerprint"] != first["fingerprint"]
+    assert "evaluated already" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def trained(model_folder: Path, vlm: VideoLM, tmp_path: Path) -> Path:
+    """A run with one checkpoint."""
+    checkpoint.copy_model_files(model_folder, tmp_path / "run")
+    save(tmp_path / "run", 1, vlm)
+    return tmp_path / "run"
+
+
+def save(run: Path, step: int, vlm: VideoLM) -> None:
+    checkpoints = checkpoint.Checkpoints(run)
+    checkpoints.save(step, State(np.int32(step), vlm.params, {}), {}, 0.0)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("inside", ["", "eval"])
+def test_an_evaluation_inside_its_run_is_resumed(
+    inside: str, tiny: ConfigDict, trained: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (trained / "config.json").write_text("the run's own")
+    tiny.checkpoint = str(trained)
+    evaluate.run(tiny, trained / inside)
+    evaluate.run(tiny, trained / inside)
+    assert "evaluated already" in capsys.readouterr().out
+    assert (trained / "config.json").read_text() == "the run's own"
+
+
+def test_another_checkpoint_is_another_model(trained: Path, vlm: VideoLM, tmp_path: Path) -> None:
+    """A later step; and the same step, of a run that was made anew in the same folder."""
+    before = evaluate.model_identity(trained)
+    shutil.copytree(trained, tmp_path / "copy")
+    assert evaluate.model_identity(tmp_path / "copy") == before
+    save(trained, 2, vlm)
+    later = evaluate.model_identity(trained)
+    shutil.rmtree(trained / "checkpoints")
+    save(trained, 2, vlm)
+    assert before != later != evaluate.model_identity(trained)
+
+
+def test_other_weights_of_the_same_size_are_another_model(model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    assert evaluate.model_identity(folder) == evaluate.model_identity(model_folder)
+    weights = next(folder.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
+    weights.write_bytes(data)
+    os.utime(weights, ns=times)
+    assert evaluate.model_identity(folder) != evaluate.model_identity(model_folder)
+
+
+def test_samples_do_not_depend_on_the_others_of_a_batch(tiny: ConfigDict, tmp_path: Path) -> None:
+    tiny.samples, tiny.temperature = 2, 1.0
+    rows, found = tables.read(tiny.data.csv), []
+    for name, order in (("there", rows), ("back", rows[::-1])):
+        tables.write(tiny.data.csv, order)
+        evaluate.run(tiny, tmp_path / name)
+        found.append({r["example"]: r["completions"] for r in scores.load(tmp_path / name)})
+    assert found[0] == found[1]
+    assert len({text for texts in found[0].values() for text in texts}) == 8
+
+
+def test_the_total_is_weighted_as_in_training(loaded: dict[str, pipeline.Loaded]) -> None:
+    records = [evaluate.record(loaded["grounding"], [right(loaded["grounding"])], "think")]
+    weights = {"format": 0.5, "accuracy": 0.0, "tiou": 2.0, "judge": 0.0}
+    found = scores.score(records, reflection=False, weights=weights)["rewards"]
+    assert found["accuracy"]["value"] == 1.0 and found["total"]["value"] == 0.5 + 2.0
+
+
+def test_a_total_has_no_rewards_that_an_evaluation_cannot_give(tiny: ConfigDict, tmp_path: Path) -> None:
+    tiny.rewards = ConfigDict({"judge": 1.0})
+    with pytest.raises(InputError, match=r"rewards\.judge=1\.0 cannot be part"):
+        evaluate.run(tiny, tmp_path / "eval")
 
 
 # --- Records ------------------------------------------------------------------------------------------------------
@@ -110,6 +231,30 @@ def test_a_description_is_compared_by_words_with_the_annotation(loaded: dict[str
     high, low = (scores.score([r], reflection=False)["tasks"]["description"]["word_overlap"] for r in (own, other))
     assert high["key_objects"]["value"] == 1.0 and high["rouge_l"]["value"] > 0.9
     assert low["key_objects"]["value"] == 0.0 and low["rouge_l"]["value"] < 0.1
+
+
+TASKS = ["qa", "grounding", "classification", "description"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_said_of_grey_frames_is_no_answer(task: str, loaded: dict[str, pipeline.Loaded]) -> None:
+    failed = replace(loaded[task], failure="damaged")
+    found = evaluate.record(failed, [right(failed)] * 2, "think")
+    assert found["predictions"] == [None, None] and found["completions"] == ["", ""] and found["form"] == [False, False]
+    assert found.get("scores", [0.0, 0.0]) == [0.0, 0.0] and found["failure"] == "damaged"
+
+
+def test_frames_of_a_failed_video_count_as_wrong(loaded: dict[str, pipeline.Loaded]) -> None:
+    """Its length is in the annotations: what is abnormal is missed, and a normal video is a false alarm."""
+    item = loaded["grounding"]
+    seen = evaluate.record(item, [right(item)], "think")
+    item = replace(item, example=replace(item.example, row=replace(item.example.row, duration=8.0)), failure="damaged")
+    missed = evaluate.record(item, [right(item)], "think")
+    normal = {**missed, "interval": "normal"}
+    assert missed["duration"] == 8.0
+    values = [scores.score([seen, one], reflection=False)["frames"] for one in (seen, missed, normal)]
+    assert [v["videos"] for v in values] == [2, 2, 2] and values[0]["auc"] == 1.0
+    assert values[1]["auc"] < 1.0 and values[2]["auc"] < 1.0
 
 
 # --- Runs ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import demo
+from tests import tables
 from vau_jax import parsing
 from vau_jax.data import frame_cache, pipeline, prompts, video
 from vau_jax.data.annotations import Row
@@ -175,7 +176,8 @@ def test_batches_of_one_example(config: ConfigDict, processor: Processor) -> Non
     """VAU-R1's own batch size; also from a dataset of one example."""
     config.max_examples = 1
     iterator = pipeline.train_iterator(pipeline.load_examples(config)[0], processor, config, 1, seed=0)
-    assert {next(iterator).examples[0].example.name for _ in range(3)} == {"train_00000.mp4/qa"}
+    found = [next(iterator).examples[0].example for _ in range(3)]
+    assert {(e.row.video, e.task) for e in found} == {("train_00000.mp4", "qa")}
 
 
 def test_the_next_batches_are_loaded_during_a_step(
@@ -363,6 +365,80 @@ def test_an_example_without_its_reflection_record_is_excluded_and_listed(config:
     examples, audit = pipeline.load_examples(config)
     assert len(examples) == len(lines) - 1
     assert audit.counts() == {("excluded", "no reflection record"): 1}
+
+
+# --- Several questions about one video ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(config: ConfigDict, tmp_path: Path) -> ConfigDict:
+    """The first video's row, the same with another question, and the first once more, its options turned."""
+    first = tables.read(config.csv)[0]
+    options = [first[f"Option {i}"] for i in (2, 3, 4, 1)]
+    letter = "ABCD"[options.index(first[f"Option {'ABCD'.index(first['Correct Option']) + 1}"])]
+    turned = {**first, **{f"Option {i}": text for i, text in enumerate(options, 1)}, "Correct Option": letter}
+    rows = [first, {**first, "Question": "Who comes last?"}, turned]
+    config.csv = tables.write(tmp_path / "several.csv", rows)
+    config.reflection, config.tasks = "", ("qa", "grounding")
+    return config
+
+
+def test_questions_about_one_video_are_examples_of_their_own(several: ConfigDict) -> None:
+    examples, _ = pipeline.load_examples(several)
+    asked = [(e.task, e.row.question if e.task == "qa" else "") for e in examples]
+    assert asked == [("qa", examples[0].row.question), ("grounding", ""), ("qa", "Who comes last?")]
+    assert len({e.name for e in examples}) == 3
+
+
+def test_what_is_asked_twice_is_left_out_and_listed(several: ConfigDict) -> None:
+    _, audit = pipeline.load_examples(several)
+    again = [(e.line, e.what) for e in audit.entries if e.reason.startswith("asked by an earlier row")]
+    assert again == [(2, "grounding"), (3, "qa"), (3, "grounding")]
+
+
+def test_a_name_does_not_depend_on_the_order_of_options(several: ConfigDict, processor: Processor) -> None:
+    examples, _ = pipeline.load_examples(several)
+    loader = Loader(processor, several, FrameCache(None), augment=False, blind=True)
+    shown = [loader(examples[0], np.random.default_rng(seed)).example for seed in range(4)]
+    assert len({e.row.options for e in shown}) > 1 and {e.name for e in shown} == {examples[0].name}
+
+
+@pytest.fixture
+def record(several: ConfigDict, dataset: Path) -> dict[str, Any]:
+    """A reflection record of the first video's question, which names no example; grounding is not asked."""
+    several.tasks = ("qa",)
+    video = pipeline.load_examples(several)[0][0].row.video
+    records = map(json.loads, (dataset / "train_reflection.jsonl").read_text().splitlines())
+    return next(r for r in records if (r["video"], r["task"]) == (video, "qa"))
+
+
+def write_records(path: Path, *records: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+def test_a_reflection_record_goes_to_the_question_it_names(
+    several: ConfigDict, record: dict[str, Any], tmp_path: Path
+) -> None:
+    names = [e.name for e in pipeline.load_examples(several)[0]]
+    records = [{**record, "example": name, "reflect": name} for name in reversed(names)]
+    several.reflection = write_records(tmp_path / "r.jsonl", *records)
+    assert [e.reflection.reflect for e in pipeline.load_examples(several)[0]] == names
+
+
+def test_a_reflection_record_that_could_be_of_two_questions_is_of_none(
+    several: ConfigDict, record: dict[str, Any], tmp_path: Path
+) -> None:
+    names = [e.name for e in pipeline.load_examples(several)[0]]
+    several.reflection = write_records(tmp_path / "r.jsonl", record, {**record, "example": names[1]})
+    examples, audit = pipeline.load_examples(several)
+    assert [e.name for e in examples] == names[1:]
+    assert [e.line for e in audit.entries if "a video with several questions" in e.reason] == [1]
+
+
+def test_a_second_reflection_record_of_an_example_is_refused(record: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"line 2 is a second record of train_00000\.mp4/qa"):
+        prompts.load_reflections(write_records(tmp_path / "r.jsonl", record, record))
 
 
 def test_no_usable_example_is_an_error(config: ConfigDict, tmp_path: Path) -> None:

@@ -221,6 +221,13 @@ def source(path: str | os.PathLike) -> Source:
     return Source(str((found.step_folder or found.folder).resolve()), _contents(found))
 
 
+def contents(path: str | os.PathLike) -> dict[str, str]:
+    """The SHA-256 of every file that the model at `path` is loaded from; those of what its adapters are put on too."""
+    found = find_model(path)
+    base = found.adapter.files if found.adapter else {}
+    return _contents(found) | {f"base/{name}": x for name, x in base.items()}
+
+
 def _contents(found: Found) -> dict[str, str]:
     names = [file.name for file in _model_files(found.folder)]
     if found.step_folder is None:
@@ -318,9 +325,9 @@ def _is_step(path: Path) -> bool:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """A model folder's config, tokenizer and processor files."""
-    known = (".json", ".jinja", ".txt")
-    return sorted(f for f in folder.iterdir() if f.suffix in known and not f.name.endswith(".index.json"))
+    """A model folder's config, tokenizer and processor files; what an evaluation wrote there is none."""
+    known, others = (".json", ".jinja", ".txt"), (".index.json", "metrics.json")
+    return sorted(f for f in folder.iterdir() if f.suffix in known and not f.name.endswith(others))
 
 
 def copy_model_files(source: str | os.PathLike, workdir: str | os.PathLike) -> None:

@@ -8,7 +8,7 @@ done. A video that cannot be read is a wrong answer, counted under "failed".
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax import cli, parsing, processes, rewards, sampling, scores, sharding
+from vau_jax import checkpoint, cli, parsing, processes, rewards, sampling, scores, sharding
 from vau_jax.about import about
 from vau_jax.data import pipeline, prompts
-from vau_jax.data.pipeline import Example, HostBatch, Loaded
-from vau_jax.files import InputError, read_json, read_lines, write_text
+from vau_jax.data.annotations import Audit
+from vau_jax.data.pipeline import Example, Loaded
+from vau_jax.files import InputError, content_hash, read_json, read_lines, write_text
 from vau_jax.metric_writer import Progress
 from vau_jax.vlm import VideoLM, decode_text
+
+Key = tuple[str, int]  # of an example: its name, and its rotation
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -32,20 +35,20 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     Raises InputError where another evaluation, or a run, is in `workdir`.
     """
     workdir = Path(workdir)
+    check(config)
+    examples, audit = pipeline.load_examples(config.data)
+    examples = [replace(e, rotation=r) for r in range(config.rotations) for e in examples if e.task == "qa" or not r]
+    fingerprint = _fingerprint(config, {example.path for example in examples})
     workdir.mkdir(parents=True, exist_ok=True)
     with processes.alone_in(workdir):
-        return _run(config, workdir)
+        return _run(config, workdir, examples, audit, fingerprint)
 
 
-def _run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    fingerprint = _fingerprint(config)
+def _run(config: ConfigDict, workdir: Path, examples: list[Example], audit: Audit, fingerprint: str) -> dict[str, Any]:
     done = workdir / "metrics.json"
     if done.exists() and read_json(done).get("fingerprint") == fingerprint:
         print(f"{config.name}: evaluated already ({workdir})", flush=True)
         return read_json(done)
-    check(config)
-    examples, audit = pipeline.load_examples(config.data)
-    examples = [replace(e, rotation=r) for r in range(config.rotations) for e in examples if e.task == "qa" or not r]
     predictions = predict(config, workdir, examples, fingerprint)
     result = {
         "fingerprint": fingerprint,
@@ -58,10 +61,11 @@ def _run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "excluded": [vars(entry) for entry in audit.entries if entry.action == "excluded"],
         "examples": len(predictions),
         "failed": sum(record["failure"] is not None for record in predictions),
-        **scores.score(predictions, config.data.style in prompts.WITH_DRAFT, config.data.protocol),
+        **scores.score(predictions, config.data.style in prompts.WITH_DRAFT, config.data.protocol, config.rewards),
     }
-    write_text(done, json.dumps(result, indent=1))
-    write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
+    if not _is_model(workdir):  # whose config.json says something else; the settings are in metrics.json too
+        write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
+    write_text(done, json.dumps(result, indent=1, allow_nan=False))
     return result
 
 
@@ -74,67 +78,86 @@ def check(config: ConfigDict) -> None:
     if config.samples > 1 and config.temperature == 0:
         raise InputError(f"samples={config.samples} at temperature=0 would all be alike: set temperature above 0")
     sampling.check(max_new_tokens=config.data.max_completion_tokens, temperature=config.temperature or 1.0)
+    if unknown := [name for name, weight in config.rewards.items() if weight and name not in rewards.REWARDS]:
+        raise InputError(
+            f"rewards.{unknown[0]}={config.rewards[unknown[0]]} cannot be part of an evaluation's total: expected some "
+            f"of {', '.join(rewards.REWARDS)}"
+        )
 
 
-def _fingerprint(config: ConfigDict) -> str:
-    """Changes when anything that decides the predictions does, the checkpoint's identity included."""
-    path = Path(config.checkpoint)
-    newest = max((p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()), default=0) if path.is_dir() else 0
-    return hashlib.sha256(f"{config.to_json_best_effort(sort_keys=True)}|{newest}".encode()).hexdigest()
+def _fingerprint(config: ConfigDict, videos: Iterable[Path]) -> str:
+    """Changes when anything that decides the predictions does: settings, weights, annotations, words, videos.
+
+    Files of text are known by their contents, videos (of which there may be hundreds of gigabytes) by size and time.
+    """
+    texts = [config.data[name] for name in ("csv", "reflection", "templates") if config.data[name]]
+    seen = [(path.name, stat.st_size, stat.st_mtime_ns) for path in videos for stat in [path.stat()]]
+    known = [
+        json.loads(config.to_json_best_effort()),
+        [content_hash(path) for path in texts],
+        sorted(seen),
+        checkpoint.contents(config.checkpoint),
+    ]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is a run, or has a model's weights."""
+    return (folder / checkpoint.MODEL_FOLDER).is_dir() or any(folder.glob("*.safetensors"))
 
 
 def predict(config: ConfigDict, workdir: Path, examples: list[Example], fingerprint: str) -> list[scores.Record]:
     """One record an example, from predictions.jsonl where it is there, else from the model."""
     path = workdir / "predictions.jsonl"
     records = _finished(path, fingerprint)
-    todo = [example for example in examples if example.name not in records]
+    keys = [(example.name, example.rotation) for example in examples]
+    todo = [example for example, key in zip(examples, keys, strict=True) if key not in records]
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config.batch_size, mesh)
     vlm = VideoLM.load(config.checkpoint, config.dtype, mesh) if todo else None
     progress = Progress(config.name, len(examples), start=len(records))
     with path.open("a", encoding="utf-8") as file:
-        for host in _batches(todo, vlm, config) if vlm else ():
-            for record in _answer(host, vlm, config):
-                records[record["example"]] = record
-                file.write(json.dumps({"fingerprint": fingerprint, **record}) + "\n")
-            file.flush()
-            progress.show(len(records))
-    return [records[example.name] for example in examples]
+        for found in _answers(todo, vlm, config) if vlm else ():
+            if _key(found) not in records:  # the last example fills up the last batch
+                records[_key(found)] = found
+                file.write(json.dumps({"fingerprint": fingerprint, **found}, allow_nan=False) + "\n")
+                file.flush()
+                progress.show(len(records))
+    return [records[key] for key in keys]
 
 
-def _finished(path: Path, fingerprint: str) -> dict[str, scores.Record]:
+def _key(record: scores.Record) -> Key:
+    return record["example"], record["rotation"]
+
+
+def _finished(path: Path, fingerprint: str) -> dict[Key, scores.Record]:
     """The whole records of an earlier call with the same settings; the file keeps only those."""
     lines = read_lines(path) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["fingerprint"] == fingerprint]
     write_text(path, "".join(kept))
-    return {record["example"]: record for record in map(json.loads, kept)}
+    return {_key(record): record for record in map(json.loads, kept)}
 
 
-def _batches(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Iterator[HostBatch]:
-    """Padded batches, the last one without the examples that fill it up."""
+def _answers(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Iterator[scores.Record]:
+    """Decodes in padded batches, greedily at temperature 0."""
     batches = pipeline.eval_batches(
         examples, vlm.processor, config.data, config.batch_size, seed=config.seed, blind=config.blind
     )
-    for number, host in enumerate(batches):
-        yield replace(host, examples=host.examples[: len(examples) - number * config.batch_size])
-
-
-def _answer(host: HostBatch, vlm: VideoLM, config: ConfigDict) -> Iterator[scores.Record]:
-    """Decodes a batch, greedily at temperature 0."""
-    out = sampling.sample(
-        vlm.variables,
-        jax.device_put(host.batch, sharding.examples(vlm.model.mesh)),
-        jax.random.key(config.seed),
-        config.temperature or 1.0,
-        model=vlm.model,
-        num_generations=config.samples,
-        max_new_tokens=config.data.max_completion_tokens,
-        end_tokens=vlm.processor.end_tokens,
-        greedy=config.temperature == 0,
-    )
-    texts = decode_text(vlm.processor, np.asarray(out.tokens), np.asarray(out.mask))
-    for item, completions in zip(host.examples, texts, strict=False):
-        yield record(item, completions, config.data.style)
+    for host in batches:
+        out = sampling.sample(
+            vlm.variables,
+            jax.device_put(host.batch, sharding.examples(vlm.model.mesh)),
+            pipeline.sampling_keys(host.examples, config.seed),
+            config.temperature or 1.0,
+            model=vlm.model,
+            num_generations=config.samples,
+            max_new_tokens=config.data.max_completion_tokens,
+            end_tokens=vlm.processor.end_tokens,
+            greedy=config.temperature == 0,
+        )
+        texts = decode_text(vlm.processor, np.asarray(out.tokens), np.asarray(out.mask))
+        for item, completions in zip(host.examples, texts, strict=True):
+            yield record(item, completions, config.data.style)
 
 
 def record(item: Loaded, completions: list[str], style: str) -> scores.Record:
@@ -152,7 +175,7 @@ def record(item: Loaded, completions: list[str], style: str) -> scores.Record:
         "answer": row.answer,
         "anomaly_class": row.anomaly_class,
         "interval": row.interval,
-        "duration": None if item.failure else round(row.duration or item.seconds, 3),
+        "duration": _seconds(item),
         "key_object": row.key_object,
         "reference": prompts.facts(row) if task == "description" else "",
         "completions": completions,
@@ -168,7 +191,13 @@ def record(item: Loaded, completions: list[str], style: str) -> scores.Record:
     if reflection and task in parsing.VERIFIABLE:
         found["drafts"] = scores.said(lenient.draft, task)
         found["draft_scores"] = np.asarray(rewards.task_score(lenient.draft, target)).round(4).tolist()
-    return found
+    return scores.unanswered(found) if item.failure else found
+
+
+def _seconds(item: Loaded) -> float | None:
+    """The video's length, None where neither annotation nor file tells."""
+    known = item.example.row.duration or (None if item.failure else item.seconds)
+    return None if known is None else round(known, 3)
 
 
 if __name__ == "__main__":

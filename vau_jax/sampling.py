@@ -45,7 +45,7 @@ class _Fixed:
 class _Knobs(NamedTuple):
     """What may change without another program."""
 
-    key: jax.Array
+    key: jax.Array  # one, or [B * G]: one for each completion
     temperature: jax.Array
     min_new_tokens: jax.Array
     stop_table: Array | None
@@ -156,8 +156,9 @@ def sample(
 
     A completion ends with the first of `end_tokens`, none of which is drawn among the first `min_new_tokens`, or with
     the token that completes a stop string of `stop_table` (see stop_strings.py); that token belongs to it. Token t of
-    completion n (of all B * G) is drawn with fold_in(fold_in(key, n), t). The log-probabilities are those of the
-    distribution drawn from, filters included; greedy ones are those at temperature 1.
+    completion n (of all B * G) is drawn with fold_in(fold_in(key, n), t); where `key` is an array [B], a key for each
+    prompt, n counts the prompt's own completions. The log-probabilities are those of the distribution drawn from,
+    filters included; greedy ones are those at temperature 1.
 
     `watch` is called with what there is so far every WATCH_EVERY tokens; an exception that it raises ends the sampling.
     Raises InputError for options out of their range (see `check`).
@@ -172,6 +173,7 @@ def sample(
     )
     fixed = _Fixed(model, end_tokens, greedy, top_p, top_k, sharding.mesh_of(batch.tokens))
     variables = for_reading(variables, model.dtype, fixed.mesh)
+    key = _for_completions(key, num_generations) if key.ndim else key
     knobs = _Knobs(key, jnp.float32(temperature), jnp.int32(min_new_tokens), stop_table)
     size = num_generations, max_new_tokens, min(FIRST_CACHE, max_new_tokens)
     loop, prompts = _start(variables, batch, knobs, fixed=fixed, size=size)
@@ -191,6 +193,12 @@ def sample(
         room = loop.own.k.shape[4]
         room = min(2 * room, max_new_tokens) if int(loop.step) > room else room
         loop, prompts = _resize(prompts, loop, shape=(*rows, room), mesh=fixed.mesh)
+
+
+@partial(jax.jit, static_argnums=1)
+def _for_completions(keys: jax.Array, generations: int) -> jax.Array:
+    """Keys [B] of prompts to keys [B * G] of their completions."""
+    return jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(generations)))(keys).reshape(-1)
 
 
 def for_reading(variables: Variables, dtype: Any, mesh: Mesh | None) -> Variables:
@@ -321,7 +329,8 @@ def _pick(
         token = jnp.argmax(scores, axis=-1)
     else:
         scores = restrict(scores, fixed.top_p, fixed.top_k)
-        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(knobs.key, n), loop.step))
+        own = partial(jax.random.fold_in, knobs.key) if knobs.key.ndim == 0 else knobs.key.__getitem__
+        keys = jax.vmap(lambda n: jax.random.fold_in(own(n), loop.step))
         token = draw(keys(loop.number.reshape(-1)).reshape(loop.number.shape), scores)
     logp = jnp.take_along_axis(scores, token[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(scores, axis=-1)
     return token.astype(jnp.int32), logp

@@ -1,7 +1,8 @@
 """Prediction records to the numbers of metrics.json; the fields of a record are in launch/README.md."""
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from vau_jax.types import Target
 Record = dict[str, Any]
 
 
-def score(records: list[Record], reflection: bool, protocol: str = "clean") -> dict[str, Any]:
-    """Everything that a list of records says: by task, class and source, constant baselines, rewards, and what several
-    samples, several orders of options, and frames add, where they are there."""
+def score(
+    records: list[Record], reflection: bool, protocol: str = "clean", weights: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Everything that a list of records says: by task, class and source, constant baselines, rewards and, with
+    `weights`, their weighted sum as in training, and what several samples, several orders of options, and frames add,
+    where they are there."""
     first = [r for r in records if not r["rotation"]]
     parsed, target = read(first, "lenient", reflection), truth(first)
     tasks = np.asarray([r["task"] for r in first])
@@ -44,7 +48,9 @@ def score(records: list[Record], reflection: bool, protocol: str = "clean") -> d
     strict = read(first, "strict", reflection)
     values = {name: np.asarray(f(strict, target)) for name, f in rewards.REWARDS.items()}
     result["rewards"] = {name: metrics.estimate(value) for name, value in values.items()}
-    result["rewards"]["total"] = metrics.estimate(sum(values.values()))
+    if weights is not None:
+        total = sum(weights.get(name, 0.0) * value for name, value in values.items())
+        result["rewards"]["total"] = metrics.estimate(total)
     return result | _samples(first, reflection) | _orders(records) | _frames(first, reflection)
 
 
@@ -53,13 +59,30 @@ def load(folder: Path) -> list[Record]:
     path = folder / "predictions.jsonl"
     lines = read_lines(path) if path.is_file() else []
     try:
-        return [record for record in map(json.loads, lines) if not record["rotation"]]
+        records = [record for record in map(json.loads, lines) if not record["rotation"]]
+        records = [unanswered(record) if record["failure"] else record for record in records]
+        count = Counter(record["example"] for record in records)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path} has a line that is no record of this version: evaluate again") from error
+    if repeated := [name for name, n in count.items() if n > 1]:
+        raise InputError(
+            f"{path} has {len(repeated)} names more than once, {repeated[0]} first: an earlier version did not tell "
+            "questions about one video apart; evaluate again"
+        )
+    return records
+
+
+NO_ANSWER = {"completions": "", "predictions": None, "scores": 0.0, "form": False, "drafts": None, "draft_scores": 0.0}
+
+
+def unanswered(record: Record) -> Record:
+    """The record of a video that could not be used: what the model said of the grey frames in its place is no answer,
+    and every score is 0."""
+    return record | {name: [value] * len(record[name]) for name, value in NO_ANSWER.items() if name in record}
 
 
 def completion(record: Record, number: int = 0) -> str:
-    """The text that is scored: none where the video could not be read."""
+    """The text that is scored: none where the video could not be used."""
     return "" if record["failure"] else record["completions"][number]
 
 
@@ -128,27 +151,31 @@ def _samples(first: list[Record], reflection: bool) -> dict[str, Any]:
 
 def _orders(records: list[Record]) -> dict[str, Any]:
     """QA with the options in several orders."""
-    questions: dict[str, dict[int, Record]] = {}  # by video, then by rotation
+    if not any(record["rotation"] for record in records):
+        return {}
+    questions: dict[str, dict[int, Record]] = {}  # by name, then by rotation
     for record in records:
         if record["task"] == "qa":
-            questions.setdefault(record["video"], {})[record["rotation"]] = record
+            questions.setdefault(record["example"], {})[record["rotation"]] = record
     groups = list(questions.values())
-    if not groups or len(groups[0]) == 1:
-        return {}
     flat = [record for group in groups for record in group.values()]
     right = rewards.correctness(read(flat, "lenient", False).final, truth(flat))
     return {"option_order": metrics.option_order(np.asarray(right).reshape(len(groups), -1) > 0)}
 
 
 def _frames(first: list[Record], reflection: bool) -> dict[str, Any]:
-    """Grounding as scores of instants; videos whose interval or length is not known are left out, and counted."""
+    """Grounding as scores of instants; videos whose interval or length is not known are left out, and counted.
+
+    As in `metrics.grounding`, a normal video is a false alarm, throughout, unless the answer says that it is normal.
+    """
     rows = [r for r in first if r["task"] == "grounding"]
     usable = [r for r in rows if r["interval"] is not None and r["duration"]]
     if not usable:
         return {}
     parses = [read(usable, "lenient", reflection, n).final for n in range(len(usable[0]["completions"]))]
     scores = [
-        metrics.frame_scores([_interval(p, i) for p in parses], record["duration"]) for i, record in enumerate(usable)
+        metrics.frame_scores([_interval(p, i, record) for p in parses], record["duration"])
+        for i, record in enumerate(usable)
     ]
     labels = [
         metrics.frame_scores([None if r["interval"] == "normal" else tuple(r["interval"])], r["duration"])
@@ -157,8 +184,12 @@ def _frames(first: list[Record], reflection: bool) -> dict[str, Any]:
     return {"frames": {**metrics.frame_level(scores, labels), "left_out": len(rows) - len(usable)}}
 
 
-def _interval(answers: Answers, i: int) -> tuple[float, float] | None:
-    return tuple(answers.interval[i]) if answers.kind[i] == parsing.INTERVAL else None
+def _interval(answers: Answers, i: int, record: Record) -> tuple[float, float] | None:
+    """When answer i sees an anomaly."""
+    if answers.kind[i] == parsing.INTERVAL:
+        return tuple(answers.interval[i])
+    quiet = answers.kind[i] == parsing.NORMAL and answers.anomaly[i] != 1
+    return None if quiet or record["interval"] != "normal" else (0.0, record["duration"])
 
 
 # --- Tasks --------------------------------------------------------------------------------------------------------

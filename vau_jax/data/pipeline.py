@@ -5,16 +5,18 @@ processes. Videos are decoded by processes of their own (decode_worker.py), whic
 """
 
 import hashlib
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -32,6 +34,38 @@ from vau_jax.types import Batch, Completions, Target
 GREY = 128
 EPOCHS = 10**9  # without end; grain fails on batches of one from a truly endless source
 EASY, HARD = "easy", "hard"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one video."""
+
+    row: Row
+    task: str
+    path: Path
+    reflection: Reflection | None = None
+    rotation: int = 0  # places that the options are moved by, after they are shuffled
+
+    @property
+    def name(self) -> str:
+        """`video/task/digest`: what every file calls this example.
+
+        The digest is of what is asked and of the truth, in whatever order the options are. So questions about the same
+        video have different names, and a row keeps its name wherever it stands, and in other files.
+        """
+        row = self.row
+        asked = {
+            "qa": lambda: (row.question, sorted(row.options), row.options["ABCD".index(row.answer)]),
+            "grounding": lambda: row.interval,
+            "classification": lambda: row.anomaly_class,
+            "description": lambda: (row.description, row.reasoning),
+        }[self.task]()
+        return f"{row.video}/{self.task}/{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:10]}"
+
+    @property
+    def kind(self) -> str:
+        """What it has in common with others."""
+        return f"{self.task}/{self.row.anomaly_class}"
 
 
 class Prompt(NamedTuple):
@@ -70,7 +104,7 @@ class HostBatch:
 
 
 def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]:
-    """All (row, task) pairs of a config.data that can be used; what cannot is in the audit.
+    """All (row, task) pairs of a config.data that can be used, no two of the same name; what cannot is in the audit.
 
     Raises InputError for a missing file or folder, an unknown task, and when nothing usable is left.
     """
@@ -88,25 +122,52 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]
     folder = Path(config.videos)
     if not folder.is_dir():
         raise InputError(f"video folder {folder} does not exist (config.data.videos)")
-    reflections = prompts.load_reflections(config.reflection) if config.reflection else {}
-    examples = []
+    there = []
     for row in rows:
-        path = folder / row.video
-        if not os.path.isfile(path):  # False too where no file can have such a name
-            audit.note(row, "excluded", "row", f"no such video: {path}")
-            continue
-        for task in (task for task in config.tasks if task in row.tasks):
-            reflection = reflections.get((row.video, task))
-            if config.reflection and reflection is None and task in parsing.VERIFIABLE:
-                audit.note(row, "excluded", task, "no reflection record")
-                continue
-            examples.append(Example(row, task, path, reflection))
+        if os.path.isfile(folder / row.video):  # False too where no file can have such a name
+            there.append(row)
+        else:
+            audit.note(row, "excluded", "row", f"no such video: {folder / row.video}")
+    examples = distinct(there, config.tasks, folder, audit)
+    if config.reflection:
+        examples = _with_reflections(examples, prompts.load_reflections(config.reflection), audit)
     if not examples:
         why = "; ".join(f"{n} {reason}" for (action, reason), n in audit.counts().most_common() if action == "excluded")
         raise InputError(
             f"no usable example is left for tasks {', '.join(config.tasks)} of {audit.path}, {audit.rows} rows: {why}"
         )
     return examples[: config.max_examples or None], audit
+
+
+def distinct(rows: Iterable[Row], tasks: Sequence[str], folder: Path, audit: annotations.Audit) -> list[Example]:
+    """The examples of rows, each name once: rows that differ in their question alone share the other tasks."""
+    found: dict[str, Example] = {}
+    for row in rows:
+        for task in (task for task in tasks if task in row.tasks):
+            example = Example(row, task, folder / row.video)
+            if example.name in found:
+                audit.note(row, "excluded", task, "asked by an earlier row, with the same answer")
+            found.setdefault(example.name, example)
+    return list(found.values())
+
+
+def _with_reflections(
+    examples: list[Example], reflections: dict[str, Reflection], audit: annotations.Audit
+) -> list[Example]:
+    """The examples with their reflection records; those that need one and have none are left out."""
+    count = Counter((example.row.video, example.task) for example in examples)
+    found = []
+    for example in examples:
+        video, task = example.row.video, example.task
+        record, shared = reflections.get(example.name), reflections.get(f"{video}/{task}")
+        if record is None and count[video, task] == 1:
+            record = shared
+        if record is None and task in parsing.VERIFIABLE:
+            several = 'its reflection record names a video with several questions: add "example"'
+            audit.note(example.row, "excluded", task, several if shared else "no reflection record")
+            continue
+        found.append(replace(example, reflection=record))
+    return found
 
 
 def video_options(config: ConfigDict, default: VideoOptions) -> VideoOptions:
@@ -402,12 +463,19 @@ def eval_batches(
     loader = make_loader(processor, config, augment=False, blind=blind)
 
     def load(example: Example) -> Loaded:
-        name = replace(example, rotation=0).name
-        return loader(example, np.random.default_rng([seed, *hashlib.sha256(name.encode()).digest()]))
+        return loader(example, np.random.default_rng([seed, *hashlib.sha256(example.name.encode()).digest()]))
 
     padded = examples + examples[-1:] * (-len(examples) % batch_size)  # one shape, one program
     batches = grain.MapDataset.source(padded).map(load).batch(batch_size, batch_fn=Collator(processor, config))
     return iter(_ahead(batches, config))
+
+
+def sampling_keys(items: Sequence[Loaded], seed: int) -> jax.Array:
+    """A key for each example [B], to sample its completions with: by the seed, the example's name and its rotation
+    alone, so that they do not depend on which others stand in its batch, and where."""
+    names = [f"{item.example.name}/{item.example.rotation}".encode() for item in items]
+    numbers = [int.from_bytes(hashlib.sha256(name).digest()[:4]) for name in names]
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.asarray(numbers, np.uint32))
 
 
 def make_loader(processor: Processor, config: ConfigDict, augment: bool, blind: bool = False) -> Loader:

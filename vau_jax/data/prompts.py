@@ -115,13 +115,19 @@ class Reflection:
     revise: str
 
 
-def load_reflections(path: str | os.PathLike) -> dict[tuple[str, str], Reflection]:
-    """Reads a JSONL of reflection records: (video, task) -> Reflection. Raises InputError naming the bad line."""
+def load_reflections(path: str | os.PathLike) -> dict[str, Reflection]:
+    """Reads a JSONL of reflection records by the name of their example (`pipeline.Example.name`), or, of a record that
+    names none, by `video/task`. Raises InputError naming the bad line."""
     path, records = Path(path), {}
     for number, raw in tables.json_lines(path, tables.read(path, "reflection file (config.data.reflection)")):
         try:
-            key = raw.pop("video"), raw.pop("task")
-            records[key] = _checked(Reflection(**raw))
+            general = f"{raw.pop('video')}/{raw.pop('task')}"
+            name = raw.pop("example", general)
+            if name in records:
+                raise InputError(f"{path} line {number} is a second record of {name}: each example has one")
+            records[name] = _checked(Reflection(**raw))
+        except InputError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} line {number} is no reflection record: {str(error)[:200]!r}") from error
     return records
