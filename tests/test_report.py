@@ -68,7 +68,7 @@ def evaluation(folder: Path, records: list[scores.Record], name: str, videos: Pa
         "settings": {"data": {"csv": csv, "videos": str(videos)}},
         "excluded": [{"video": HOSTILE, "what": "qa", "reason": "no question text"}],
         "failed": 0,
-        **scores.score(records, reflection=True),
+        **scores.score(records, reflection=True, weights={"accuracy": 1.0}),
     }
     (folder / "metrics.json").write_text(json.dumps(result))
     return folder
@@ -138,6 +138,64 @@ def test_texts_of_models_and_files_stay_texts(page: Page) -> None:
     assert text.count("<script>window.hacked = 1</script>") >= 2
 
 
+ATTEMPTS = (
+    "const s = document.createElement('script'); s.textContent = 'window.hacked = 3'; document.body.append(s)",
+    "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hacked = 4\">')",
+    "document.body.insertAdjacentHTML('beforeend', '<img src=\"https://example.com/seen.png\">')",
+    "fetch('https://example.com/seen').catch(() => 0)",
+    "const f = document.createElement('iframe'); f.src = 'https://example.com/'; document.body.append(f)",
+)
+
+
+def test_the_page_may_run_and_fetch_nothing_else(page: Page) -> None:
+    """Even when markup or a call gets in."""
+    for attempt in ATTEMPTS:
+        with page.expect_console_message(lambda message: "Content Security Policy" in message.text):
+            page.evaluate(f"() => {{ {attempt} }}")
+    assert page.evaluate("window.hacked") is None
+
+
+LABEL = "<a href='javascript:window.hacked=5'>run</a> <b>x</b><br>&lt;i&gt; https:$x$"
+
+
+def test_labels_in_charts_are_never_links_or_markup(browser: Browser, tmp_path: Path) -> None:
+    """Names of runs, and of classes in metrics.json, stand as they are, on axes, in legends, and under the pointer."""
+    name = LABEL.replace("/", "\u2215")  # no folder has a slash in its name
+    for run in (name, "other"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n')
+    written = evaluation(tmp_path / "eval", RECORDS, "e", tmp_path) / "metrics.json"
+    result = json.loads(written.read_text())
+    result["tasks"]["classification"]["confusion"] = {"labels": [LABEL, "B"], "counts": [[1, 2, 0], [0, 3, 0]]}
+    written.write_text(json.dumps(result))
+    report.write([tmp_path], tmp_path / "report.html")
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path}/report.html")
+    for title, text in (("Loss", name), ("Classes: e", LABEL)):
+        place = page.locator(f"[aria-label='{title}'][data-chart]")
+        place.scroll_into_view_if_needed()
+        drag = place.locator(".nsewdrag").first
+        drag.wait_for(state="attached")
+        box = drag.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 6, box["y"] + box["height"] / 4)
+        page.evaluate(
+            "() => Plotly.Fx.hover(document.querySelector('[data-chart]'), [{curveNumber: 0, pointNumber: 0}])"
+        )
+        place.locator(".hoverlayer text").first.wait_for(state="attached")
+        assert any(text in found for found in place.locator(".hoverlayer text").all_text_contents())
+        assert any(text == found for found in place.locator("text").all_text_contents())
+        assert place.locator("a, [style*=bold]").count() == 0
+    page.close()
+
+
+def test_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 2.0}\n')
+    report.write([tmp_path], tmp_path / "report.html")
+    data = re.search(r'id="chart-data">(.*?)</script>', (tmp_path / "report.html").read_text(), re.DOTALL).group(1)
+    assert json.loads(data, parse_constant=pytest.fail)[0]["data"][0]["y"] == [None, 2.0]
+
+
 def test_the_table_says_what_the_metrics_say(page: Page) -> None:
     rows = {r.split("\t")[0]: r.split("\t")[1:] for r in page.locator("table").first.inner_text().splitlines()}
     assert rows["QA accuracy"][0].startswith("0.50 [") and rows["QA accuracy"][1].startswith("1.00 [")
@@ -175,7 +233,7 @@ def test_filters_and_order(page: Page) -> None:
     assert shown(page) == ["v1.mp4/grounding"]
     assert page.locator("#count").inner_text() == "1 shown"
     page.get_by_role("button", name="Show all").click()
-    page.wait_for_function("document.getElementById('count').textContent === '9 shown'")
+    assert page.locator("#count").inner_text() == "9 shown"
     page.select_option("[name=order]", "worst")
     assert shown(page)[0].startswith("v1.mp4")
     page.select_option("[name=outcome]", "corrected")
@@ -260,6 +318,37 @@ def test_differences_between_two_evaluations(folder: Path, tmp_path: Path) -> No
     assert table["qa"][:3] == ["0.000", "1.000", "+1.000"] and table["qa"][-1] == "1"
     assert table["grounding"][:3] == ["0.571", "1.000", "+0.429"]
     assert lines[-1] == "Only in A: 1 examples, only in B: 0."
+
+
+def test_a_failed_video_is_wrong_in_differences_and_cards(folder: Path, tmp_path: Path) -> None:
+    """Whatever an earlier version had noted of the grey frames in its place."""
+    failed = [{**r, "failure": "moov atom not found"} for r in RECORDS]
+    other = evaluation(tmp_path / "c", failed, "c", folder)
+    lines = report.compare(folder / "eval" / "a", other).splitlines()
+    table = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:5]}
+    assert [row[1] for row in table.values()] == ["0.000"] * 3 and [row[-1] for row in table.values()] == ["2"] * 3
+    assert lines[-1] == "Videos that failed, whose score is 0: 0 in A, 6 in B."
+    for found in scores.load(other):
+        card = gallery.card("c", found, "")
+        assert card.states == ("wrong", "failed") and card.failure == "moov atom not found"
+        assert (card.score, card.prediction, card.draft, card.sections) == (0.0, "", "", [])
+
+
+def test_a_failed_description_is_wrong_too() -> None:
+    found = {**RECORDS[0], "task": "description", "failure": "moov atom not found"}
+    assert gallery.card("c", scores.unanswered(found), "").states == ("wrong", "failed")
+
+
+def test_numbers_of_examples_are_each_evaluations_own(page: Page) -> None:
+    rows = {r.split("\t")[0]: r.split("\t")[1:] for r in page.locator("table").first.inner_text().splitlines()}
+    assert rows["QA accuracy"][-1] == "2, 1"
+
+
+def test_records_that_share_a_name_are_refused(folder: Path, tmp_path: Path) -> None:
+    """As evaluations had them of several questions about one video."""
+    other = evaluation(tmp_path / "c", [*RECORDS, {**RECORDS[0], "question": "another"}], "c", folder)
+    with pytest.raises(InputError, match=r"1 names more than once, v0\.mp4/qa first"):
+        report.compare(folder / "eval" / "a", other)
 
 
 def test_what_cannot_be_reported_is_said(tmp_path: Path, folder: Path) -> None:

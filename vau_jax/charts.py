@@ -1,6 +1,10 @@
-"""The charts of a report as Plotly figures: plain dicts, which the page draws."""
+"""The charts of a report as Plotly figures: plain dicts, which the page draws.
+
+Plotly reads HTML in any text, links among it: so all text that comes from files goes through `label`.
+"""
 
 import html
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +45,7 @@ def curves(runs: dict[str, list[dict[str, Any]]]) -> list[Chart]:
                 "x": x,
                 "y": y,
                 "mode": "lines",
-                "name": html.escape(run if len(names) == 1 else f"{run}: {name.split('/')[-1]}"),
+                "name": label(run if len(names) == 1 else f"{run}: {name.split('/')[-1]}"),
             }
             for run, name, (x, y) in lines
         ]
@@ -50,9 +54,10 @@ def curves(runs: dict[str, list[dict[str, Any]]]) -> list[Chart]:
     return found
 
 
-def _points(steps: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+def _points(steps: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float | None]]:
+    """Steps and values; None, a gap in the curve, for a value that is no finite number."""
     there = [(step["step"], step[name]) for step in steps if step.get(name) is not None]
-    return [x for x, _ in there], [y for _, y in there]
+    return [x for x, _ in there], [y if math.isfinite(y) else None for _, y in there]
 
 
 def results(evaluations: Sequence[tuple[dict[str, Any], list[Record]]]) -> list[Chart]:
@@ -68,13 +73,13 @@ def _confusion(result: dict[str, Any]) -> Chart | None:
     if not confusion or not confusion["labels"]:
         return None
     shares = [[c / max(1, sum(row)) for c in row] for row in confusion["counts"]]
-    said = [*confusion["labels"], "unreadable"]
+    names = [label(name) for name in confusion["labels"]]
     heat = {
         "type": "heatmap",
         "z": shares,
-        "x": said,
-        "y": confusion["labels"],
-        "text": [[c or "" for c in row] for row in confusion["counts"]],
+        "x": [*names, "unreadable"],
+        "y": names,
+        "text": [[int(c) or "" for c in row] for row in confusion["counts"]],
         "texttemplate": "%{text}",
         "colorscale": "Blues",
         "zmin": 0,
@@ -82,8 +87,9 @@ def _confusion(result: dict[str, Any]) -> Chart | None:
         "hovertemplate": "true %{y}, said %{x}: %{text}<extra></extra>",
         "colorbar": {"title": {"text": "share"}},
     }
-    layout = {"yaxis": {"autorange": "reversed", "automargin": True, "title": {"text": "true"}}}
-    layout["xaxis"] = {"automargin": True, "title": {"text": "said"}}
+    axis = {"type": "category", "automargin": True}  # else names like dates or numbers become such
+    layout = {"yaxis": {**axis, "autorange": "reversed", "title": {"text": "true"}}}
+    layout["xaxis"] = {**axis, "title": {"text": "said"}}
     return _chart(f"Classes: {result['name']}", [heat], **layout)
 
 
@@ -116,6 +122,11 @@ def _times(name: str, records: list[Record]) -> Chart | None:
         xaxis={"title": {"text": "true, seconds"}},
         yaxis={"title": {"text": "found, seconds"}},
     )
+
+
+def label(text: Any) -> str:
+    """Text from a file as Plotly shows it letter for letter: no tags, entities, links or formulas."""
+    return html.escape(str(text), quote=False).replace("$", "&#36;")
 
 
 def _chart(title: str, data: list[dict[str, Any]], **layout: Any) -> Chart:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -58,8 +58,9 @@ class Card:
 
 
 def render(template: str, **values: Any) -> str:
-    """HTML from a file of templates/; every value is escaped."""
+    """HTML from a file of templates/; every value is escaped. Raises ValueError for a number that is not finite."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("vau_jax"), autoescape=True, trim_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     return environment.get_template(template).render(**values)
 
 
@@ -73,6 +74,7 @@ def choose(items: Sequence[Any], most: int) -> list[Any]:
 def card(evaluation: str, record: scores.Record, strip: str) -> Card:
     """A record of predictions.jsonl as a card; of several samples the first."""
     text = scores.completion(record)
+    none = "" if record["failure"] or record["task"] == "description" else "no readable answer"
     value = record.get("scores", [0.0])[0]
     draft = (record.get("drafts") or [None])[0]
     return Card(
@@ -85,7 +87,7 @@ def card(evaluation: str, record: scores.Record, strip: str) -> Card:
         duration=record["duration"] or 0.0,
         question=record["question"],
         target=record["target"],
-        prediction=record["predictions"][0] or ("" if record["task"] == "description" else "no readable answer"),
+        prediction=record["predictions"][0] or none,
         draft=draft or "",
         sections=sections(text),
         failure=record["failure"] or "",
@@ -95,6 +97,8 @@ def card(evaluation: str, record: scores.Record, strip: str) -> Card:
 
 
 def _states(record: scores.Record) -> tuple[str, ...]:
+    if record["failure"]:
+        return "wrong", "failed"
     if record["task"] not in parsing.VERIFIABLE:
         return ("described",)
     value, grounding = record["scores"][0], record["task"] == "grounding"
@@ -103,8 +107,7 @@ def _states(record: scores.Record) -> tuple[str, ...]:
     if record.get("draft_scores"):
         gain = value - record["draft_scores"][0]
         states += ["corrected"] * (gain > 0) + ["broken"] * (gain < 0)
-    states += ["unreadable"] * (record["predictions"][0] is None) + ["failed"] * bool(record["failure"])
-    return tuple(states)
+    return tuple(states + ["unreadable"] * (record["predictions"][0] is None))
 
 
 def sections(text: str) -> list[tuple[str, str]]:
@@ -136,10 +139,10 @@ def _bars(record: scores.Record, draft: str | None) -> list[Bar]:
 
 def bar(name: str, text: str, duration: float) -> Bar:
     """`Anomaly [2.0, 6.0]` as a bar; anything else has no width."""
-    opened = text.find("[")
-    if opened < 0:
+    interval = re.search(r"\[(-?[\d.]+), (-?[\d.]+)\]", text)
+    if not interval:
         return Bar(name, 0.0, 0.0, text or "no interval")
-    start, end = (min(max(0.0, t), duration) for t in json.loads(text[opened:]))
+    start, end = (min(max(0.0, float(t)), duration) for t in interval.groups())
     left, width = 100 * start / duration, 100 * (end - start) / duration
     return Bar(name, round(left, 2), round(width, 2), f"{start:.1f} to {end:.1f} s")
 

@@ -8,6 +8,8 @@ between two evaluations of the same examples, with p-values.
 """
 
 import argparse
+import base64
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ from vau_jax.files import InputError, exit_on_input_error, read_json, write_text
 from vau_jax.metric_writer import read_metrics
 from vau_jax.published import PUBLISHED
 from vau_jax.scores import Record
+
+SCRIPT = (Path(__file__).parent / "templates" / "report.js").read_text(encoding="utf-8")
 
 # Row title, where the estimate stands in metrics.json, and the constant guess that stands beside it.
 ROWS = (
@@ -64,8 +68,7 @@ def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
         found = [lookup(result, path) for result in results]
         if any(found):
             constant = next((lookup(r, guess) for r in results if guess and lookup(r, guess)), None)
-            n = str(next(e["n"] for e in found if e))
-            lines.append([title, *map(cell, found), cell(constant) if constant else "", n])
+            lines.append([title, *map(cell, found), cell(constant) if constant else "", sizes(found)])
     failed = [str(result["failed"]) for result in results]
     return [*lines, ["Videos that failed (examples)", *failed, "", ""]]
 
@@ -82,6 +85,11 @@ def cell(estimate: dict[str, Any] | None) -> str:
     """`0.81 [0.76, 0.86]`."""
     known = estimate and estimate["value"] is not None
     return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]" if known else "-"
+
+
+def sizes(estimates: Sequence[dict[str, Any] | None]) -> str:
+    """Of how many examples they are: `240`, or `240, 239` where they differ."""
+    return ", ".join(dict.fromkeys(str(e["n"]) for e in estimates if e))
 
 
 def escape(text: str) -> str:
@@ -122,7 +130,7 @@ def groups(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]]
             lines = [["", *(result["name"] for result in results), "n"]]
             for name in names:
                 cells = [result[kind].get(task, {}).get(name) for result in results]
-                lines.append([name, *map(cell, cells), str(next(e["n"] for e in cells if e))])
+                lines.append([name, *map(cell, cells), sizes(cells)])
             if len(names) > 1:
                 found.append((f"{task}, by {title}", lines))
     return found
@@ -162,8 +170,12 @@ def write(folders: Sequence[Path], out: Path, examples: int = 1000) -> str:
     cards, strips = _cards(seen, examples)
     lines = table(results) if results else []
     steps = {run.name: read_metrics(run) for run in runs}
+    drawn = [*charts.curves(steps), *charts.results(seen)]
+    library = get_plotlyjs() if drawn else ""
     page = gallery.render(
         "report.html.jinja",
+        policy=policy(library, SCRIPT),
+        script=SCRIPT,
         results=results,
         runs=[_run(run, steps[run.name]) for run in runs],
         table=lines,
@@ -171,15 +183,26 @@ def write(folders: Sequence[Path], out: Path, examples: int = 1000) -> str:
         judged=judged(results),
         groups=groups(results),
         exclusions=exclusions(results),
-        charts=[*charts.curves(steps), *charts.results(seen)],
+        charts=drawn,
         cards=cards,
         total=sum(len(records) for _, records in seen),
         strips=strips,
         filters=_filters(cards),
-        plotly=get_plotlyjs(),
+        plotly=library,
     )
     write_text(out, page)
     return markdown([[escape(text) for text in lines[0]], *lines[1:]]) if lines else "no evaluation yet"
+
+
+def policy(*scripts: str) -> str:
+    """The page's content security policy: it runs these scripts and no others, and fetches nothing. Plotly writes
+    styles, which can then show only pictures that the page has."""
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts if script]
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
 
 
 def _cards(
@@ -234,7 +257,8 @@ def _run(run: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(a: Path, b: Path) -> str:
-    """A Markdown table of the differences, b - a, in the score of each task, over the examples that both have."""
+    """A Markdown table of the differences, b - a, in the score of each task, over the examples that both have; a
+    video that failed has the score 0."""
     both = [{r["example"]: r for r in scores.load(folder)} for folder in (a, b)]
     if not all(both):
         raise InputError(f"{a if not both[0] else b} has no predictions.jsonl: give two folders of evaluations")
@@ -250,7 +274,10 @@ def compare(a: Path, b: Path) -> str:
     if len(lines) == 1:
         raise InputError(f"{a} and {b} have no example in common")
     alone = [len(found) - sum(n in other for n in found) for found, other in (both, both[::-1])]
-    return markdown(lines) + f"\n\nOnly in A: {alone[0]} examples, only in B: {alone[1]}."
+    failed = [sum(bool(found[n]["failure"]) for n in found if n in other) for found, other in (both, both[::-1])]
+    notes = [f"Only in A: {alone[0]} examples, only in B: {alone[1]}."]
+    notes += [f"Videos that failed, whose score is 0: {failed[0]} in A, {failed[1]} in B."] * any(failed)
+    return "\n".join([markdown(lines), "", *notes])
 
 
 def main() -> None:
