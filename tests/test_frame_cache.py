@@ -84,10 +84,11 @@ def test_a_changed_video_is_not_served_and_its_record_is_made_anew(folder: Path,
 
 
 def test_a_change_inside_a_file_is_noticed_whatever_its_size_and_time(folder: Path, videos: list[Path]) -> None:
+    data = bytearray(videos[1].read_bytes() + (2**20).to_bytes(4) + b"free" + bytes(2**20 - 8))
+    videos[1].write_bytes(data)
     build(folder, videos)
     stat = videos[1].stat()
-    data = bytearray(videos[1].read_bytes())
-    data[len(data) // 3] ^= 1
+    data[len(data) // 2] ^= 1
     with videos[1].open("r+b") as file:
         file.write(data)
     os.utime(videos[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))

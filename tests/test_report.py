@@ -13,7 +13,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
 from tests import clips
-from vau_jax import gallery, judge, report, scores
+from vau_jax import files, gallery, judge, report, scores
 from vau_jax.files import InputError
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
@@ -65,10 +65,13 @@ def evaluation(folder: Path, records: list[scores.Record], name: str, videos: Pa
         "blind": False,
         "protocol": "clean",
         "about": {"time": "now", "commit": "abc", "devices": "1 x cpu"},
-        "settings": {"data": {"csv": csv, "videos": str(videos)}},
+        "settings": {
+            "data": {"csv": csv, "videos": str(videos)},
+            "rewards": {"accuracy": 1.0, "format": 0.5, "tiou": 0.0},
+        },
         "excluded": [{"video": HOSTILE, "what": "qa", "reason": "no question text"}],
         "failed": 0,
-        **scores.score(records, reflection=True, weights={"accuracy": 1.0}),
+        **scores.score(records, reflection=True, weights={"accuracy": 1.0, "format": 0.5}),
     }
     (folder / "metrics.json").write_text(json.dumps(result))
     return folder
@@ -215,6 +218,19 @@ def test_marks_of_judges_stand_in_a_table(page: Page) -> None:
     assert table[0].strip().startswith("second, strict (<script>")
     assert [row.split("\t")[0] for row in table[1:]] == [*judge.AXES, "total, of 50", "not marked"]
     assert table[1].split("\t")[1] == "7.00 [6.00, 8.00]" and table[-1].split("\t")[1] == "1"
+
+
+def test_marks_of_earlier_answers_are_said(folder: Path, tmp_path: Path) -> None:
+    marked = shutil.copytree(folder / "eval" / "b", tmp_path / "b")
+    path, answers = marked / "judged" / "strict.json", marked / "predictions.jsonl"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"predictions": files.content_hash(answers)}))
+    assert report.judged(report.evaluations([marked]))[0][1] == f"second, strict ({HOSTILE})"
+    answers.write_text("")
+    assert report.judged(report.evaluations([marked]))[0][1] == f"second, strict ({HOSTILE}), of earlier answers"
+
+
+def test_the_page_says_what_the_total_is_made_of(folder: Path) -> None:
+    assert "<td>1.0 accuracy, 0.5 format</td>" in (folder / "report.html").read_text()
 
 
 def test_published_numbers_stand_beside_the_same_data_alone(page: Page) -> None:

@@ -187,6 +187,20 @@ def test_a_spoilt_imported_row_is_named(imported: Path, tmp_path: Path) -> None:
             annotations.load(path)
 
 
+def test_the_tfds_builder_takes_several_questions_about_a_video(imported: Path, tmp_path: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    import data_prep.vau_bench_tfds  # noqa: F401 - registers the builder
+
+    first = json.loads((imported / "test.jsonl").read_text().splitlines()[0])
+    rows = [first, {**first, "question": "Who comes last?"}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    builder = tfds.builder("vau_bench/all", imported=tmp_path, data_dir=tmp_path / "tfds")
+    builder.download_and_prepare()
+    found = tfds.data_source("vau_bench/all", split="test", data_dir=tmp_path / "tfds")
+    assert sorted(row["question"].decode() for row in found) == sorted(row["question"] for row in rows)
+
+
 @pytest.mark.parametrize("config", ["all", "ucf"])
 def test_the_tfds_builder_gives_every_row(imported: Path, tmp_path: Path, config: str) -> None:
     import tensorflow_datasets as tfds

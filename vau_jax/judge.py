@@ -23,7 +23,7 @@ from vau_jax import cli, metrics, parsing, scores
 from vau_jax.chat import Chat, Message, Reply, json_object
 from vau_jax.data import prompts
 from vau_jax.data.annotations import Row
-from vau_jax.files import InputError, read_json, write_text
+from vau_jax.files import InputError, content_hash, read_json, write_text
 from vau_jax.metric_writer import Progress
 
 AXES = {
@@ -153,6 +153,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     result = {
         "model": config.model,
         "prompt_hash": prompt_hash(),
+        "predictions": content_hash(Path(workdir) / "predictions.jsonl"),  # of what was marked
         "axes": {axis: metrics.estimate(np.asarray([marks[axis] for marks in given])) for axis in AXES},
         "total": metrics.estimate(np.asarray([MOST * len(AXES) * total(marks) for marks in given])),
         "failed_videos": len(records) - len(seen),

@@ -19,7 +19,7 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 
 from vau_jax import charts, gallery, judge, metrics, parsing, scores
-from vau_jax.files import InputError, exit_on_input_error, read_json, write_text
+from vau_jax.files import InputError, content_hash, exit_on_input_error, read_json, write_text
 from vau_jax.metric_writer import read_metrics
 from vau_jax.published import PUBLISHED
 from vau_jax.scores import Record
@@ -138,14 +138,21 @@ def groups(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]]
 
 def judged(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Marks of descriptions (VAU-Eval): a column an evaluation and judge; empty without any."""
-    files = [(r["name"], path) for r in results for path in sorted((r["folder"] / judge.FOLDER).glob("*.json"))]
-    found = [(name, path.stem, read_json(path)) for name, path in files]
+    found = [
+        (r, path, read_json(path)) for r in results for path in sorted((r["folder"] / judge.FOLDER).glob("*.json"))
+    ]
     if not found:
         return []
-    lines = [["", *(f"{name}, {stem} ({marks['model']})" for name, stem, marks in found)]]
+    lines = [["", *(f"{r['name']}, {path.stem} ({marks['model']}){_stale(r, marks)}" for r, path, marks in found)]]
     lines += [[axis, *(cell(marks["axes"][axis]) for *_, marks in found)] for axis in judge.AXES]
     lines.append(["total, of 50", *(cell(marks["total"]) for *_, marks in found)])
     return [*lines, ["not marked", *(str(len(marks["unmarked"])) for *_, marks in found)]]
+
+
+def _stale(result: dict[str, Any], marks: dict[str, Any]) -> str:
+    """A note where the evaluation was made again after it was marked."""
+    path = result["folder"] / "predictions.jsonl"
+    return ", of earlier answers" if marks.get("predictions") and marks["predictions"] != content_hash(path) else ""
 
 
 def exclusions(results: Sequence[dict[str, Any]]) -> list[str]:
