@@ -1,5 +1,7 @@
 """What is asked about a video, as the pipeline and users' rewards have it."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,19 @@ class Example:
 
     @property
     def name(self) -> str:
-        return f"{self.row.video}/{self.task}" + (f"/{self.rotation}" if self.rotation else "")
+        """`video/task/digest`: what every file calls this example.
+
+        The digest is of what is asked and of the truth, in whatever order the options are. So questions about the same
+        video have different names, and a row keeps its name wherever it stands, and in other files.
+        """
+        row = self.row
+        asked = {
+            "qa": lambda: (row.question, sorted(row.options), row.options["ABCD".index(row.answer)]),
+            "grounding": lambda: row.interval,
+            "classification": lambda: row.anomaly_class,
+            "description": lambda: (row.description, row.reasoning),
+        }[self.task]()
+        return f"{row.video}/{self.task}/{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:10]}"
 
     @property
     def kind(self) -> str:

@@ -5,7 +5,6 @@ processes. Videos are decoded by processes of their own (decode_worker.py), whic
 """
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -34,38 +33,6 @@ from vau_jax.types import Batch, Completions, Target
 GREY = 128
 EPOCHS = 10**9  # without end; grain fails on batches of one from a truly endless source
 EASY, HARD = "easy", "hard"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One question about one video."""
-
-    row: Row
-    task: str
-    path: Path
-    reflection: Reflection | None = None
-    rotation: int = 0  # places that the options are moved by, after they are shuffled
-
-    @property
-    def name(self) -> str:
-        """`video/task/digest`: what every file calls this example.
-
-        The digest is of what is asked and of the truth, in whatever order the options are. So questions about the same
-        video have different names, and a row keeps its name wherever it stands, and in other files.
-        """
-        row = self.row
-        asked = {
-            "qa": lambda: (row.question, sorted(row.options), row.options["ABCD".index(row.answer)]),
-            "grounding": lambda: row.interval,
-            "classification": lambda: row.anomaly_class,
-            "description": lambda: (row.description, row.reasoning),
-        }[self.task]()
-        return f"{row.video}/{self.task}/{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:10]}"
-
-    @property
-    def kind(self) -> str:
-        """What it has in common with others."""
-        return f"{self.task}/{self.row.anomaly_class}"
 
 
 class Prompt(NamedTuple):
@@ -139,7 +106,9 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]
     return examples[: config.max_examples or None], audit
 
 
-def distinct(rows: Iterable[Row], tasks: Sequence[str], folder: Path, audit: annotations.Audit) -> list[Example]:
+def distinct(
+    rows: Iterable[annotations.Row], tasks: Sequence[str], folder: Path, audit: annotations.Audit
+) -> list[Example]:
     """The examples of rows, each name once: rows that differ in their question alone share the other tasks."""
     found: dict[str, Example] = {}
     for row in rows:
@@ -152,7 +121,7 @@ def distinct(rows: Iterable[Row], tasks: Sequence[str], folder: Path, audit: ann
 
 
 def _with_reflections(
-    examples: list[Example], reflections: dict[str, Reflection], audit: annotations.Audit
+    examples: list[Example], reflections: dict[str, prompts.Reflection], audit: annotations.Audit
 ) -> list[Example]:
     """The examples with their reflection records; those that need one and have none are left out."""
     count = Counter((example.row.video, example.task) for example in examples)
