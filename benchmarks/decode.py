@@ -16,7 +16,6 @@ alternate, and medians are reported. The last line is one JSON object:
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ import numpy as np
 
 from data_prep import random_model
 from vau_jax.chips import chip
-from vau_jax.files import exit_on_input_error
+from vau_jax.files import dump_json, exit_on_input_error
 from vau_jax.models import hf
 from vau_jax.types import Batch
 from vau_jax.vlm import DTYPES, VideoLM
@@ -194,7 +193,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens of each completion")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    exit_on_input_error(lambda: print(json.dumps(run(args))))
+    exit_on_input_error(lambda: print(dump_json(run(args))))
 
 
 if __name__ == "__main__":

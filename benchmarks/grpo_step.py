@@ -38,7 +38,7 @@ from data_prep import random_model
 from vau_jax import train
 from vau_jax.data import pipeline, synthetic
 from vau_jax.data.processor import Processor, Shape, least_shape
-from vau_jax.files import exit_on_input_error
+from vau_jax.files import dump_json, exit_on_input_error
 from vau_jax.vlm import DTYPES
 
 TEXT_32M = {
@@ -71,7 +71,7 @@ def make_data(folder: Path, frames: int, side: int) -> None:
         "Start Time": "0.0",
         "End Time": "1.0",
     }
-    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "rows.jsonl").write_text(dump_json(row) + "\n")
 
 
 def make_config(args: argparse.Namespace, model: Path, data: Path) -> ConfigDict:
@@ -139,7 +139,7 @@ def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
 def measure_peer(name: str, python: str, args: argparse.Namespace, model: Path, prompt_tokens: int) -> dict[str, Any]:
     """One peer's script in its own Python; its last line is JSON."""
     given = vars(args) | {"model": str(model), "prompt_tokens": prompt_tokens, "compare": None}
-    command = [python, str(PEERS / f"{name}_step.py"), json.dumps(given)]
+    command = [python, str(PEERS / f"{name}_step.py"), dump_json(given)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1:], "returncode": done.returncode}
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter with trl; here: the test extra's")
     parser.add_argument("--tunix-python", default=sys.executable, help="an interpreter with google-tunix")
     args = parser.parse_args()
-    exit_on_input_error(lambda: print(json.dumps(run(args))))
+    exit_on_input_error(lambda: print(dump_json(run(args))))
 
 
 if __name__ == "__main__":

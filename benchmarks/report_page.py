@@ -4,7 +4,6 @@ python benchmarks/report_page.py report.html [--repeat=5]
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -12,6 +11,8 @@ import time
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
+
+from vau_jax.files import dump_json
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
             page.close()
         browser.close()
     size = args.report.stat().st_size
-    print(json.dumps({"open_s": statistics.median(seconds), "max_s": max(seconds), "cards": cards, "bytes": size}))
+    print(dump_json({"open_s": statistics.median(seconds), "max_s": max(seconds), "cards": cards, "bytes": size}))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ peak with a plain log-softmax over [tokens, V]. The last line is one JSON object
 
 import argparse
 import dataclasses
-import json
 import os
 import time
 from typing import Any
@@ -22,6 +21,7 @@ from grpo_step import TEXT_32M, VISION_32M  # beside this file
 
 from data_prep import random_model
 from vau_jax import logprobs, update
+from vau_jax.files import dump_json
 from vau_jax.models import config as model_config
 from vau_jax.models import qwen_vl
 from vau_jax.models.config import QwenVLConfig
@@ -113,8 +113,8 @@ def main() -> None:
         result[name] = []
         for sizes in CURVES[name]:
             result[name].append(point(sizes, args.most_tokens))
-            print(json.dumps(result[name][-1]), flush=True)
-    print(json.dumps({"load": load, "curves": result}))
+            print(dump_json(result[name][-1]), flush=True)
+    print(dump_json({"load": load, "curves": result}))
 
 
 if __name__ == "__main__":

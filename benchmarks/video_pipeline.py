@@ -32,6 +32,7 @@ from vau_jax.data import frame_cache, video
 from vau_jax.data.decode_worker import DecoderPool
 from vau_jax.data.processor import encode_visual
 from vau_jax.data.video import Clip, Sampling, VideoOptions
+from vau_jax.files import dump_json
 from vau_jax.models.config import VisionConfig
 
 FPS = 25
@@ -138,7 +139,7 @@ def child(reader: str, core: int, cache: Path, paths: list[Path]) -> None:
         began = time.perf_counter()
         frames = read(path)
         found.append((time.perf_counter() - began, frames))
-    print(json.dumps(found))
+    print(dump_json(found))
 
 
 def start(reader: str, core: int, cache: Path, paths: list[Path]) -> subprocess.Popen[str]:
@@ -174,7 +175,7 @@ def compare(paths: list[Path], workers: int, rounds: int, cache: Path, readers: 
         if "reference" in median:
             clips[path.stem]["times_faster"] = round(median["reference"] / median["ours"], 2)
             clips[path.stem]["times_faster_cached"] = round(median["reference"] / median["cached"], 1)
-        print(f"{workers} worker(s)  {path.stem}  {json.dumps(clips[path.stem])}", flush=True)
+        print(f"{workers} worker(s)  {path.stem}  {dump_json(clips[path.stem])}", flush=True)
     total = sum(clip["seconds"]["ours"] for clip in clips.values()) / workers
     frames = sum(clip["frames"]["ours"] for clip in clips.values())
     return {"frames_per_s": round(frames / total, 1), "videos_per_s": round(len(clips) / total, 3), "clips": clips}
@@ -191,7 +192,7 @@ def memory(path: Path, count: int) -> list[dict[str, float]]:
             sizes = {"clips": number, "here": resident("self"), "decoder": resident(str(worker.process.pid))}
             pool.idle.put(worker)
             found.append(sizes)
-            print(json.dumps(sizes), flush=True)
+            print(dump_json(sizes), flush=True)
     return found
 
 
@@ -220,7 +221,7 @@ def main() -> None:
         folder = args.clips or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if args.memory:
-            print(json.dumps({"memory_mb": memory(render(folder, 320, 240, 3), args.memory)}))
+            print(dump_json({"memory_mb": memory(render(folder, 320, 240, 3), args.memory)}))
             return
         sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
         paths = [render(folder, *size, seconds) for size in sizes for seconds in args.seconds]
@@ -228,7 +229,7 @@ def main() -> None:
         readers = READERS if args.baseline != "none" else ("ours", "cached")
         frame_cache.build(cache, paths, SAMPLING, video.read, workers=1, show=lambda done, note: None)
         results = {workers: compare(paths, workers, args.rounds, cache, readers) for workers in args.workers}
-    print(json.dumps({**results[args.workers[0]], "by_workers": results}))
+    print(dump_json({**results[args.workers[0]], "by_workers": results}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """First answers for reflection records: by a model of ours, by a model behind an endpoint, or by rule."""
 
 import hashlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from vau_jax.data.annotations import LABELS, Row
 from vau_jax.data.decode_worker import DecoderPool
 from vau_jax.data.decoders import VideoError
 from vau_jax.data.pipeline import Example
+from vau_jax.files import dump_json
 from vau_jax.metric_writer import Progress
 from vau_jax.vlm import VideoLM, decode_text
 
@@ -47,14 +47,14 @@ def make(config: ConfigDict, workdir: Path, examples: list[Example]) -> list[Dra
     known = {record["example"]: record for record in records if record.get("settings") == settings}
     todo = [example for example in examples if example.name not in known]
     progress = Progress("drafts", len(examples), start=len(known))
-    files.write_text(path, "".join(json.dumps(record) + "\n" for record in known.values()))
+    files.write_text(path, "".join(dump_json(record) + "\n" for record in known.values()))
     asked = (by_model if student.checkpoint else by_endpoint)(config, workdir, todo) if todo else ()
     with path.open("a", encoding="utf-8") as file:
         for example, drafts, reason in asked:
             record = {"settings": settings, "example": example.name, "drafts": [asdict(d) for d in drafts]}
             known[example.name] = record | {"reason": reason}
             if not reason.startswith(UNANSWERED):  # such a question is asked again by the next call
-                file.write(json.dumps(known[example.name]) + "\n")
+                file.write(dump_json(known[example.name]) + "\n")
                 file.flush()
             progress.show(len(known))
     found = [known[example.name] for example in examples]

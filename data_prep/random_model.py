@@ -7,7 +7,6 @@ trained on the texts it is given. Both `transformers` and `VideoLM.load` open th
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from vau_jax import files
-from vau_jax.files import InputError, exit_on_input_error
+from vau_jax.files import InputError, dump_json, exit_on_input_error
 from vau_jax.models import config as model_config
 from vau_jax.models import hf, qwen_vl
 from vau_jax.models.config import QwenVLConfig
@@ -201,7 +200,7 @@ def write(
     with files.new_folder(folder) as part:
         tokenizer.save_pretrained(part)
         for name, value in written.items():
-            files.write_text(part / name, json.dumps(value, indent=1))
+            files.write_text(part / name, dump_json(value, indent=1))
         hf.save_weights(part, (draw or initial_weights)(config, seed, dtype), config)
     return folder
 

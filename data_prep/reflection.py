@@ -15,7 +15,6 @@ goes on where it was. How SRVAU-R1 (arXiv 2602.01004) made its records is not pu
 """
 
 import hashlib
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -32,7 +31,7 @@ from vau_jax import cli, files, parsing, rewards
 from vau_jax.data import annotations, pipeline, prompts
 from vau_jax.data.pipeline import Example
 from vau_jax.data.prompts import Reflection
-from vau_jax.files import InputError
+from vau_jax.files import InputError, dump_json
 
 DOUBT = re.compile(
     r"\b(wrong|incorrect|mistaken|mistake|error|inaccurate|overlook\w*|miss(?:ed|es)?|not|however|instead|contradict\w*|"
@@ -180,14 +179,14 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         else:
             accepted.append((example, record))
     kept = [accepted[i] for i in mix(accepted, config.keep.wrong_share, config.keep.most, config.seed)]
-    files.write_text(workdir / "reflection.jsonl", "".join(json.dumps(_record(e, r)) + "\n" for e, r in kept))
+    files.write_text(workdir / "reflection.jsonl", "".join(dump_json(_record(e, r)) + "\n" for e, r in kept))
     files.write_text(
-        workdir / "rejected.jsonl", "".join(json.dumps({"example": e.name, "reason": r}) + "\n" for e, r in rejected)
+        workdir / "rejected.jsonl", "".join(dump_json({"example": e.name, "reason": r}) + "\n" for e, r in rejected)
     )
     counts = {"questions": len(examples), "with_a_draft": len(chosen), "accepted": len(accepted)}
     card = counts | _card(config, counts, [reason for _, reason in rejected], kept, teacher_card)
-    files.write_text(workdir / "card.json", json.dumps(card, indent=1))
-    print(json.dumps(card, indent=1), flush=True)
+    files.write_text(workdir / "card.json", dump_json(card, indent=1))
+    print(dump_json(card, indent=1), flush=True)
     return card
 
 

@@ -1,7 +1,6 @@
 """Who reflects on a first answer: a model behind an endpoint, told draft and truth, or rules."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from vau_jax.data.annotations import Row
 from vau_jax.data.decode_worker import DecoderPool
 from vau_jax.data.decoders import VideoError
 from vau_jax.data.pipeline import Example
+from vau_jax.files import dump_json
 from vau_jax.metric_writer import Progress
 
 Written = tuple[tuple[str, str] | None, str]  # texts, or why there are none
@@ -48,7 +48,7 @@ def reflect(
         written[numbers[index]] = (None if error else read_reply(reply.text), error)
         progress.show(done, f"{teacher.tokens.total()} tokens, cost {teacher.cost:.2f}")
     pool.close()
-    template = json.dumps(messages(*_blank(), []))
+    template = dump_json(messages(*_blank(), []))
     card = {
         "kind": "model",
         "url": config.teacher.url,

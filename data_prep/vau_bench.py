@@ -12,7 +12,6 @@ left out. A row without a usable video stays, so that it is counted; training an
 
 import argparse
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from vau_jax.data.annotations import Row
 from vau_jax.data.decode_worker import DecoderPool
 from vau_jax.data.decoders import VideoError
 from vau_jax.data.video import Probe
-from vau_jax.files import InputError
+from vau_jax.files import InputError, dump_json
 from vau_jax.metric_writer import Progress
 
 SPLITS = ("train", "val", "test")
@@ -117,9 +116,9 @@ def import_splits(
         raise InputError(f"cannot write to the folder {out}: {error.strerror} (--out)") from error
     texts = {}
     for split, rows in splits.items():
-        texts[f"{split}.jsonl"] = "".join(json.dumps(annotations.to_json(row)) + "\n" for row in rows)
+        texts[f"{split}.jsonl"] = "".join(dump_json(annotations.to_json(row)) + "\n" for row in rows)
         found.rows[split] = len(rows)
-    texts["import.json"] = json.dumps(asdict(found), indent=1)
+    texts["import.json"] = dump_json(asdict(found), indent=1)
     for name, text in texts.items():
         files.write_text(out / name, text)
     sums = [f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in texts.items()]

@@ -11,7 +11,6 @@ For GPUs (a100, h100, h200 and their number) nothing is compiled: memory is adde
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -39,7 +38,7 @@ sys.path.insert(0, str(ROOT))  # called by its path, this file's folder stands t
 from launch import hlo  # noqa: E402
 from vau_jax import cli, flops, logprobs, optim, sampling, settings, sharding, update  # noqa: E402
 from vau_jax.chips import GIB, Chip, chip  # noqa: E402
-from vau_jax.files import InputError, exit_on_input_error, write_text  # noqa: E402
+from vau_jax.files import InputError, dump_json, exit_on_input_error, write_text  # noqa: E402
 from vau_jax.models import config as model_config  # noqa: E402
 from vau_jax.models import hf, lora  # noqa: E402
 from vau_jax.models.config import QwenVLConfig  # noqa: E402
@@ -495,7 +494,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> int:
         given = {name: value for name, value in vars(args).items() if name != "json"}
         found = [asdict(report) | {"needed": report.needed} for report in reports]
         about = {"settings": given, "mesh": dict(programs.mesh.shape), "chip": known._asdict()}
-        write_text(args.json, json.dumps({**about, "programs": found}, indent=1))
+        write_text(args.json, dump_json({**about, "programs": found}, indent=1))
     if any(report.problem for report in reports):
         print(f"does not fit; what would help: {advice(programs)}", file=sys.stderr)
         return 1
@@ -511,7 +510,7 @@ def estimate(args: argparse.Namespace, programs: Programs, known: Chip) -> int:
         shares = ", ".join(f"{part} {value / GIB:.2f}" for part, value in parts.items())
         print(f"{name}: {sum(parts.values()) / GIB:.2f} of {known.memory / GIB:.0f} GiB ({shares})", flush=True)
     if args.json:
-        write_text(args.json, json.dumps({"chip": known._asdict(), "bytes": found}, indent=1))
+        write_text(args.json, dump_json({"chip": known._asdict(), "bytes": found}, indent=1))
     if max(sum(parts.values()) for parts in found.values()) > 0.9 * known.memory:  # XLA needs room too
         print(f"does not fit; what would help: {advice(programs)}", file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ from configs import eval as eval_config
 from data_prep import cache_frames, random_model
 from vau_jax import cli, evaluate, parsing, report, train
 from vau_jax.data import annotations, prompts, synthetic
-from vau_jax.files import InputError, locked, read_json, write_text
+from vau_jax.files import InputError, dump_json, locked, read_json, write_text
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -77,7 +77,7 @@ def make_model(config: ConfigDict, workdir: Path) -> None:
         config.model.pixels,
         config.seed,
     )
-    write_text(stamp, json.dumps(request))
+    write_text(stamp, dump_json(request))
 
 
 def demo_texts(data: Path) -> list[str]:

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import html
 import importlib.util
-import json
 import re
 import shlex
 import subprocess
@@ -33,7 +32,7 @@ from plotly.subplots import make_subplots
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # called by its path, this file's folder stands there instead
 
-from vau_jax.files import InputError, exit_on_input_error, locked, read_json, write_text  # noqa: E402
+from vau_jax.files import InputError, dump_json, exit_on_input_error, locked, read_json, write_text  # noqa: E402
 from vau_jax.report import ROWS, escape, lookup, markdown  # noqa: E402
 from vau_jax.train import PREEMPTED  # noqa: E402
 
@@ -72,7 +71,7 @@ class Trial:
         if any(self.folder.rglob(PREEMPTED)):
             print(f"{self.name}: was asked to end, and goes on when the sweep is called again", flush=True)
             return False
-        write_text(self.folder / "done.json", json.dumps(self.command[1:]))
+        write_text(self.folder / "done.json", dump_json(self.command[1:]))
         print(f"{self.name}: took {time.monotonic() - began:.0f} s", flush=True)
         return True
 
@@ -116,7 +115,7 @@ def trials(sweep: ModuleType, workdir: Path) -> list[Trial]:
     values = defaultdict(set)
     for trial in settings:
         for field in {field for other in settings for field in other}:
-            values[field].add(json.dumps(trial.get(field)))
+            values[field].add(dump_json(trial.get(field)))
     found = []
     for trial in settings:
         told = {field: value for field, value in trial.items() if len(values[field]) > 1 and field != "shared"}

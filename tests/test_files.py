@@ -1,14 +1,19 @@
 """Files are written whole, also by several threads at once."""
 
+import ast
 import hashlib
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vau_jax import files
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_threads_may_write_the_same_file_at_once(tmp_path: Path) -> None:
@@ -25,6 +30,26 @@ def test_a_file_s_hash_is_that_of_its_contents_as_they_are_now(tmp_path: Path) -
         assert files.content_hash(tmp_path / "a.csv") == hashlib.sha256(text).hexdigest()
     with pytest.raises(files.InputError, match=r"cannot read .*b\.csv: No such file"):
         files.content_hash(tmp_path / "b.csv")
+
+
+def test_numbers_that_json_has_not_are_null() -> None:
+    found = {"a": math.nan, "b": (1.5, -math.inf, {"c": [np.float64("inf")]}), "d": np.float64(2.5), "e": "NaN"}
+    assert files.dump_json(found) == '{"a": null, "b": [1.5, null, {"c": [null]}], "d": 2.5, "e": "NaN"}'
+
+
+def test_no_other_json_is_written() -> None:
+    """Python's own would write NaN and Infinity, which others cannot read."""
+    calls = [
+        (path.relative_to(ROOT).as_posix(), ast.unparse(node))
+        for folder in ("vau_jax", "data_prep", "launch", "configs", "benchmarks")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if "peers" not in path.parts  # programs of their own, which print one line
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump")
+    ]
+    assert calls and [call for call in calls if "allow_nan=" not in call[1]] == []
+    between_processes = [path for path, call in calls if "allow_nan=True" in call]
+    assert between_processes == ["vau_jax/processes.py"]
 
 
 HOLD = """

@@ -1,11 +1,13 @@
 """Every training config runs on a real model folder and real videos, and learning lowers the loss."""
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -16,6 +18,7 @@ from vau_jax.chips import Chip
 from vau_jax.files import LOCK, InputError, locked, read_json
 from vau_jax.metric_writer import MetricWriter, RunLog, read_metrics
 from vau_jax.models import hf
+from vau_jax.types import State
 from vau_jax.vlm import VideoLM
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +157,19 @@ def test_weights_and_biases_without_its_package_is_one_error(tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="pip install wandb"):
         MetricWriter(tmp_path, 0, "project")
+
+
+def test_a_score_that_is_no_number_is_the_worst_and_null_in_json(tmp_path: Path) -> None:
+    score = checkpoint.Score(ConfigDict({"stage": "sft", "checkpoint": {"best": "auto"}}))
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    for step, loss in enumerate((float("nan"), 1e9, float("inf")), start=1):
+        score.add({"loss": loss})
+        score.add({"loss": 0.5})
+        json.dumps(score.values, allow_nan=False)  # is kept with the run's place
+        checkpoints.save(step, State(jnp.int32(step), {}, {}), {}, score.take())
+    assert checkpoints.best() == 2
+    written = [file.read_text() for file in (tmp_path / "checkpoints").glob("*/metrics/metrics")]
+    assert len(written) == 3 and not any("Inf" in text or "NaN" in text for text in written)
 
 
 def test_a_metric_for_the_best_checkpoint_that_is_none_is_refused() -> None:

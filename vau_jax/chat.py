@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vau_jax.endpoint import Endpoint, Message, NoCompletion
+from vau_jax.files import dump_json
 
 ATTEMPTS = 3  # at an answer that passes its check
 
@@ -58,7 +59,7 @@ class Chat:
         """Of everything that decides an answer."""
         c = self.config
         asked = [c.model, c.temperature, c.max_tokens, attempt, list(messages)]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(dump_json(asked, sort_keys=True).encode()).hexdigest()
 
     def ask(self, messages: Sequence[Message], check: Callable[[str], str] = lambda text: "") -> Reply:
         """An answer that `check` has nothing to say against, or after some attempts why there is none."""
@@ -183,6 +184,6 @@ def _append(path: Path, record: dict[str, Any]) -> None:
     """One line, on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(dump_json(record) + "\n")
         file.flush()
         os.fsync(file.fileno())

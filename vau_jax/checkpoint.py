@@ -17,7 +17,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from vau_jax import checksums, processes
 from vau_jax.data.decoders import short
-from vau_jax.files import InputError, read_json, write_text
+from vau_jax.files import InputError, dump_json, read_json, write_text
 from vau_jax.models.lora import LoRA
 from vau_jax.types import Params, State
 
@@ -42,9 +42,9 @@ class Checkpoints:
         self.removed = self.folder / "removed"
         self._empty()
         self._put_damaged_away()
-        best = BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)
+        best = BestN(get_metric_fn=_score, n=1)
         options = ocp.CheckpointManagerOptions(
-            best_fn=lambda metrics: metrics["score"],  # without it no metrics are kept
+            best_fn=_score,  # without it no metrics are kept
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best, _Needed(self.workdir)]),
             create=True,
             enable_async_checkpointing=False,
@@ -58,7 +58,7 @@ class Checkpoints:
     def save(self, step: int, state: State, data: dict[str, Any], score: float) -> None:
         """Writes state and the data iterator's state, and returns when they are on disk; higher scores are better."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
-        self.manager.save(step, args=args, metrics={"score": score})
+        self.manager.save(step, args=args, metrics={"score": score if np.isfinite(score) else None})
         self.manager.wait_until_finished()
         processes.meet("saved")  # the first process has given the folder its name
         checksums.write(self.folder / str(step))
@@ -103,7 +103,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step of the best score."""
-        scores = {step: self.manager.metrics(step)["score"] for step in self.manager.all_steps()}
+        scores = {step: _score(self.manager.metrics(step)) for step in self.manager.all_steps()}
         return max(scores, key=scores.get) if scores else None
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
@@ -117,25 +117,31 @@ class Checkpoints:
         self.manager.close()
 
 
+def _score(metrics: dict[str, float | None]) -> float:
+    """What `save` was told; null stands for a score that was no finite number."""
+    return -np.inf if metrics["score"] is None else metrics["score"]
+
+
 class Score:
     """By what the best checkpoint is known: the mean of a metric over the steps since the last that was due."""
 
     def __init__(self, config: ConfigDict) -> None:
         auto = "reward" if config.stage == "rft" else "-loss"
         self.name = auto if config.checkpoint.best == "auto" else config.checkpoint.best
-        self.values: list[float] = []
+        self.values: list[float | None] = []  # None: no finite number
 
     def add(self, metrics: dict[str, Any]) -> None:
         metric = self.name.removeprefix("-")
         if metric not in metrics:
             known = ", ".join(sorted(metrics))
             raise InputError(f"checkpoint.best={self.name!r} is no metric: expected one of {known}")
-        self.values.append(float(metrics[metric]) * (-1 if self.name.startswith("-") else 1))
+        value = float(metrics[metric]) * (-1 if self.name.startswith("-") else 1)
+        self.values.append(value if np.isfinite(value) else None)
 
     def take(self) -> float:
         """The mean so far, which begins anew; -inf where it is not a number."""
-        value, self.values = float(np.mean(self.values)), []
-        return value if np.isfinite(value) else -np.inf
+        values, self.values = self.values, []
+        return -np.inf if None in values else float(np.mean(values))
 
 
 def restore_params(step_folder: str | os.PathLike) -> Params:
@@ -265,7 +271,7 @@ def check_source(source: Source, user: str | os.PathLike) -> None:
 def write_adapter(workdir: str | os.PathLike, adapter: Adapter) -> None:
     """Notes in a run's workdir that its checkpoints hold adapters, and for what."""
     note = {"base": adapter.base, "files": adapter.files, "lora": vars(adapter.lora)}
-    write_text(Path(workdir) / ADAPTER, json.dumps(note, indent=1))
+    write_text(Path(workdir) / ADAPTER, dump_json(note, indent=1))
 
 
 def _adapter(workdir: Path) -> Adapter | None:
@@ -285,7 +291,7 @@ def need(source: Source, workdir: str | os.PathLike) -> None:
     note = path.parent.parent / NEEDED / f"{hashlib.sha256(user.encode()).hexdigest()[:16]}.json"
     try:
         note.parent.mkdir(exist_ok=True)
-        write_text(note, json.dumps({"step": int(path.name), "by": user}))
+        write_text(note, dump_json({"step": int(path.name), "by": user}))
     except OSError as error:
         print(f"warning: {path} cannot be marked as needed ({short(error)}): keep it", flush=True)
 
@@ -344,4 +350,4 @@ def copy_model_files(source: str | os.PathLike, workdir: str | os.PathLike) -> N
 
 def iterator_state(raw: Any) -> dict[str, Any]:
     """A grain iterator's state as plain JSON values."""
-    return json.loads(json.dumps(raw))
+    return json.loads(dump_json(raw))

@@ -3,7 +3,6 @@
 Storage that flips a byte, or loses a file, says nothing: tensorstore reads what is there.
 """
 
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import jax
 
 from vau_jax import processes
-from vau_jax.files import InputError, content_hash, read_json, write_text
+from vau_jax.files import InputError, content_hash, dump_json, read_json, write_text
 
 NOTE = "checksums.json"
 THREADS = 8  # hashing lets other threads go on: a second for 1 to 2 GB on one core, and as many cores at once
@@ -22,7 +21,7 @@ def write(folder: Path) -> None:
     names = processes.from_first(lambda: _by_size(folder))
     shares = processes.exchange(_hashes(folder, names[jax.process_index() :: jax.process_count()]))
     if processes.is_first():
-        write_text(folder / NOTE, json.dumps({name: sum_ for share in shares for name, sum_ in share.items()}))
+        write_text(folder / NOTE, dump_json({name: sum_ for share in shares for name, sum_ in share.items()}))
 
 
 def noted(folder: Path) -> dict[str, str] | None:

@@ -1,5 +1,6 @@
 """Command lines of the form `--config=configs/X.py[:arg] --workdir=DIR [--config.key=value]`."""
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -51,21 +52,32 @@ def read(arguments: list[str]) -> tuple[ConfigDict, flags.FlagValues]:
         raise InputError(f"unexpected argument(s) {' '.join(rest[1:])}: options have the form --name=value")
     if config is None:
         raise InputError("--config=configs/X.py is needed")
-    if urls := list(_urls(config)):
-        from vau_jax.endpoint import check_url  # noqa: PLC0415 - slow to import, and few configs name endpoints
-
-        for url in urls:
-            check_url(url)  # before anything keeps a copy of the config
+    _check_fields(dict(_fields(config)))
     return config, values
 
 
-def _urls(config: ConfigDict) -> Iterator[str]:
-    """Addresses of endpoints, at any depth."""
+def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values at any depth: ("grpo.beta", 0.04)."""
     for name, value in config.items(preserve_field_references=True):
         if isinstance(value, ConfigDict):
-            yield from _urls(value)
-        elif name == "url" and isinstance(value, str) and value:
-            yield value
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """Raises InputError for what no copy of the config may hold: a secret, or a number that JSON has not."""
+    for name, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name}={value}: expected a finite number")
+    urls = [
+        value for name, value in fields.items() if name.split(".")[-1] == "url" and isinstance(value, str) and value
+    ]
+    if urls:
+        from vau_jax.endpoint import check_url  # noqa: PLC0415 - slow to import, and few configs name endpoints
+
+        for url in filter(None, urls):
+            check_url(url)
 
 
 def _last_line(error: Exception) -> str:

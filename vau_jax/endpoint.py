@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 from ml_collections import ConfigDict
 
-from vau_jax.files import InputError
+from vau_jax.files import InputError, dump_json
 
 Message = dict[str, Any]
 MOST_BYTES = 2**22  # of a response; 100,000 tokens of text are half a megabyte
@@ -71,7 +71,7 @@ class Endpoint:
         c = self.config
         asked = {"model": c.model, "messages": list(messages), "temperature": c.temperature, "seed": seed}
         asked |= {"max_tokens": c.max_tokens} | ({"response_format": {"type": "json_object"}} if c.json_mode else {})
-        body = json.dumps(asked).encode()
+        body = dump_json(asked).encode()
         for retry in range(c.retries + 1):
             pause = min(0.5 * 2.0**retry, 8.0) * random.uniform(0.75, 1.0)  # noqa: S311 - spreads the load
             try:

@@ -22,7 +22,7 @@ from vau_jax.about import about
 from vau_jax.data import pipeline, prompts
 from vau_jax.data.annotations import Audit
 from vau_jax.data.pipeline import Example, Loaded
-from vau_jax.files import InputError, content_hash, read_json, read_lines, write_text
+from vau_jax.files import InputError, content_hash, dump_json, read_json, read_lines, write_text
 from vau_jax.metric_writer import Progress
 from vau_jax.vlm import VideoLM, decode_text
 
@@ -65,7 +65,7 @@ def _run(config: ConfigDict, workdir: Path, examples: list[Example], audit: Audi
     }
     if not _is_model(workdir):  # whose config.json says something else; the settings are in metrics.json too
         write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
-    write_text(done, json.dumps(result, indent=1, allow_nan=False))
+    write_text(done, dump_json(result, indent=1))
     return result
 
 
@@ -98,7 +98,7 @@ def _fingerprint(config: ConfigDict, videos: Iterable[Path]) -> str:
         sorted(seen),
         checkpoint.contents(config.checkpoint),
     ]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(dump_json(known, sort_keys=True).encode()).hexdigest()
 
 
 def _is_model(folder: Path) -> bool:
@@ -120,7 +120,7 @@ def predict(config: ConfigDict, workdir: Path, examples: list[Example], fingerpr
         for found in _answers(todo, vlm, config) if vlm else ():
             if _key(found) not in records:  # the last example fills up the last batch
                 records[_key(found)] = found
-                file.write(json.dumps({"fingerprint": fingerprint, **found}, allow_nan=False) + "\n")
+                file.write(dump_json({"fingerprint": fingerprint, **found}) + "\n")
                 file.flush()
                 progress.show(len(records))
     return [records[key] for key in keys]

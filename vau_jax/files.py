@@ -111,6 +111,19 @@ def read_json(path: str | os.PathLike) -> Any:
         raise InputError(f"cannot read {path} as JSON: {error}") from error
 
 
+def dump_json(value: Any, **options: Any) -> str:
+    """JSON text of plain values; a number that is not finite is null, as JSON has no such numbers."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    return [_finite(x) for x in value] if isinstance(value, list | tuple) else value
+
+
 def content_hash(path: str | os.PathLike) -> str:
     """SHA-256 of a file's contents, as hex digits; read anew at each call. Raises InputError."""
     try:

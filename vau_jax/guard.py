@@ -98,7 +98,8 @@ class Guard:
         """Likewise, for the inputs of a function."""
         try:
             found = json.loads(body)
-            json.dumps(found, ensure_ascii=False).encode()  # no half of a surrogate pair, which nothing could write
+            # No NaN, and no half of a surrogate pair, which nothing could write.
+            json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
             paths = list(_paths(found))
         except (ValueError, RecursionError):
             return 400, "the request is no JSON"

@@ -8,7 +8,6 @@ predictions.jsonl and writes EVALUATION/judged/NAME.json; with other judges' fil
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from vau_jax import cli, metrics, parsing, scores
 from vau_jax.chat import Chat, Message, Reply, json_object
 from vau_jax.data import prompts
 from vau_jax.data.annotations import Row
-from vau_jax.files import InputError, content_hash, read_json, write_text
+from vau_jax.files import InputError, content_hash, dump_json, read_json, write_text
 from vau_jax.metric_writer import Progress
 
 AXES = {
@@ -74,7 +73,7 @@ def messages(subject: Subject) -> list[Message]:
 def prompt_hash() -> str:
     """Of the prompt around the texts: marks under another one do not compare."""
     blank = messages(Subject("", None, "", ""))
-    return hashlib.sha256(json.dumps(blank).encode()).hexdigest()[:16]
+    return hashlib.sha256(dump_json(blank).encode()).hexdigest()[:16]
 
 
 def read_marks(answer: str) -> Marks | None:
@@ -106,7 +105,7 @@ class Judge:
         """For each subject its marks, or None and why there are none. Equal questions are asked once; `show` is told
         how many are done."""
         asked = [messages(subject) for subject in subjects]
-        keys = [json.dumps(question) for question in asked]
+        keys = [dump_json(question) for question in asked]
         distinct = {key: question for key, question in zip(keys, asked, strict=True)}
         order = list(distinct)
 
@@ -162,9 +161,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         "cost_this_call": judge.chat.cost,
         "marks": marked,
     }
-    write_text(folder / f"{config.name}.json", json.dumps(result, indent=1, allow_nan=False))
+    write_text(folder / f"{config.name}.json", dump_json(result, indent=1))
     shown = {key: value for key, value in result.items() if key != "marks"} | {"agreement": agreement(folder)}
-    print(json.dumps(shown, indent=1), flush=True)
+    print(dump_json(shown, indent=1), flush=True)
     return result
 
 

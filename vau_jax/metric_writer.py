@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from vau_jax import processes
 from vau_jax.data.decoders import short
-from vau_jax.files import InputError, read_json, read_lines, write_text
+from vau_jax.files import InputError, dump_json, read_json, read_lines, write_text
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX says after each program
 
@@ -63,9 +63,8 @@ class MetricWriter:
     def write(self, step: int, scalars: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         """Scalars are turned to float; those that are not finite are null in JSON. Samples are for people to read."""
         values = {name: float(np.asarray(value)) for name, value in scalars.items()}
-        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.metrics.write(json.dumps({"step": step, **plain}) + "\n")
-        self.samples.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+        self.metrics.write(dump_json({"step": step, **values}) + "\n")
+        self.samples.writelines(dump_json({"step": step, **sample}) + "\n" for sample in samples)
         for file in (self.metrics, self.samples):
             file.flush()
         for name, value in values.items():
@@ -110,7 +109,7 @@ class Heartbeat:
     def _write(self) -> None:
         self.last = time.monotonic()
         self.line["time"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        write_text(self.folder / f"{jax.process_index():05d}.json", json.dumps(self.line) + "\n")
+        write_text(self.folder / f"{jax.process_index():05d}.json", dump_json(self.line) + "\n")
 
     def lost(self, error: Exception, grace: float = 3.0) -> str:
         """Says in its line that this process ends with `error`; and names the processes that have not said so `grace`

@@ -76,7 +76,8 @@ def exchange(value: Any) -> list[Any]:
     """
     if jax.process_count() == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    # Python's own JSON on both sides: what is not finite here has to be the same there.
+    text = np.frombuffer(json.dumps(value, allow_nan=True).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(text)))
     length = max(SHORTEST, 1 << (int(sizes.max()) - 1).bit_length())
     padded = np.pad(text, (0, length - len(text)))

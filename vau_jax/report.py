@@ -10,7 +10,6 @@ between two evaluations of the same examples, with p-values.
 import argparse
 import base64
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 
 from vau_jax import charts, gallery, judge, metrics, parsing, scores
-from vau_jax.files import InputError, content_hash, exit_on_input_error, read_json, write_text
+from vau_jax.files import InputError, content_hash, dump_json, exit_on_input_error, read_json, write_text
 from vau_jax.metric_writer import read_metrics
 from vau_jax.published import PUBLISHED
 from vau_jax.scores import Record
@@ -256,7 +255,7 @@ def _run(run: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
         "steps": steps[-1]["step"] if steps else 0,
         "step_seconds": f"{np.median(seconds):.2f}" if seconds else "",
         "about": about,
-        "config": json.dumps(config, indent=1),
+        "config": dump_json(config, indent=1),
     }
 
 

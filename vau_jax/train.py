@@ -33,7 +33,7 @@ from vau_jax.data.decoders import short
 from vau_jax.data.pipeline import HostBatch
 from vau_jax.data.processor import Shape
 from vau_jax.difficulty import Difficulty
-from vau_jax.files import InputError, content_hash, read_json, write_text
+from vau_jax.files import InputError, content_hash, dump_json, read_json, write_text
 from vau_jax.metric_writer import RunLog
 from vau_jax.models import hf, lora, motion_prompt, qwen_vl
 from vau_jax.models.lora import LoRA
@@ -402,12 +402,12 @@ def _train(config: ConfigDict, workdir: Path) -> None:
     trainer = Trainer(config, workdir, source.path)
     if processes.is_first():
         _describe(trainer, workdir, source)
-        write_text(workdir / checkpoint.INPUTS, json.dumps(read, indent=1))
+        write_text(workdir / checkpoint.INPUTS, dump_json(read, indent=1))
     processes.meet("described")
     done = _loop(trainer, workdir, checkpoints, preemption)
     if processes.is_first():
         best = {"step": checkpoints.best(), "metric": trainer.best_score.name}
-        write_text(workdir / "best.json", json.dumps(best))
+        write_text(workdir / "best.json", dump_json(best))
     checkpoints.close()
     preemption.close()
     if done < config.steps:
@@ -460,7 +460,7 @@ def _losses_told(log: RunLog) -> Iterator[None]:
 def _leave(workdir: Path, done: int) -> None:
     """Ends a run that was asked to end."""
     if processes.is_first():
-        write_text(workdir / PREEMPTED, json.dumps({"step": done}))
+        write_text(workdir / PREEMPTED, dump_json({"step": done}))
         print(f"asked to end (SIGTERM): step {done} is saved, and the same command goes on from it", flush=True)
     raise SystemExit(0)
 
@@ -495,7 +495,7 @@ def _describe(trainer: Trainer, workdir: Path, source: checkpoint.Source) -> Non
         checkpoint.write_adapter(workdir, checkpoint.Adapter(source.path, trainer.lora, source.files))
     checkpoint.need(source, workdir)
     write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
-    write_text(workdir / "about.json", json.dumps(about(), indent=1))
+    write_text(workdir / "about.json", dump_json(about(), indent=1))
 
 
 MAY_CHANGE = (

@@ -28,7 +28,7 @@ import numpy as np
 from vau_jax.data.annotations import Row
 from vau_jax.data.example import Example
 from vau_jax.data.prompts import Reflection
-from vau_jax.files import InputError
+from vau_jax.files import InputError, dump_json
 from vau_jax.workers import Died, Pool, Worker
 
 Reward = Callable[[str, Example], float | None]
@@ -164,7 +164,7 @@ def serve(requests: Callable[[], dict[str, Any]], answers: BinaryIO) -> None:
                 answer = {"error": str(error)}
         elif "function" in request:
             answer = score(functions[request["function"]], request["completion"], decode(request["example"]))
-        answers.write(json.dumps({"done": True, **answer}).encode() + b"\n")
+        answers.write(dump_json({"done": True, **answer}).encode() + b"\n")
         answers.flush()
 
 

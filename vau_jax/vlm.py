@@ -11,7 +11,6 @@ print(vlm.generate(batch, num_generations=1, max_new_tokens=64, temperature=0.0)
 """
 
 import copy
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from ml_collections import ConfigDict
 
 from vau_jax import checkpoint, files, logprobs, optim, sampling, sharding
 from vau_jax.data.processor import Message, Processor, collate
-from vau_jax.files import InputError
+from vau_jax.files import InputError, dump_json
 from vau_jax.models import config as model_config
 from vau_jax.models import hf, lora, motion_prompt, peft, qwen_vl
 from vau_jax.models.config import Motion
@@ -277,7 +276,7 @@ def save_folder(path: str | os.PathLike, processor: Processor, params: Params) -
         raw = files.read_json(part / "config.json")
         dtype = str(jax.tree.leaves(params)[0].dtype)
         raw |= {name: dtype for name in ("dtype", "torch_dtype") if name in raw}
-        files.write_text(part / "config.json", json.dumps(raw, indent=2))
+        files.write_text(part / "config.json", dump_json(raw, indent=2))
         hf.save_weights(part, params, processor.config)
         if processor.config.vision.motion:
             motion_prompt.write_file(part, processor.config.vision.motion, params["motion_prompt"])

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from vau_jax.files import dump_json
+
 Answer = dict[str, Any]
 
 
@@ -79,7 +81,7 @@ class Worker:
             timer.start()
         try:
             answer, size = None, 0
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.write(dump_json(request).encode() + b"\n")
             self.process.stdin.flush()
             answer = json.loads(self.process.stdout.readline() or b"null")
             size = follows(answer) if answer else 0

@@ -19,6 +19,7 @@ import numpy as np
 from vau_jax.data import video
 from vau_jax.data.decoders import VideoError, short
 from vau_jax.data.video import Clip, Probe, VideoOptions
+from vau_jax.files import dump_json
 from vau_jax.workers import Died, Pool, Worker
 
 VIDEOS_A_WORKER = 2000
@@ -104,7 +105,7 @@ def serve(requests: BinaryIO, answers: BinaryIO, seconds: float) -> None:
         except Exception as error:  # whatever a file provokes costs this file alone
             answer = {"error": f"cannot decode {request['path']}: {short(error)}", "reason": "unreadable"}
         signal.setitimer(signal.ITIMER_REAL, 0)
-        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.write(dump_json(answer).encode() + b"\n")
         answers.write(frames)
         answers.flush()
 

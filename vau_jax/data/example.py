@@ -1,12 +1,12 @@
 """What is asked about a video, as the pipeline and users' rewards have it."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from vau_jax.data.annotations import Row
 from vau_jax.data.prompts import Reflection
+from vau_jax.files import dump_json
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Example:
             "classification": lambda: row.anomaly_class,
             "description": lambda: (row.description, row.reasoning),
         }[self.task]()
-        return f"{row.video}/{self.task}/{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:10]}"
+        return f"{row.video}/{self.task}/{hashlib.sha256(dump_json(asked).encode()).hexdigest()[:10]}"
 
     @property
     def kind(self) -> str:

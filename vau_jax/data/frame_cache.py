@@ -29,7 +29,7 @@ from vau_jax.data import video
 from vau_jax.data.decode_worker import decode_clip, encode_clip
 from vau_jax.data.decoders import VideoError
 from vau_jax.data.video import Clip, Sampling, VideoOptions
-from vau_jax.files import InputError
+from vau_jax.files import InputError, dump_json
 
 SHARD_BYTES = 2**28  # about the size of a shard, and the most that a killed call loses
 SETTLED = 10**9  # nanoseconds since a file changed after which its time of change tells any later change
@@ -57,7 +57,7 @@ def sampling_text(sampling: Sampling) -> str:
     code, and for 2 and 2.0."""
     values = {name: getattr(sampling.options, name) for name in FIELDS}
     values |= {"factor": sampling.factor, "multiple": sampling.multiple}
-    return json.dumps({name: None if value is None else float(value) for name, value in values.items()})
+    return dump_json({name: None if value is None else float(value) for name, value in values.items()})
 
 
 def key_of(content: str, sampling: Sampling) -> str:
@@ -182,7 +182,7 @@ class _Shard:
 
     def add(self, entry: Entry, clip: Clip | None) -> None:
         frames = b"" if clip is None else clip.frames.tobytes()
-        header = b"" if clip is None else json.dumps(encode_clip(clip)).encode()
+        header = b"" if clip is None else dump_json(encode_clip(clip)).encode()
         self.writer.write(header + b"\n" + frames)
         self.entries.append(entry)
         self.size += len(frames)
@@ -196,7 +196,7 @@ class _Shard:
 
 
 def _listing(entries: Iterable[Entry]) -> str:
-    return "[\n" + ",\n".join(json.dumps(vars(entry)) for entry in entries) + "\n]\n"
+    return "[\n" + ",\n".join(dump_json(vars(entry)) for entry in entries) + "\n]\n"
 
 
 def build(

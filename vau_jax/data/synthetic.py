@@ -24,7 +24,7 @@ import av
 import numpy as np
 
 from vau_jax.data.annotations import COLUMNS
-from vau_jax.files import write_text
+from vau_jax.files import dump_json, write_text
 from vau_jax.metric_writer import Progress
 
 FPS_CHOICES = (10, 12, 15, 20, 25, 30)
@@ -426,7 +426,7 @@ def _write_annotations(folder: Path, split: str, scenes: list[Scene]) -> None:
         writer.writerows(rows)
     os.replace(part, folder / f"{split}.csv")
     records = [record for scene, row in zip(scenes, rows, strict=True) for record in reflections(scene, row)]
-    write_text(folder / f"{split}_reflection.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    write_text(folder / f"{split}_reflection.jsonl", "".join(dump_json(record) + "\n" for record in records))
 
 
 def make_dataset(
@@ -454,7 +454,7 @@ def make_dataset(
     if started.exists() and json.loads(started.read_text()) != request:
         for old in videos.glob("*.mp4"):  # rendered from another request: the names mean other scenes now
             old.unlink()
-    write_text(started, json.dumps(request))
+    write_text(started, dump_json(request))
     scenes = {split: split_scenes(split, count, seed) for split, count in counts.items()}
     tasks = [(scene, videos / f"{scene.name}.mp4", shake) for group in scenes.values() for scene in group]
     progress = Progress("videos", len(tasks))
@@ -463,5 +463,5 @@ def make_dataset(
             progress.show(index + 1)
     for split, group in scenes.items():
         _write_annotations(folder, split, group)
-    write_text(done, json.dumps(request))
+    write_text(done, dump_json(request))
     return folder

@@ -1,6 +1,5 @@
 """Parameters to and from Hugging Face safetensors, by one table of names."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from jax.sharding import Sharding
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from vau_jax.files import InputError, read_json, sync, write_text
+from vau_jax.files import InputError, dump_json, read_json, sync, write_text
 from vau_jax.models import qwen_vl
 from vau_jax.models.config import QwenVLConfig
 from vau_jax.types import Params
@@ -330,4 +329,4 @@ def save_weights(folder: str | os.PathLike, params: Params, config: QwenVLConfig
         path.rename(folder / f"model-{number:05}-of-{len(shards):05}.safetensors")
         places |= dict.fromkeys(names, f"model-{number:05}-of-{len(shards):05}.safetensors")
     index = {"metadata": {"total_size": sum(shard[2] for shard in shards)}, "weight_map": places}
-    write_text(folder / INDEX, json.dumps(index, indent=1))
+    write_text(folder / INDEX, dump_json(index, indent=1))

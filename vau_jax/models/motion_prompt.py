@@ -11,7 +11,6 @@ draws frames, differences, attention and prompted frames over time.
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from PIL import Image
 from vau_jax.data import video
 from vau_jax.data.decode_worker import DecoderPool
 from vau_jax.data.decoders import VideoError
-from vau_jax.files import InputError, exit_on_input_error, read_json, write_text
+from vau_jax.files import InputError, dump_json, exit_on_input_error, read_json, write_text
 from vau_jax.models.config import MOTION_FILE, Motion, VisionConfig
 from vau_jax.types import Vision
 
@@ -162,7 +161,7 @@ def read_file(folder: str | Path) -> dict[str, float]:
 def write_file(folder: str | Path, motion: Motion, numbers: Mapping[str, Any]) -> None:
     """MOTION_FILE of a model folder."""
     values = {name: float(numbers[name]) for name in ("m", "n")}
-    write_text(Path(folder) / MOTION_FILE, json.dumps({**values, "signed": motion.signed, "order": motion.order}))
+    write_text(Path(folder) / MOTION_FILE, dump_json({**values, "signed": motion.signed, "order": motion.order}))
 
 
 # --- A picture of it ----------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """LoRA adapters to and from the files of Hugging Face's peft library."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vau_jax import files
-from vau_jax.files import InputError, read_json
+from vau_jax.files import InputError, dump_json, read_json
 from vau_jax.models import hf
 from vau_jax.models.config import QwenVLConfig
 from vau_jax.models.lora import LoRA, layer_of
@@ -133,4 +132,4 @@ def save(folder: str | os.PathLike, lora: LoRA, adapters: dict[str, Any], config
     with files.new_folder(folder) as part:
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
         files.sync(part / WEIGHTS)
-        files.write_text(part / CONFIG, json.dumps(raw, indent=2))
+        files.write_text(part / CONFIG, dump_json(raw, indent=2))
