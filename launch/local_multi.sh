@@ -5,18 +5,17 @@
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
-  fail "usage: bash launch/local_multi.sh [--dry-run] N PROGRAM [ARGUMENTS]"
-fi
-count=$1
+[ $# -ge 2 ] || fail "usage: bash launch/local_multi.sh [--dry-run] N PROGRAM [ARGUMENTS]"
+N=$1 PORT=${PORT:-$((20000 + RANDOM % 20000))}
+need N "a number of processes" count
+need PORT "a number" count
 shift
-port=${PORT:-$((20000 + RANDOM % 20000))}
 here=$(dirname "${BASH_SOURCE[0]}")
 
 children=()
 trap 'kill -TERM "${children[@]}" 2>/dev/null || true' TERM INT
-for ((i = 0; i < count; i++)); do
-  settings=("JAX_COORDINATOR_ADDRESS=localhost:$port" "JAX_NUM_PROCESSES=$count" "JAX_PROCESS_ID=$i")
+for ((i = 0; i < N; i++)); do
+  settings=("JAX_COORDINATOR_ADDRESS=localhost:$PORT" "JAX_NUM_PROCESSES=$N" "JAX_PROCESS_ID=$i")
   if [ "$DRY_RUN" = 1 ]; then
     run env "${settings[@]}" bash launch/run.sh "$@"
   else

@@ -14,6 +14,9 @@ set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ $# -gt 0 ] || fail "usage: bash launch/run.sh [--dry-run] PROGRAM [ARGUMENTS]"
+PROGRAM=$1 RESTARTS=${RESTARTS:-0}
+need PROGRAM "a module's name" '[a-zA-Z_][a-zA-Z0-9_.]*'
+need RESTARTS "a number" number
 if [ -n "${RUN_PYTHON:-}" ] || [ "$DRY_RUN" = 1 ]; then
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   python=${RUN_PYTHON:-${VENV:-.venv}/bin/python}
@@ -22,9 +25,8 @@ else
   source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" "${EXTRA:-}"
   python=$VENV/bin/python
 fi
-program=$1
 shift
-command=("$python" -m "$program" "$@")
+command=("$python" -m "$PROGRAM" "$@")
 if [ "${ALONE:-0}" != 1 ]; then
   command+=(--distributed)
 fi
@@ -49,10 +51,10 @@ while true; do
   child=$!
   code=0
   wait_for "$child" || code=$?
-  if [ "$code" = 0 ] || [ "$code" = 2 ] || [ "$asked" = 1 ] || [ "$attempt" -ge "${RESTARTS:-0}" ]; then
+  if [ "$code" = 0 ] || [ "$code" = 2 ] || [ "$asked" = 1 ] || [ "$attempt" -ge "$RESTARTS" ]; then
     exit "$code"
   fi
   attempt=$((attempt + 1))
-  echo "run.sh: exit code $code; attempt $attempt of ${RESTARTS} to go on, in 10 s" >&2
+  echo "run.sh: exit code $code; attempt $attempt of $RESTARTS to go on, in 10 s" >&2
   sleep 10
 done

@@ -12,14 +12,16 @@ import argparse
 import hashlib
 import html
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -77,6 +79,7 @@ class Trial:
 
 
 COLOURS = qualitative.D3
+NAME_BYTES = 200  # of a folder's name, of which file systems take 255
 BACKENDS = {  # what submits a job, before the program and its arguments; {name} is the trial's
     "xpk": "NAME={name} bash launch/xpk.sh create",
     "slurm": "sbatch --job-name={name} launch/slurm.sbatch",
@@ -88,8 +91,8 @@ def jobs(found: Sequence[Trial], backend: str) -> str:
     lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"cd {shlex.quote(str(ROOT))}"]
     for trial in found:
         if not trial.finished:
-            short = re.sub(r"[^a-z0-9]+", "-", trial.name.lower()).strip("-")[:28].strip("-")
-            name = f"{short}-{hashlib.sha256(trial.name.encode()).hexdigest()[:6]}"  # unique, and short enough for GKE
+            short = re.sub(r"^[^a-z]+", "", re.sub(r"[^a-z0-9]+", "-", trial.name.lower()))[:28].strip("-")
+            name = f"{short or 'trial'}-{_hash(trial.name)}"  # unique, and a name that launch/xpk.sh takes
             program = trial.command[trial.command.index("-m") + 1 :]
             lines.append(f"{BACKENDS[backend].format(name=name)} {shlex.join(program)}")
     return "\n".join(lines) + "\n"
@@ -102,20 +105,33 @@ def load(path: Path) -> ModuleType:
         raise InputError(f"--config={path} does not exist: expected a sweep such as {known}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _mistakes_of(path):
+        spec.loader.exec_module(module)
     lacking = [name for name in ("PROGRAM", "CONFIG", "get_hyper") if not hasattr(module, name)]
     if lacking:
         raise InputError(f"{path} lacks {', '.join(lacking)}: see configs/sweeps/__init__.py")
     return module
 
 
+@contextmanager
+def _mistakes_of(path: str | os.PathLike) -> Iterator[None]:
+    """Turns whatever a sweep's own code raises into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"cannot read {path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
 def trials(sweep: ModuleType, workdir: Path) -> list[Trial]:
-    """The sweep's trials. Raises InputError when two of them are the same."""
-    settings = sweep.get_hyper()
+    """The sweep's trials. Raises InputError when it has none, or two that are the same."""
+    with _mistakes_of(sweep.__file__):
+        settings = sweep.get_hyper()
+    if not isinstance(settings, list) or not settings or not all(isinstance(trial, dict) for trial in settings):
+        raise InputError(f"get_hyper of the sweep returns {settings!r:.100}: expected a list of {{field: value}}")
     values = defaultdict(set)
     for trial in settings:
         for field in {field for other in settings for field in other}:
-            values[field].add(dump_json(trial.get(field)))
+            values[field].add(repr(trial.get(field)))
     found = []
     for trial in settings:
         told = {field: value for field, value in trial.items() if len(values[field]) > 1 and field != "shared"}
@@ -131,7 +147,12 @@ def trials(sweep: ModuleType, workdir: Path) -> list[Trial]:
 
 def _name(settings: dict[str, Any]) -> str:
     joined = ",".join(f"{field.removesuffix('.enabled')}={_short(value)}" for field, value in settings.items())
-    return re.sub(r"[^\w.,=+-]+", "-", joined) or "only"
+    name = re.sub(r"[^\w.,=+-]+", "-", joined) or "only"
+    return name if len(name.encode()) <= NAME_BYTES else f"{name[: NAME_BYTES // 5]}...{_hash(joined)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def _short(value: Any) -> str:
@@ -205,7 +226,7 @@ def run(config: Path, workdir: Path, backend: str, at_once: int, dry_run: bool) 
     The exit code: 1 when a trial failed."""
     found = trials(load(config), workdir)
     if dry_run:
-        local = "\n".join(" ".join(trial.command) for trial in found)
+        local = "\n".join(shlex.join(trial.command) for trial in found)
         print(local if backend == "local" else jobs(found, backend), flush=True)
         return 0
     workdir.mkdir(parents=True, exist_ok=True)
@@ -220,7 +241,10 @@ def _run(found: list[Trial], workdir: Path, backend: str, at_once: int) -> int:
             well = list(pool.map(Trial.run, found))
     else:
         write_text(workdir / "jobs.sh", jobs(found, backend))
-        print(f"{sum(not t.finished for t in found)} jobs to submit: bash {workdir / 'jobs.sh'}", flush=True)
+        print(
+            f"{sum(not t.finished for t in found)} jobs to submit: bash {shlex.quote(str(workdir / 'jobs.sh'))}",
+            flush=True,
+        )
     folders = [(trial.group, trial.folder) for trial in found]
     text = table(folders)
     write_text(workdir / "sweep.md", text + "\n")
@@ -237,6 +261,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trials at once, with --backend=local")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     args = parser.parse_args()
+    if args.jobs < 1:
+        raise InputError(f"--jobs={args.jobs}: expected at least 1")
     sys.exit(run(args.config, args.workdir, args.backend, args.jobs, args.dry_run))
 
 

@@ -14,9 +14,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/lib.sh
 action=${1:-}
 [ $# -gt 0 ] && shift
-need PROJECT "the Google Cloud project"
-need ZONE "such as us-west4-a"
-need NAME "a name for the slice"
+RESTARTS=${RESTARTS:-3} WORKER=${WORKER:-0}
+need PROJECT "the Google Cloud project" project
+need ZONE "such as us-west4-a" name
+need NAME "a name for the slice" name
+need RESTARTS "a number" number
+need WORKER "a number, or all" 'all|[0-9]{1,6}'
 place=(--project="$PROJECT" --zone="$ZONE")
 
 runtime() { # the VM image that belongs to a type of slice
@@ -35,7 +38,7 @@ on_all() { # a command on every host
 
 case $action in
   create)
-    need TYPE "such as v5litepod-16"
+    need TYPE "such as v5litepod-16" name
     image=$(runtime)
     options=(--node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$image")
     if [ "${SPOT:-0}" = 1 ]; then
@@ -44,20 +47,20 @@ case $action in
     run gcloud compute tpus queued-resources create "$NAME" "${place[@]}" "${options[@]}"
     ;;
   setup)
-    need BUCKET "a bucket for workdirs"
+    need BUCKET "a bucket for workdirs" '[a-z0-9][-a-z0-9._]{1,220}[a-z0-9]'
     run git archive --format=tar.gz --output=/tmp/vau_jax.tar.gz HEAD
     run gcloud compute tpus tpu-vm scp /tmp/vau_jax.tar.gz "$NAME:" "${place[@]}" --worker=all
     on_all "mkdir -p vau_jax runs && tar -xzf vau_jax.tar.gz -C vau_jax"
     on_all "command -v gcsfuse || (sudo apt-get update -qq && sudo apt-get install -y -qq gcsfuse)"
-    on_all "mountpoint -q runs || gcsfuse --implicit-dirs $(quoted "$BUCKET") runs"
+    on_all "mountpoint -q runs || gcsfuse --implicit-dirs $BUCKET runs"
     on_all "cd vau_jax && bash -c 'source launch/venv.sh tpu'"
     ;;
   run)
     [ $# -gt 0 ] || fail "run what? Such as: run vau_jax.train --config=configs/vau_r1_sft.py --workdir=../runs/sft"
-    on_all "cd vau_jax && EXTRA=tpu RESTARTS=${RESTARTS:-3} nohup bash launch/run.sh $(quoted "$@") > run.log 2>&1 < /dev/null &"
+    on_all "cd vau_jax && EXTRA=tpu RESTARTS=$RESTARTS nohup bash launch/run.sh $(quoted "$@") > run.log 2>&1 < /dev/null &"
     ;;
   logs)
-    run gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker="${WORKER:-0}" \
+    run gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker="$WORKER" \
       --command="tail -n 100 -f vau_jax/run.log"
     ;;
   status)

@@ -12,16 +12,19 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/lib.sh
 action=${1:-}
 [ $# -gt 0 ] && shift
-need NAME "a name for the workload"
+RESTARTS=${RESTARTS:-3} SLICES=${SLICES:-1}
+need NAME "a name for the workload" name
+need RESTARTS "a number" number
+need SLICES "a number" count
 
 remote() { # what a host runs
-  echo "cd /vau_jax && RUN_PYTHON=python RESTARTS=${RESTARTS:-3} bash launch/run.sh $(quoted "$@")"
+  printf '%s\n' "cd /vau_jax && RUN_PYTHON=python RESTARTS=$RESTARTS bash launch/run.sh $(quoted "$@")"
 }
 
 in_cluster() {
-  need PROJECT "the Google Cloud project"
-  need ZONE "such as us-west4-a"
-  need CLUSTER "the GKE cluster"
+  need PROJECT "the Google Cloud project" project
+  need ZONE "such as us-west4-a" name
+  need CLUSTER "the GKE cluster" name
   place=(--project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER")
 }
 
@@ -29,29 +32,30 @@ case $action in
   create)
     [ $# -gt 0 ] || fail "create what? Such as: create vau_jax.train --config=configs/vau_r1_sft.py --workdir=/runs/sft"
     in_cluster
-    need TYPE "such as v5litepod-16"
-    need IMAGE "a container image with this repository"
-    run xpk workload create "${place[@]}" --workload="$NAME" --tpu-type="$TYPE" --num-slices="${SLICES:-1}" \
+    need TYPE "such as v5litepod-16" name
+    need IMAGE "a container image with this repository" image
+    [[ $* != *$'\n'* ]] || fail "XPK writes the command into YAML as it is: no line breaks in arguments; use manifest"
+    run xpk workload create "${place[@]}" --workload="$NAME" --tpu-type="$TYPE" --num-slices="$SLICES" \
       --docker-image="$IMAGE" --command="$(remote "$@")"
     ;;
   manifest)
     [ $# -gt 0 ] || fail "manifest of what? PROGRAM and its ARGUMENTS"
-    need IMAGE "a container image with this repository"
-    need TOPOLOGY "such as 4x4"
-    need ACCELERATOR "such as tpu-v5-lite-podslice"
-    need HOSTS "hosts of a slice"
-    need CHIPS "chips of a host"
+    need IMAGE "a container image with this repository" image
+    need TOPOLOGY "such as 4x4" '[0-9]{1,4}(x[0-9]{1,4}){1,2}'
+    need ACCELERATOR "such as tpu-v5-lite-podslice" name
+    need HOSTS "hosts of a slice" count
+    need CHIPS "chips of a host" count
     cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: $NAME
+  name: $(yaml "$NAME")
 spec:
   failurePolicy:
-    maxRestarts: ${RESTARTS:-3}
+    maxRestarts: $RESTARTS
   replicatedJobs:
     - name: slice
-      replicas: ${SLICES:-1}
+      replicas: $SLICES
       template:
         spec:
           parallelism: $HOSTS
@@ -62,15 +66,14 @@ spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: 300
               nodeSelector:
-                cloud.google.com/gke-tpu-accelerator: $ACCELERATOR
-                cloud.google.com/gke-tpu-topology: $TOPOLOGY
+                cloud.google.com/gke-tpu-accelerator: $(yaml "$ACCELERATOR")
+                cloud.google.com/gke-tpu-topology: $(yaml "$TOPOLOGY")
               containers:
                 - name: run
-                  image: $IMAGE
+                  image: $(yaml "$IMAGE")
                   command: ["bash", "-c"]
                   args:
-                    - |
-                      $(remote "$@")
+                    - $(yaml "$(remote "$@")")
                   resources:
                     limits:
                       google.com/tpu: $CHIPS

@@ -1,5 +1,6 @@
 """The launchers: what they would do is what their golden files say, and the shell finds nothing wrong with them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "data" / "launch"
@@ -56,14 +58,76 @@ def test_a_dry_run_prints_what_would_be_done(name: str) -> None:
     assert done.stdout == (GOLDEN / f"{name}.txt").read_text()
 
 
-def test_words_survive_the_remote_shell() -> None:
-    """The command that a host is sent gives the program the very arguments."""
-    sent = call(POD, "tpu_vm.sh", "--dry-run", "run", *RUN).stdout
-    command = subprocess.run(["bash", "-c", f"printf '%s\\n' {sent}"], capture_output=True, text=True, check=True)
-    remote = command.stdout.splitlines()[-1].removeprefix("--command=")
-    words = remote.partition("launch/run.sh ")[2].partition(" > run.log")[0]
-    told = subprocess.run(["bash", "-c", f"printf '%s\\n' {words}"], capture_output=True, text=True, check=True)
-    assert tuple(told.stdout.splitlines()) == RUN
+HARD = (
+    "vau_jax.train",
+    "--config.data.tasks=('qa', \"grounding\")",
+    "two\nlines\n\n  - name: x\n",
+    "\ttab, $HOME, `id`, $(id), ${x}, \\n, \\, %s, !!",
+    "",
+    "-n",
+    "*",
+    "~",
+    "#",
+    "'",
+    "$'\\n'",
+    "é\u2028\u0085\x01\x7f🎥",
+)
+
+
+def read_by(shell: str, words: str) -> list[str]:
+    """The arguments that a shell makes of a command's text."""
+    show = "import json, sys; print(json.dumps([a.encode(errors='surrogateescape').decode() for a in sys.argv[1:]]))"
+    done = subprocess.run([shell, "-c", f'"$0" -c "$1" {words}', sys.executable, show], capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash"])
+@pytest.mark.parametrize("launcher", ["tpu_vm", "manifest", "slurm", "local_multi"])
+def test_words_survive_every_shell(launcher: str, shell: str) -> None:
+    """What a host is sent, or the terminal shows, gives the program the very arguments."""
+    if launcher == "tpu_vm":
+        sent = read_by(shell, call(POD, "tpu_vm.sh", "--dry-run", "run", *HARD).stdout)[-1]
+        told = sent.partition("launch/run.sh ")[2].rpartition(" > run.log")[0]
+    elif launcher == "manifest":
+        job = yaml.safe_load(call(GKE | JOBSET, "xpk.sh", "manifest", *HARD).stdout)
+        pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        told = pod["containers"][0]["args"][0].partition("launch/run.sh ")[2]
+    elif launcher == "slurm":
+        said = call({}, "slurm.sbatch", "--dry-run", *HARD, "--workdir=x").stdout
+        told = said.partition("launch/run.sh ")[2].rpartition(" --workdir=x\n")[0]
+    else:
+        told = call({}, "local_multi.sh", "--dry-run", "1", *HARD).stdout.partition("launch/run.sh ")[2].rstrip("\n")
+    assert read_by(shell, told) == list(HARD)
+
+
+@pytest.mark.parametrize("name", ["true", "null", "on", "n"])
+def test_a_manifest_keeps_names_that_yaml_would_read_otherwise(name: str) -> None:
+    job = yaml.safe_load(call(GKE | JOBSET | {"NAME": name}, "xpk.sh", "manifest", *RUN).stdout)
+    assert job["metadata"]["name"] == name
+
+
+INJECTED = "a\n    evil: true"
+MANIFEST, CREATE = ("xpk.sh", "manifest", "x"), ("xpk.sh", "--dry-run", "create", "x")
+SETTINGS = [
+    *((GKE | JOBSET | {name: INJECTED}, MANIFEST) for name in ("NAME", "IMAGE", *JOBSET, "RESTARTS", "SLICES")),
+    *((GKE | {name: INJECTED}, CREATE) for name in ("NAME", "PROJECT", "ZONE", "CLUSTER", "TYPE", "IMAGE")),
+    *((POD | {name: INJECTED}, ("tpu_vm.sh", "--dry-run", "create")) for name in ("NAME", "PROJECT", "ZONE", "TYPE")),
+    *((GKE | JOBSET | {"NAME": name}, MANIFEST) for name in ("A", "-a", "a-", "1a", "a_b", "a" * 40, "é")),
+    (POD | {"BUCKET": "x; id"}, ("tpu_vm.sh", "--dry-run", "setup")),
+    (POD | {"RESTARTS": "1; id"}, ("tpu_vm.sh", "--dry-run", "run", "x")),
+    (POD | {"WORKER": "-1"}, ("tpu_vm.sh", "--dry-run", "logs")),
+    ({"PORT": "x"}, ("local_multi.sh", "--dry-run", "2", "x")),
+    ({"RESTARTS": "many"}, ("run.sh", "--dry-run", "x")),
+    ({}, ("run.sh", "--dry-run", "--version")),
+    (GKE, ("xpk.sh", "--dry-run", "create", "x", "two\nlines")),
+]
+
+
+@pytest.mark.parametrize(("settings", "command"), SETTINGS, ids=map(str, range(len(SETTINGS))))
+def test_a_setting_of_another_kind_is_one_line(settings: dict[str, str], command: tuple[str, ...]) -> None:
+    done = call(settings, *command)
+    assert done.returncode == 2 and done.stdout == "", done.stdout
+    assert (len(done.stderr.splitlines()) == 1 and "expected" in done.stderr) or "no line breaks" in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -82,7 +146,8 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
         (POD, ("tpu_vm.sh", "run"), "run what?"),
         (GKE, ("xpk.sh", "manifest", "x"), "TOPOLOGY is not set"),
         ({}, ("slurm.sbatch", "--dry-run", "vau_jax.train"), "--workdir=DIR is needed"),
-        ({}, ("local_multi.sh", "none", "x"), "usage:"),
+        ({}, ("local_multi.sh", "none", "x"), "N=none cannot be used: expected a number of processes"),
+        ({}, ("local_multi.sh", "2"), "usage:"),
         ({}, ("run.sh",), "usage:"),
     ],
     ids=str,

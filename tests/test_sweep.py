@@ -32,6 +32,11 @@ def written(folder: Path, body: str) -> Path:
     return file
 
 
+def test_a_sweep_without_jobs_at_once_is_a_mistake(tmp_path: Path) -> None:
+    done = call(written(tmp_path, 'over("seed", (0, 1))'), tmp_path / "runs", "--jobs=0")
+    assert done.returncode == 2 and done.stderr == "error: --jobs=0: expected at least 1\n"
+
+
 def test_products_and_zips() -> None:
     a, b = sweeps.over("a", (1, 2)), sweeps.over("b", "xy")
     assert sweeps.product(a, b) == [{"a": i, "b": j} for i in (1, 2) for j in "xy"]
@@ -101,6 +106,26 @@ def test_a_trial_that_fails_is_told_and_gone_on_with(tmp_path: Path) -> None:
     assert second.returncode == 0 and second.stdout.count("is finished") == 1
 
 
+HARD = "it's\ntwo  lines; $(id) `id` *"
+
+
+def test_a_dry_run_prints_what_a_shell_reads_back(tmp_path: Path) -> None:
+    file = written(tmp_path, f'over("options", ({HARD!r},))')
+    said = call(file, tmp_path / "my runs", "--dry-run").stdout
+    show = 'show() { for word; do printf "%s\\0" "$word"; done; }; '
+    for shell in ("dash", "bash"):
+        read = subprocess.run([shell, "-c", f"{show}show {said}"], capture_output=True, text=True, check=True).stdout
+        assert read.split("\0")[-3:-1] == [f"--workdir={tmp_path}/my runs/only", f"--config.options={HARD}"]
+
+
+def test_every_trial_has_a_name_that_its_backend_takes(tmp_path: Path) -> None:
+    file = written(tmp_path, 'over("0", ("x" * 300, "é\\n" * 99, "-", 3))')
+    found = sweep.trials(sweep.load(file), tmp_path)
+    assert len({trial.folder for trial in found}) == 4 and all(len(t.folder.name.encode()) <= 255 for t in found)
+    names = re.findall(r"^NAME=(\S+) bash", sweep.jobs(found, "xpk"), re.MULTILINE)
+    assert len(names) == 4 and all(re.fullmatch("[a-z]([-a-z0-9]{0,37}[a-z0-9])?", name) for name in names)
+
+
 def test_a_dry_run_prints_commands_alone(tmp_path: Path) -> None:
     file = written(tmp_path, 'over("seed", (0, 1))')
     done = call(file, tmp_path / "runs", "--dry-run")
@@ -115,6 +140,9 @@ def test_a_dry_run_prints_commands_alone(tmp_path: Path) -> None:
         ('over("seed", (1, 1))', "two trials of the sweep have the same settings"),
         (None, "lacks PROGRAM, CONFIG, get_hyper"),
         ("", "configs/sweeps/motion.py"),
+        ("[]", "expected a list of"),
+        ("over('seed', 1 / 0)", "ZeroDivisionError"),
+        ("(", "cannot read .*my_sweep.py: SyntaxError"),
     ],
 )
 def test_what_is_no_sweep_is_said(body: str | None, words: str, tmp_path: Path) -> None:
