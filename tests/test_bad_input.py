@@ -1,6 +1,5 @@
 """A user's mistake gives one clear line and exit code 2, from the real command line; no traceback."""
 
-import json
 import os
 import subprocess
 import sys
@@ -90,22 +89,13 @@ def test_annotation_files(good: dict[str, str], dataset: Path, tmp_path: Path, c
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: (f / "config.json").unlink(), "has no config.json"),
-        (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
-        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "cannot read"),
         (lambda f: (f / "config.json").write_text("{"), "as JSON"),
-        (
-            lambda f: (f / "config.json").write_text('{"model_type": "llava"}'),
-            "supported: qwen2_vl, qwen2_5_vl, qwen3_vl",
-        ),
-        (lambda f: change(f, intermediate_size=96), "expected [96, 64]"),
-        (lambda f: change(f, hidden_size=96), "mrope_section"),
-        (lambda f: ((f / "model.safetensors").unlink(), (f / "pytorch_model.bin").write_bytes(b"")), "pickles"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "cannot read"),
     ],
-    ids=["config", "tokenizer", "weights", "damaged weights", "json", "model_type", "shapes", "sizes", "pickle"],
+    ids=["config", "weights"],
 )
 def test_model_folders(good: dict[str, str], model_folder: Path, tmp_path: Path, damage: object, words: str) -> None:
+    """test_model_folders.py has the others."""
     import shutil
 
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
@@ -115,11 +105,6 @@ def test_model_folders(good: dict[str, str], model_folder: Path, tmp_path: Path,
     assert code == 2
     assert words in error
     assert "Traceback" not in error
-
-
-def change(folder: Path, **fields: int) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **fields}))
 
 
 def test_evaluation_of_a_run_without_a_checkpoint(dataset: Path, model_folder: Path, tmp_path: Path) -> None:

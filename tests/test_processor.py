@@ -1,6 +1,9 @@
 """Messages to model inputs: patches, groups, sizes and positions against transformers' own processors; padding."""
 
+import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -273,3 +276,31 @@ def test_padding_changes_no_logits(vlm: VideoLM, rng: np.random.Generator) -> No
 def test_a_bad_message_is_named(vlm: VideoLM, content: list, words: str) -> None:
     with pytest.raises(InputError, match=words):
         vlm.encode([[{"role": "user", "content": content}]])
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A picture that ends where its pixels begin."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + struct.pack(">I", 9) + b"IDAT"
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+PICTURES = {
+    "too many pixels": (png_header(20_000, 20_000), "exceeds limit of"),
+    "cut off": (png_header(64, 64), "cannot read image"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n", "cannot identify"),
+    "no file": (None, "it is no file"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_that_cannot_be_read_is_one_line(name: str, model_folder: Path, tmp_path: Path) -> None:
+    data, words = PICTURES[name]
+    path = tmp_path / "picture.png"
+    if data is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(data)
+    with pytest.raises(InputError, match=words) as caught:
+        Processor(model_folder).encode([{"role": "user", "content": [{"type": "image", "image": str(path)}]}])
+    assert len(str(caught.value).splitlines()) == 1

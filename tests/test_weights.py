@@ -118,7 +118,7 @@ def test_every_misfit_is_reported_at_once(family_folder: Path, tmp_path: Path) -
     assert "3 problems" in message
     assert f"missing {hf.plain_name(names[0])}" in message
     assert f"{hf.plain_name(names[1])} has shape [3, 5]" in message
-    assert "unused model.layers.77.self_attn.q_proj.weight" in message
+    assert "unused 'model.layers.77.self_attn.q_proj.weight'" in message
 
 
 def test_any_part_of_a_parameter_is_read_alone(family_folder: Path) -> None:

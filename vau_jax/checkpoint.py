@@ -17,7 +17,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from vau_jax import checksums, processes
 from vau_jax.data.decoders import short
+from vau_jax.fields import Fields
 from vau_jax.files import InputError, dump_json, read_json, write_text
+from vau_jax.models import lora
 from vau_jax.models.lora import LoRA
 from vau_jax.types import Params, State
 
@@ -277,9 +279,10 @@ def write_adapter(workdir: str | os.PathLike, adapter: Adapter) -> None:
 def _adapter(workdir: Path) -> Adapter | None:
     if not (workdir / ADAPTER).is_file():
         return None
-    raw = read_json(workdir / ADAPTER)
-    kind = LoRA(**{**raw["lora"], "targets": tuple(raw["lora"]["targets"])})
-    return Adapter(raw["base"], kind, raw.get("files", {}))
+    fields = Fields(read_json(workdir / ADAPTER), str(workdir / ADAPTER))
+    hashes = fields.object("files", {})
+    files = {name: hashes.text(name) for name in hashes.raw}
+    return Adapter(fields.text("base"), lora.read(fields.object("lora")), files)
 
 
 def need(source: Source, workdir: str | os.PathLike) -> None:
@@ -314,7 +317,7 @@ def find_model(path: str | os.PathLike) -> Found:
     `path` is a Hugging Face folder, the workdir of a run (its last checkpoint), or workdir/checkpoints/STEP.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # pathlib's raises for names that no file system takes
         raise InputError(f"model folder {path} does not exist: give a Hugging Face folder or the workdir of a run")
     if _is_step(path):
         return Found(path.parent.parent / MODEL_FOLDER, path, _adapter(path.parent.parent))

@@ -5,17 +5,21 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import shutil
 import socket
+import stat
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 LOCK = ".lock"  # in a folder that is held: who holds it
+JSON_BYTES = 2**28  # of a file that is parsed as a whole; memory holds some ten times that
 
 
 class InputError(ValueError):
@@ -103,12 +107,34 @@ def read_lines(path: str | os.PathLike) -> list[str]:
         return list(file)
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Parses a JSON file; a damaged one is an `InputError` that names it."""
+def read_json(path: str | os.PathLike, most: int = JSON_BYTES) -> Any:
+    """Parses a JSON file of at most `most` bytes. Raises InputError that names it for anything else than a regular file
+    of JSON in UTF-8, for a key that stands twice in an object, and for what nests too deeply to be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"cannot read {path} as JSON: it is no regular file")
+        if found.st_size > most:
+            raise InputError(f"cannot read {path} as JSON: it has {found.st_size} bytes, expected at most {most}")
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except InputError:
+        raise
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: no UTF-8, no JSON, or a number of more digits than Python reads
         raise InputError(f"cannot read {path} as JSON: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"cannot read {path} as JSON: it nests too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of its keys and values. Raises ValueError where a key stands twice: which of the two is meant?"""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {reprlib.repr(twice)} stands twice")
+    return found
 
 
 def dump_json(value: Any, **options: Any) -> str:

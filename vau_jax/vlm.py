@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -88,23 +89,36 @@ class VideoLM:
 
     @classmethod
     def _whole(
-        cls, path: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | None, stored: bool = False
+        cls,
+        path: str | os.PathLike,
+        dtype: str,
+        mesh: jax.sharding.Mesh | None,
+        stored: bool = False,
+        users: tuple[Path, ...] = (),
     ) -> "VideoLM":
         """Like `_open`, with a run's adapters added in."""
         if checkpoint.find_model(path).adapter is None:
-            return cls._open(path, dtype, mesh, stored)
-        return cls._open(path, dtype, mesh, stored=True).merged(dtype)
+            return cls._open(path, dtype, mesh, stored, users)
+        return cls._open(path, dtype, mesh, True, users).merged(dtype)
 
     @classmethod
     def _open(
-        cls, path: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | None, stored: bool = False
+        cls,
+        path: str | os.PathLike,
+        dtype: str,
+        mesh: jax.sharding.Mesh | None,
+        stored: bool = False,
+        users: tuple[Path, ...] = (),
     ) -> "VideoLM":
-        """With `stored`, parameters keep the dtype that they are stored in, or float32 where adapters were added in."""
+        """With `stored`, parameters keep the dtype that they are stored in, or float32 where adapters were added in.
+        `users` are the runs whose adapters belong on this model."""
         found = checkpoint.find_model(path)
+        if (here := Path(path).resolve()) in users:
+            raise InputError(f"{path} holds adapters for itself ({checkpoint.ADAPTER}): name the model they belong to")
         if found.adapter is not None:  # the checkpoint holds adapters alone: the rest is where the run began
             source = checkpoint.Source(found.adapter.base, found.adapter.files)
             checkpoint.check_source(source, found.folder.parent)
-            base = cls._whole(source.path, "float32" if stored else dtype, mesh, stored)
+            base = cls._whole(source.path, "float32" if stored else dtype, mesh, stored, (*users, here))
             flat = hf.flatten(checkpoint.restore_params(found.step_folder))
             base = base._in_form(model_config.read_motion(found.folder))
             return base._with_adapters(found.adapter.lora, flat, mesh)

@@ -192,7 +192,7 @@ class Loader:
         text = prompts.question(example.row, example.task, c.style, c.wording, self.words) + hint
         content = [{"type": "video"}, {"type": "text", "text": text}]
         messages = [{"role": "user", "content": content}]
-        prompt = self.processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = self.processor.chat_text(messages)
         return Prompt(prompt, self.processor.encode_text(prompt, [self.processor.encode_clip(clip)]))
 
     def _variants(self, example: Example, clip: Clip, rng: np.random.Generator) -> dict[str, Prompt]:

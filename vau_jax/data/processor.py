@@ -4,23 +4,28 @@ The model never computes an integer itself: every index it needs comes from here
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vau_jax.data import video
+from vau_jax.data import chat_template, video
 from vau_jax.data.decoders import VideoError
 from vau_jax.data.video import Clip, Sampling, VideoOptions
+from vau_jax.fields import Fields
 from vau_jax.files import InputError, read_json
 from vau_jax.models import config as model_config
-from vau_jax.models.config import VisionConfig
+from vau_jax.models.config import FILE_BYTES, VisionConfig
 from vau_jax.stop_strings import token_bytes
 from vau_jax.types import Batch, Groups, Motion, Vision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Message = dict[str, Any]
 
@@ -188,23 +193,58 @@ def mrope_positions(is_visual: np.ndarray, visuals: Sequence[Visual]) -> np.ndar
     return np.concatenate(parts, axis=1).astype(np.int32)
 
 
+TOKENIZER = "tokenizer.json"
+TOKENIZER_BYTES = 2**26  # six times that of Qwen3-VL
+TEMPLATE_BYTES = 2**20
+SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)  # what transformers reads beside it
+
+
+def _tokenizer(folder: Path, config: model_config.QwenVLConfig) -> "PreTrainedTokenizerFast":
+    """A folder's tokenizer. Raises InputError for a damaged one, and for one that does not fit the model."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise InputError(f"model folder {folder} has no {TOKENIZER}: copy the tokenizer files beside the weights")
+    if path.stat().st_size > TOKENIZER_BYTES:
+        raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {TOKENIZER_BYTES}")
+    for name in SETTINGS:
+        if (folder / name).exists():
+            settings = Fields(read_json(folder / name, FILE_BYTES), str(folder / name))
+            if "fast_tokenizer_files" in settings.raw:
+                raise InputError(f"{settings.where}: fast_tokenizer_files names other files to read: take it out")
+    for template in (*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")):
+        if not template.is_file() or template.stat().st_size > TEMPLATE_BYTES:
+            raise InputError(f"{template} is no chat template: expected a file of at most {TEMPLATE_BYTES} bytes")
+    # All that a tokenizer is stands in tokenizer.json; AutoTokenizer would import PyTorch where it is installed.
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - slow to import: mistakes are told before
+
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), model_max_length=sys.maxsize)
+        tokenizer("a", add_special_tokens=False)  # settings of another type show when they are used
+        largest = max(tokenizer.get_vocab().values(), default=0)
+    except Exception as error:  # the libraries raise whatever a damaged file provokes
+        raise InputError(f"cannot read the tokenizer of {folder}: {' '.join(str(error).split())[:300]}") from error
+    if largest >= config.vocab_size:
+        raise InputError(f"{path} has token {largest}, but config.json: vocab_size={config.vocab_size}")
+    marks = [config.vision_start_token_id, config.vision_end_token_id, *config.never_sampled]
+    if absent := [mark for mark, token in zip(marks, tokenizer.convert_ids_to_tokens(marks), strict=True) if not token]:
+        raise InputError(f"{path} lacks the tokens {absent}, which config.json names for images and videos")
+    return tokenizer
+
+
 class Processor:
     """Everything of a model folder that is not weights: sizes, tokenizer, chat template, pixel budgets."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
         """Raises InputError for a folder without config or tokenizer."""
         self.folder = Path(folder)
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):  # pathlib's raises for names that no file system takes
             raise InputError(f"model folder {folder} does not exist (config.model)")
         self.config = model_config.load(folder)
-        if not (self.folder / "tokenizer.json").is_file():
-            raise InputError(
-                f"model folder {folder} has no tokenizer.json: copy the tokenizer files beside the weights"
-            )
-        # All that a tokenizer is stands in tokenizer.json; AutoTokenizer would import PyTorch where it is installed.
-        from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - slow to import: mistakes are told before
-
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        self.tokenizer = _tokenizer(self.folder, self.config)
         tokens = self.factor**2  # pixels of one visual token
         image, clip = VideoOptions(min_pixels=4 * tokens, max_pixels=1280 * tokens), VideoOptions()
         if self.config.timestamps:  # Qwen3-VL bounds a clip as a whole
@@ -216,22 +256,18 @@ class Processor:
         self.read_video = video.read  # or that of a decode_worker.DecoderPool, for files that nobody has vouched for
 
     def _pixel_budget(self, kind: str, default: VideoOptions) -> VideoOptions:
-        raw = model_config.processor_settings(self.folder, kind)
-        size = raw.get("size") or {}
-        item = {
-            "min_pixels": raw.get("min_pixels") or size.get("shortest_edge"),
-            "max_pixels": raw.get("max_pixels") or size.get("longest_edge"),
-        }
-        return VideoOptions.from_item(item, default)
+        return VideoOptions.from_item(model_config.processor_settings(self.folder, kind).pixels(), default)
 
     def _end_tokens(self) -> tuple[int, ...]:
         """The tokens that end a completion: generation_config.json's, or the tokenizer's end token."""
-        path = self.folder / "generation_config.json"
-        raw = read_json(path).get("eos_token_id") if path.is_file() else None
-        ids = raw if isinstance(raw, list) else [raw if raw is not None else self.tokenizer.eos_token_id]
-        if ids == [None]:
+        path, most = self.folder / "generation_config.json", self.config.vocab_size - 1
+        fields = Fields(read_json(path, FILE_BYTES) if path.is_file() else {}, str(path))
+        if isinstance(fields.raw.get("eos_token_id"), list):
+            return fields.integers("eos_token_id", 0, most, range(1, 65))
+        last = fields.integer("eos_token_id", 0, most, self.tokenizer.eos_token_id)
+        if last is None:
             raise InputError(f"{self.folder} names no end token (generation_config.json or tokenizer_config.json)")
-        return tuple(ids)
+        return (last,)
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
@@ -260,8 +296,24 @@ class Processor:
                     visuals.append(self._image(item))
                 elif item["type"] != "text":
                     raise InputError(f"content type {item['type']!r} is unknown: expected text, image or video")
-        text = self.tokenizer.apply_chat_template(_without_data(messages), tokenize=False, add_generation_prompt=True)
-        return self.encode_text(text, visuals)
+        return self.encode_text(self.chat_text(messages), visuals)
+
+    def chat_text(self, messages: Sequence[Message]) -> str:
+        """Messages in the form of the folder's chat template, up to where the assistant begins.
+
+        Raises InputError for a folder without a template, and for one that cannot be used or does not end.
+        """
+        template = self.tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not isinstance(template, str):
+            raise InputError(
+                f"model folder {self.folder} has no chat template: copy chat_template.jinja or tokenizer_config.json "
+                "beside the weights"
+            )
+        values = {"tools": None, "documents": None, "add_generation_prompt": True}
+        values |= {**self.tokenizer.special_tokens_map, "messages": _without_data(messages)}
+        return chat_template.render(template, values, f"model folder {self.folder}")
 
     def encode_text(self, text: str, visuals: list[Visual]) -> Encoded:
         """A prompt in template form, with one pad token where each visual goes."""
@@ -355,7 +407,8 @@ def _without_data(messages: Sequence[Message]) -> list[Message]:
         content = message["content"]
         if not isinstance(content, str):
             content = [item if item["type"] == "text" else {"type": item["type"]} for item in content]
-        plain.append({**message, "content": content})
+        filled = {name: value for name, value in message.items() if value is not None}
+        plain.append({**filled, "content": content})
     return plain
 
 

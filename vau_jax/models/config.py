@@ -1,18 +1,28 @@
 """The sizes of a model, read from a Hugging Face config.json, and those of the published models."""
 
+import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vau_jax.fields import Fields
 from vau_jax.files import InputError, read_json
 from vau_jax.models.layers import ACTIVATIONS
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+# Far above any published model, and small enough that whatever is computed from a config ends soon and fits in memory.
+FILE_BYTES = 2**24  # of a JSON file in a model folder
+MOST_LAYERS = 1024
+MOST_UNITS = 2**20  # heads, channels and hidden units
+MOST_TOKENS = 2**24  # of a vocabulary
+MOST_PIXELS = 2**40  # Qwen3-VL bounds a whole clip
 
 MOTION_FILE = "motion_prompt.json"  # beside a model's config: its Video Motion Prompt, where it has one
+ORDERS = ("rgb", "bgr")  # of the channels that it weighs
 
 
 @dataclass(frozen=True)
@@ -87,44 +97,49 @@ class QwenVLConfig:
         return self.model_type == "qwen3_vl"
 
 
-def _qwen2(v: dict[str, Any]) -> dict[str, Any]:
+def _qwen2(v: Fields) -> dict[str, Any]:
+    width = v.integer("embed_dim", 1, MOST_UNITS)
     return {
-        "hidden_size": v["embed_dim"],
-        "intermediate_size": int(v["embed_dim"] * v["mlp_ratio"]),
-        "out_hidden_size": v["hidden_size"],
-        "activation": v.get("hidden_act", "quick_gelu"),
+        "hidden_size": width,
+        "intermediate_size": int(width * v.number("mlp_ratio", 1 / width, 64)),
+        "out_hidden_size": v.integer("hidden_size", 1, MOST_UNITS),
+        "activation": v.word("hidden_act", ACTIVATIONS, "quick_gelu"),
     }
 
 
-def _qwen2_5(v: dict[str, Any]) -> dict[str, Any]:
+def _qwen2_5(v: Fields) -> dict[str, Any]:
     return {
-        "hidden_size": v["hidden_size"],
-        "intermediate_size": v["intermediate_size"],
-        "out_hidden_size": v["out_hidden_size"],
-        "activation": v.get("hidden_act", "silu"),
+        **_widths(v),
+        "activation": v.word("hidden_act", ("silu",), "silu"),
         "gated": True,
-        "window_size": v["window_size"],
-        "full_attention_layers": tuple(v["fullatt_block_indexes"]),
-        "tokens_per_second": v["tokens_per_second"],
+        "window_size": v.integer("window_size", 1, 2**16),
+        "full_attention_layers": v.integers("fullatt_block_indexes", 0, MOST_LAYERS, range(MOST_LAYERS)),
+        "tokens_per_second": v.number("tokens_per_second", 1e-3, 1e3),
     }
 
 
-def _qwen3(v: dict[str, Any]) -> dict[str, Any]:
+def _qwen3(v: Fields) -> dict[str, Any]:
+    entries = v.integer("num_position_embeddings", 1, 2**20)
+    side = math.isqrt(entries)
+    if side**2 != entries:
+        raise InputError(f"{v.where}: num_position_embeddings={entries}: expected the square of a table's side")
     return {
-        "hidden_size": v["hidden_size"],
-        "intermediate_size": v["intermediate_size"],
-        "out_hidden_size": v["out_hidden_size"],
-        "activation": v.get("hidden_act", "gelu_pytorch_tanh"),
+        **_widths(v),
+        "activation": v.word("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh"),
         "patch_bias": True,
-        "position_grid": round(v["num_position_embeddings"] ** 0.5),
-        "deepstack_layers": tuple(v["deepstack_visual_indexes"]),
+        "position_grid": side,
+        "deepstack_layers": v.integers("deepstack_visual_indexes", 0, MOST_LAYERS, range(MOST_LAYERS)),
         "image_mean": (0.5, 0.5, 0.5),
         "image_std": (0.5, 0.5, 0.5),
     }
 
 
+def _widths(v: Fields) -> dict[str, int]:
+    return {name: v.integer(name, 1, MOST_UNITS) for name in ("hidden_size", "intermediate_size", "out_hidden_size")}
+
+
 # What a family's vision config holds, by model_type.
-FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
     "qwen3_vl": _qwen3,
@@ -134,14 +149,16 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 def load(folder: str | Path) -> QwenVLConfig:
     """Reads folder/config.json, and the pixel statistics of the image processor's config where it is there.
 
-    Raises InputError when there is no config, or for a model_type that is not supported.
+    Raises InputError when there is no config, for a model_type that is not supported, and for a field that is absent,
+    of another type or out of range, or does not fit the others.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(
             f"model folder {folder} has no config.json: give a Hugging Face model folder or a run's workdir"
         )
-    config = from_hf(read_json(path), str(path), processor_settings(folder, "image"))
+    config = _from_fields(Fields(read_json(path, FILE_BYTES), str(path)), processor_settings(folder, "image"))
+    processor_settings(folder, "video").check_sizes(config.vision)
     return with_motion(config, read_motion(folder))
 
 
@@ -150,11 +167,8 @@ def read_motion(folder: str | Path) -> Motion | None:
     path = Path(folder) / MOTION_FILE
     if not path.is_file():
         return None
-    raw = read_json(path)
-    try:
-        return Motion(bool(raw["signed"]), str(raw["order"]))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} lacks {error}: expected m, n, signed and order") from error
+    fields = Fields(read_json(path, FILE_BYTES), str(path))
+    return Motion(fields.flag("signed"), fields.word("order", ORDERS))
 
 
 def with_motion(config: QwenVLConfig, motion: Motion | None) -> QwenVLConfig:
@@ -162,7 +176,37 @@ def with_motion(config: QwenVLConfig, motion: Motion | None) -> QwenVLConfig:
     return replace(config, vision=replace(config.vision, motion=motion))
 
 
-def processor_settings(folder: str | Path, kind: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ProcessorSettings:
+    """What an image or video processor's config says; a field that it lacks is None, or here empty."""
+
+    fields: Fields
+
+    def pixels(self) -> dict[str, int | None]:
+        """The least and most pixels, under the names of VideoOptions."""
+        size, f = self.fields.object("size", {}), self.fields
+        least = f.integer("min_pixels", 1, MOST_PIXELS, size.integer("shortest_edge", 1, MOST_PIXELS, None))
+        most = f.integer("max_pixels", 1, MOST_PIXELS, size.integer("longest_edge", 1, MOST_PIXELS, None))
+        if least and most and least > most:
+            raise InputError(f"{f.where}: the least number of pixels, {least}, is above the most, {most}")
+        return {"min_pixels": least, "max_pixels": most}
+
+    def statistics(self) -> dict[str, tuple[float, ...]]:
+        """image_mean and image_std where they are there."""
+        found = {
+            "image_mean": self.fields.numbers("image_mean", 0, 1, (3,), ()),
+            "image_std": self.fields.numbers("image_std", 1e-3, 1e3, (3,), ()),
+        }
+        return {name: values for name, values in found.items() if values}
+
+    def check_sizes(self, vision: VisionConfig) -> None:
+        """Raises InputError where the processor would cut other patches than the model takes."""
+        ours = {"patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size}
+        for name, size in {**ours, "merge_size": vision.spatial_merge_size}.items():
+            self.fields.integer(name, size, size, size)
+
+
+def processor_settings(folder: str | Path, kind: str) -> ProcessorSettings:
     """The config of the "image" or "video" processor in a folder, empty where there is none.
 
     transformers 5 writes both into one processor_config.json, earlier versions one file each.
@@ -170,79 +214,89 @@ def processor_settings(folder: str | Path, kind: str) -> dict[str, Any]:
     own = Path(folder) / {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}[kind]
     both = Path(folder) / "processor_config.json"
     if own.is_file():
-        return read_json(own)
-    return (read_json(both).get(f"{kind}_processor") or {}) if both.is_file() else {}
+        return ProcessorSettings(Fields(read_json(own, FILE_BYTES), str(own)))
+    if both.is_file():
+        return ProcessorSettings(Fields(read_json(both, FILE_BYTES), str(both)).object(f"{kind}_processor", {}))
+    return ProcessorSettings(Fields({}, str(own)))
 
 
-def from_hf(raw: dict[str, Any], where: str = "config.json", processor: dict[str, Any] | None = None) -> QwenVLConfig:
-    """The sizes in a Hugging Face config, whose text fields are nested (transformers 4.52 and later) or flat.
-
-    `processor` is the image processor's config, of which image_mean and image_std are read.
-    """
-    model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
-        raise InputError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-    text, vision = {**raw, **raw.get("text_config", {})}, raw.get("vision_config", {})
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    if text.get("use_sliding_window"):
-        raise InputError(f"{where}: use_sliding_window is true; only full attention is supported")
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type not in ("default", "mrope"):
-        raise InputError(f"{where}: rope_type {rope_type!r} is not supported; supported: default, mrope")
-    if text.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{where}: hidden_act {text['hidden_act']!r} is not supported; supported: silu")
-    try:
-        return _checked(_read(raw, text, _read_vision(model_type, vision, processor or {}), rope), where)
-    except KeyError as error:
-        raise InputError(f"{where} lacks the field {error.args[0]!r}, which {model_type} needs") from error
+def from_hf(raw: dict[str, Any], where: str = "config.json") -> QwenVLConfig:
+    """The sizes in a Hugging Face config, whose text fields are nested (transformers 4.52 and later) or flat."""
+    return _from_fields(Fields(raw, where), ProcessorSettings(Fields({}, where)))
 
 
-def _read_vision(model_type: str, raw: dict[str, Any], processor: dict[str, Any]) -> VisionConfig:
-    statistics = {name: tuple(processor[name]) for name in ("image_mean", "image_std") if processor.get(name)}
-    return VisionConfig(
-        depth=raw["depth"],
-        num_heads=raw["num_heads"],
-        in_channels=raw.get("in_channels", raw.get("in_chans", 3)),
-        patch_size=raw["patch_size"],
-        temporal_patch_size=raw["temporal_patch_size"],
-        spatial_merge_size=raw["spatial_merge_size"],
-        **{**FAMILIES[model_type](raw), **statistics},
+def _from_fields(config: Fields, processor: ProcessorSettings) -> QwenVLConfig:
+    model_type = config.raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise InputError(
+            f"{config.where}: model_type {reprlib.repr(model_type)} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    vision = _read_vision(model_type, config.object("vision_config"), processor)
+    text = Fields({**config.raw, **config.object("text_config", {}).raw}, config.where)
+    if text.flag("use_sliding_window", False):
+        raise InputError(f"{config.where}: use_sliding_window is true; only full attention is supported")
+    scaling, parameters = text.object("rope_scaling", {}), text.object("rope_parameters", {})
+    rope = Fields({**scaling.raw, **parameters.raw}, parameters.where if parameters.raw else scaling.where)
+    for name in ("rope_type", "type"):
+        rope.word(name, ("default", "mrope"), "default")
+    text.word("hidden_act", ("silu",), "silu")
+    return _checked(_read(config, text, vision, rope), config.where)
+
+
+def _read_vision(model_type: str, v: Fields, processor: ProcessorSettings) -> VisionConfig:
+    for name in ("in_channels", "in_chans"):
+        v.integer(name, 3, 3, 3)  # frames are RGB
+    vision = VisionConfig(
+        depth=v.integer("depth", 1, MOST_LAYERS),
+        num_heads=v.integer("num_heads", 1, MOST_UNITS),
+        in_channels=3,
+        patch_size=v.integer("patch_size", 1, 256),
+        temporal_patch_size=v.integer("temporal_patch_size", 1, 64),
+        spatial_merge_size=v.integer("spatial_merge_size", 1, 16),
+        **{**FAMILIES[model_type](v), **processor.statistics()},
     )
+    processor.check_sizes(vision)
+    return vision
 
 
-def _read(raw: dict[str, Any], text: dict[str, Any], vision: VisionConfig, rope: dict[str, Any]) -> QwenVLConfig:
-    heads, third = text["num_attention_heads"], raw["model_type"] == "qwen3_vl"
-    bias = text.get("attention_bias", False)
+def _read(config: Fields, text: Fields, vision: VisionConfig, rope: Fields) -> QwenVLConfig:
+    third = config.raw["model_type"] == "qwen3_vl"
+    heads = text.integer("num_attention_heads", 1, MOST_UNITS)
+    width = text.integer("hidden_size", 1, MOST_UNITS)
+    vocab = text.integer("vocab_size", 1, MOST_TOKENS)
+    bias = text.flag("attention_bias", False)
+    theta = text.number("rope_theta", 1, 1e12, 5e5 if third else 1e6)
+    tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return QwenVLConfig(
         vision=vision,
-        model_type=raw["model_type"],
-        vocab_size=text["vocab_size"],
-        hidden_size=text["hidden_size"],
-        intermediate_size=text["intermediate_size"],
-        num_layers=text["num_hidden_layers"],
+        model_type=config.raw["model_type"],
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=text.integer("intermediate_size", 1, MOST_UNITS),
+        num_layers=text.integer("num_hidden_layers", 1, MOST_LAYERS),
         num_heads=heads,
-        num_kv_heads=text.get("num_key_value_heads") or heads,
-        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
-        rms_norm_eps=text["rms_norm_eps"],
-        rope_theta=rope.get("rope_theta") or text.get("rope_theta", 5e5 if third else 1e6),
-        mrope_section=tuple(rope.get("mrope_section", (24, 20, 20) if third else (16, 24, 24))),
+        num_kv_heads=text.integer("num_key_value_heads", 1, heads, heads),
+        head_dim=text.integer("head_dim", 2, MOST_UNITS, width // heads),
+        rms_norm_eps=text.number("rms_norm_eps", 1e-12, 1e-1),
+        rope_theta=rope.number("rope_theta", 1, 1e12, theta),
+        mrope_section=rope.integers("mrope_section", 0, MOST_UNITS, (3,), (24, 20, 20) if third else (16, 24, 24)),
         mrope_interleaved=third,
         qkv_bias=bias if third else True,
         out_bias=bias if third else False,
         qk_norm=third,
-        tie_word_embeddings=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
-        image_token_id=raw["image_token_id"],
-        video_token_id=raw["video_token_id"],
-        vision_start_token_id=raw["vision_start_token_id"],
-        vision_end_token_id=raw["vision_end_token_id"],
-        initializer_range=text.get("initializer_range", 0.02),
+        tie_word_embeddings=config.flag("tie_word_embeddings", text.flag("tie_word_embeddings", False)),
+        initializer_range=text.number("initializer_range", 0, 1, 0.02),
+        **{name: config.integer(name, 0, vocab - 1) for name in tokens},
     )
 
 
 def _checked(c: QwenVLConfig, where: str) -> QwenVLConfig:
     """Raises InputError for sizes that do not fit together."""
     v = c.vision
-    rules = {
+    unit = v.patch_size * v.spatial_merge_size
+    layers = f"do not fit {v.depth} vision and {c.num_layers} text layers, each once and in order"
+    deep = v.deepstack_layers
+    broken_where = {
         f"num_attention_heads {c.num_heads} is no multiple of num_key_value_heads {c.num_kv_heads}": c.num_heads
         % c.num_kv_heads,
         f"mrope_section {c.mrope_section} does not sum to half of head_dim {c.head_dim}": 2 * sum(c.mrope_section)
@@ -251,13 +305,17 @@ def _checked(c: QwenVLConfig, where: str) -> QwenVLConfig:
         - v.out_hidden_size,
         f"vision hidden_size {v.hidden_size} is no multiple of num_heads {v.num_heads}": v.hidden_size % v.num_heads,
         f"vision head_dim {v.head_dim} is no multiple of 4": v.head_dim % 4,
-        f"deepstack_visual_indexes {v.deepstack_layers} do not fit {v.depth} vision and {c.num_layers} text layers": (
-            len(v.deepstack_layers) > c.num_layers or max(v.deepstack_layers, default=0) >= v.depth
-        ),
-        f"vision hidden_act {v.activation!r} is not one of {', '.join(ACTIVATIONS)}": v.activation not in ACTIVATIONS,
-        f"vision hidden_act {v.activation!r} of a gated MLP is not silu": v.gated and v.activation != "silu",
+        f"window_size {v.window_size} is smaller than {unit}, a merged patch": 0 < v.window_size < unit,
+        f"fullatt_block_indexes {v.full_attention_layers} do not fit {v.depth} vision layers": max(
+            v.full_attention_layers, default=0
+        )
+        >= v.depth,
+        f"deepstack_visual_indexes {deep} {layers}": len(deep) > c.num_layers
+        or max(deep, default=0) >= v.depth
+        or sorted(set(deep)) != list(deep),
+        "image_token_id and video_token_id are the same": c.image_token_id == c.video_token_id,
     }
-    broken = [rule for rule, remainder in rules.items() if remainder]
+    broken = [rule for rule, is_broken in broken_where.items() if is_broken]
     if broken:
         raise InputError(f"{where}: {'; '.join(broken)}")
     return c

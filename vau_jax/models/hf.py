@@ -1,10 +1,12 @@
 """Parameters to and from Hugging Face safetensors, by one table of names."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from vau_jax.fields import Fields
 from vau_jax.files import InputError, dump_json, read_json, sync, write_text
+from vau_jax.models import config as model_config
 from vau_jax.models import qwen_vl
 from vau_jax.models.config import QwenVLConfig
 from vau_jax.types import Params
@@ -25,7 +29,11 @@ SINGLE = "model.safetensors"
 SHARD_BYTES = 2 << 30  # of one file that `save_weights` writes; saving needs about three times that beside the model
 STORED = {"BF16": jnp.bfloat16, "F16": jnp.float16}  # dtypes by safetensors' names; all others are read as float32
 TRANSPOSE_ROWS = 256  # of a tensor turned at a time: a block that fits the processor's cache, five times faster
+FINITE_BLOCK = 1 << 16  # numbers looked at together: they and what is computed of them stay in the processor's cache
+HEADER_BYTES = 1 << 24  # of a safetensors file; that of 72B parameters in one file has 120 kB
+DTYPES = ("F32", "BF16", "F16", "F64")
 Index = tuple[slice, ...]  # with start and stop
+Layout = Callable[[str, tuple[int, ...]], Sharding]  # how a parameter of this path and shape lies on devices
 
 
 # --- Names --------------------------------------------------------------------------------------------------------
@@ -125,6 +133,11 @@ def published_name(plain: str, config: QwenVLConfig) -> str:
 
 def parameter_shapes(config: QwenVLConfig) -> dict[str, tuple[int, ...]]:
     """Path ("decoder/norm/weight") -> shape of every parameter, without making any."""
+    return dict(_parameter_shapes(config))
+
+
+@lru_cache(16)  # following the model's code takes half a second
+def _parameter_shapes(config: QwenVLConfig) -> dict[str, tuple[int, ...]]:
     shapes = jax.eval_shape(lambda: qwen_vl.init(config, jax.random.key(0)))
     return {path: leaf.shape for path, leaf in flatten(shapes).items()}
 
@@ -149,31 +162,64 @@ def unflatten(flat: dict[str, Any]) -> Params:
 # --- Reading ------------------------------------------------------------------------------------------------------
 
 
+class Tensor(NamedTuple):
+    """Where a tensor lies, and what it is: known from the file's header, before any of its bytes are read."""
+
+    path: Path
+    name: str  # in the file
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name of it
+
+
+def headers(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by the table's names. Raises InputError for a damaged file, for two tensors of
+    one name and for one of another dtype than DTYPES."""
+    found: dict[str, Tensor] = {}
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")  # of the JSON that follows, which is read as a whole
+        if size > HEADER_BYTES:
+            raise OSError(f"its header has {size} bytes, expected at most {HEADER_BYTES}")
+        with safe_open(path, framework="numpy") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                part, plain = handle.get_slice(name), plain_name(name)
+                tensor = Tensor(path, name, tuple(part.get_shape()), part.get_dtype())
+                if tensor.dtype not in DTYPES:
+                    raise InputError(f"{path}: {name!r} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+                if plain in found:
+                    raise InputError(f"{path} holds {plain!r} twice, as {found[plain].name!r} and {name!r}")
+                found[plain] = tensor
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {path}: {error}; download or copy it again") from error
+    return found
+
+
 class _Reader:
     """The tensors of a folder, under the table's names, of which any part can be read alone."""
 
     def __init__(self, folder: Path) -> None:
-        self.where: dict[str, tuple[Path, str]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.stored: dict[str, str] = {}
+        """Reads headers alone. Raises InputError for what cannot be read and what stands in two files."""
+        self.tensors: dict[str, Tensor] = {}
         for path in self._files(folder):
-            try:
-                with safe_open(path, framework="numpy") as handle:
-                    for name in handle.keys():  # noqa: SIM118 - not a dict
-                        self.where[plain_name(name)] = path, name
-                        tensor = handle.get_slice(name)
-                        self.shapes[plain_name(name)] = tuple(tensor.get_shape())
-                        self.stored[plain_name(name)] = tensor.get_dtype()
-            except Exception as error:  # safetensors raises its own type for a damaged header
-                raise InputError(f"cannot read {path}: {error}; download or copy it again") from error
+            for name, tensor in headers(path).items():
+                if name in self.tensors:
+                    raise InputError(
+                        f"{folder} holds {name!r} twice, in {self.tensors[name].path.name} and {path.name}"
+                    )
+                self.tensors[name] = tensor
 
     @staticmethod
     def _files(folder: Path) -> list[Path]:
-        if (folder / INDEX).is_file():
-            names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        index = folder / INDEX
+        if index.is_file():
+            places = Fields(read_json(index, model_config.FILE_BYTES), str(index)).object("weight_map")
+            names = sorted({places.text(name) for name in places.raw})
+            for name in names:  # what an index leads to lies beside it: a path would read any file of this machine
+                if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+                    raise InputError(f"{index} names the file {name!r}: expected NAME.safetensors, in the same folder")
             absent = [name for name in names if not (folder / name).is_file()]
-            if absent:
-                raise InputError(f"{folder} lacks {', '.join(absent)}, which {INDEX} lists")
+            if absent or not names:
+                raise InputError(f"{folder} lacks {', '.join(absent[:5]) or 'every tensor'}, which {INDEX} lists")
             return [folder / name for name in names]
         if (folder / SINGLE).is_file():
             return [folder / SINGLE]
@@ -185,7 +231,7 @@ class _Reader:
 
     def dtype(self, rule: Rule) -> Any:
         """What one of our parameters is stored in; float32 where its layers differ."""
-        found = {self.stored[name] for name in rule.tensors}
+        found = {self.tensors[name].dtype for name in rule.tensors}
         return STORED.get(found.pop(), np.float32) if len(found) == 1 else np.float32
 
     def read(self, rule: Rule, index: Index, dtype: Any) -> np.ndarray:
@@ -195,12 +241,13 @@ class _Reader:
         out = np.empty((len(layers), *(part.stop - part.start for part in rest)), dtype)
         tensors = rule.tensors
         with ExitStack() as opened, ThreadPoolExecutor() as pool:  # files are mapped to memory while they are open
-            paths = {self.where[tensors[layer]][0] for layer in layers}
+            paths = {self.tensors[tensors[layer]].path for layer in layers}
             handles = {path: opened.enter_context(safe_open(path, framework="numpy")) for path in paths}
 
             def copy(place: int) -> None:
-                path, name = self.where[tensors[layers[place]]]
-                _copy(handles[path].get_slice(name), rest, rule.transpose, out[place])
+                tensor = self.tensors[tensors[layers[place]]]
+                _copy(handles[tensor.path].get_slice(tensor.name), rest, rule.transpose, out[place])
+                check_finite(out[place], tensor)
 
             list(pool.map(copy, range(len(layers))))
         return out if rule.layers else out[0]
@@ -225,6 +272,20 @@ def _copy(tensor: Any, index: Index, transpose: bool, out: np.ndarray) -> None:
         target[...] = block.T
 
 
+def check_finite(values: np.ndarray, tensor: Tensor) -> None:
+    """Raises InputError where part of a tensor holds NaN or infinity, which would end in tokens of no meaning.
+
+    Such numbers alone have an exponent of ones only. Looking at the bits costs one more pass over memory at 3 to 6 GB/s
+    (numpy's own test takes bfloat16 apart, at 0.4), less than a tenth of what turning a kernel costs.
+    """
+    flat = values.reshape(-1)
+    bits = flat.view(f"u{flat.dtype.itemsize}")
+    ones = np.asarray(np.inf, flat.dtype).view(bits.dtype)
+    for first in range(0, len(bits), FINITE_BLOCK):
+        if (bits[first : first + FINITE_BLOCK] & ones).max() == ones:
+            raise InputError(f"{tensor.path}: {tensor.name} holds NaN or infinity: download or copy it again")
+
+
 def _check(reader: _Reader, config: QwenVLConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises one InputError that lists every missing, unused and misshaped tensor."""
     problems, used = [], {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -233,40 +294,63 @@ def _check(reader: _Reader, config: QwenVLConfig, shapes: dict[str, tuple[int, .
         want = want[::-1] if rule.transpose else want
         used.update(rule.tensors)
         for name in rule.tensors:
-            got = reader.shapes.get(name)
-            if got is None:
+            if name not in reader.tensors:
                 problems.append(f"missing {name} {list(want)}")
                 continue
+            got = reader.tensors[name].shape
             flat = (got[0], int(np.prod(got[1:]))) if rule.transpose else got
             if flat != want:
                 problems.append(f"{name} has shape {list(got)}, expected {list(want)}")
-    problems += [f"unused {name}" for name in sorted(set(reader.where) - used)]
+    problems += [f"unused {name!r}" for name in sorted(set(reader.tensors) - used)]
     if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise InputError(f"the weights do not fit config.json ({len(problems)} problems):\n  {shown}")
+        raise InputError(f"the weights do not fit config.json: {some(problems)}")
+
+
+def some(problems: list[str]) -> str:
+    """How many there are, and the first of them, on one line."""
+    left = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+    return f"{len(problems)} problem{'s' * (len(problems) > 1)}: {'; '.join(problems[:10])}{left}"
+
+
+def _check_memory(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, np.dtype], layout: Layout) -> None:
+    """Raises InputError where what lies in this machine's own memory would not fit into it."""
+    size = 0
+    for path, shape in shapes.items():
+        for device, index in layout(path, shape).addressable_devices_indices_map(shape).items():
+            sides = [len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True)]
+            size += math.prod(sides) * dtypes[path].itemsize * (device.platform == "cpu")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        names = ", ".join(sorted({str(dtype) for dtype in dtypes.values()}))
+        raise InputError(
+            f"the parameters take {size / 2**30:.0f} GiB as {names}, this "
+            f"machine has {memory / 2**30:.0f} GiB: load them as bfloat16, or on more machines"
+        )
 
 
 def load(
     folder: str | os.PathLike,
     config: QwenVLConfig,
     dtype: Any | None,
-    layout: Callable[[str, tuple[int, ...]], Sharding],
+    layout: Layout,
 ) -> Params:
     """Reads a folder's safetensors into our parameters in `dtype` (None: each as it is stored), one after the other,
     the largest first.
 
     `layout(path, shape)` says how a parameter lies on devices (`sharding.layout`). A process reads only what its own
     devices hold. Beside the parameters themselves, memory holds one parameter's part for one device.
-    Raises InputError for a folder without safetensors, and one that lists all tensors that do not fit.
+    Raises InputError for a folder without safetensors, for tensors that do not fit the config or the machine, before
+    anything is read, and for a tensor that holds NaN or infinity.
     """
     reader, shapes = _Reader(Path(folder)), parameter_shapes(config)
     _check(reader, config, shapes)
+    dtypes = {rule.ours: np.dtype(dtype or reader.dtype(rule)) for rule in rules(config)}
+    _check_memory(shapes, dtypes, layout)
     flat = {}
     for rule in sorted(rules(config), key=lambda rule: -np.prod(shapes[rule.ours])):
         shape = shapes[rule.ours]
-        held = dtype or reader.dtype(rule)
         flat[rule.ours] = _place(
-            shape, layout(rule.ours, shape), lambda index, rule=rule, held=held: reader.read(rule, index, held)
+            shape, layout(rule.ours, shape), lambda index, rule=rule: reader.read(rule, index, dtypes[rule.ours])
         )
     return unflatten(flat)
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vau_jax.fields import Fields
 from vau_jax.files import InputError
 
 DECODER = (r"decoder/layers/.*_proj",)  # every linear layer of the decoder
@@ -33,6 +34,20 @@ class LoRA:
     @property
     def scale(self) -> float:
         return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+
+def read(fields: Fields) -> LoRA:
+    """The kind that a file describes. Raises InputError."""
+    targets = fields.raw.get("targets")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise InputError(f"{fields.where}: targets={targets!r}: expected a list of strings")
+    return LoRA(
+        rank=fields.integer("rank", 1, 2**20),
+        alpha=fields.number("alpha", 0, 1e6),
+        dropout=fields.number("dropout", 0, 1),
+        targets=tuple(targets),
+        rank_stabilised=fields.flag("rank_stabilised"),
+    )
 
 
 def layer_of(path: str) -> str | None:

@@ -24,12 +24,12 @@ from PIL import Image
 from vau_jax.data import video
 from vau_jax.data.decode_worker import DecoderPool
 from vau_jax.data.decoders import VideoError
+from vau_jax.fields import Fields
 from vau_jax.files import InputError, dump_json, exit_on_input_error, read_json, write_text
-from vau_jax.models.config import MOTION_FILE, Motion, VisionConfig
+from vau_jax.models.config import FILE_BYTES, MOTION_FILE, ORDERS, Motion, VisionConfig
 from vau_jax.types import Vision
 
 GREY = (0.299, 0.587, 0.114)  # weights of R, G, B
-ORDERS = ("rgb", "bgr")
 PUBLISHED = {  # (m, n) that the paper's authors learned
     "mpii": (0.257, 0.053),
     "hmdb51": (0.2646, -0.6615),
@@ -151,11 +151,8 @@ def start(name: str) -> tuple[float, float]:
 def read_file(folder: str | Path) -> dict[str, float]:
     """The numbers m and n of a model folder's MOTION_FILE. Raises InputError for a damaged one."""
     path = Path(folder) / MOTION_FILE
-    raw = read_json(path)
-    try:
-        return {"m": float(raw["m"]), "n": float(raw["n"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} has no numbers m and n: {error}") from error
+    fields = Fields(read_json(path, FILE_BYTES), str(path))
+    return {name: float(fields.number(name, -1e6, 1e6)) for name in ("m", "n")}
 
 
 def write_file(folder: str | Path, motion: Motion, numbers: Mapping[str, Any]) -> None:

@@ -2,17 +2,19 @@
 
 import os
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from vau_jax import files
+from vau_jax.fields import Fields
 from vau_jax.files import InputError, dump_json, read_json
 from vau_jax.models import hf
-from vau_jax.models.config import QwenVLConfig
+from vau_jax.models.config import FILE_BYTES, MOST_UNITS, QwenVLConfig
 from vau_jax.models.lora import LoRA, layer_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -49,60 +51,61 @@ def load(folder: str | os.PathLike, config: QwenVLConfig) -> tuple[LoRA, dict[st
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"adapter folder {folder} has no {name}: give a folder that peft's save_pretrained wrote")
-    raw = read_json(folder / CONFIG)
-    unknown = [f"{key}={raw[key]!r}" for key, off in _OFF.items() if key in raw and raw[key] not in off]
+    options = Fields(read_json(folder / CONFIG, FILE_BYTES), str(folder / CONFIG))
+    raw = options.raw
+    unknown = [f"{key}={reprlib.repr(raw[key])}" for key, off in _OFF.items() if key in raw and raw[key] not in off]
     if unknown:
         raise InputError(f"{folder / CONFIG} asks for {', '.join(unknown)}, which is not supported")
-    absent = [key for key in ("r", "lora_alpha") if key not in raw]
-    if absent:
-        raise InputError(
-            f"{folder / CONFIG} lacks {', '.join(absent)}: give a folder that peft's save_pretrained wrote"
-        )
-    rank = raw["r"]
-    try:
-        factors = _read_factors(folder / WEIGHTS, config, rank)
-    except SafetensorError as error:
-        raise InputError(f"cannot read {folder / WEIGHTS}: {error}; export the adapter again") from error
+    rank = options.integer("r", 1, MOST_UNITS)
+    factors = _read_factors(folder / WEIGHTS, config, rank)
     lora = LoRA(
         rank=rank,
-        alpha=float(raw["lora_alpha"]),
-        dropout=float(raw.get("lora_dropout") or 0.0),
+        alpha=float(options.number("lora_alpha", 1e-6, 1e6)),
+        dropout=float(options.number("lora_dropout", 0, 0.999, 0.0)),
         targets=tuple(sorted({re.escape(path.rpartition("/")[0]) for path in factors})),
-        rank_stabilised=bool(raw.get("use_rslora")),
+        rank_stabilised=options.flag("use_rslora", False),
     )
     return lora, factors
 
 
 def _read_factors(path: Path, config: QwenVLConfig, rank: int) -> dict[str, np.ndarray]:
-    layers, shapes = _linear_layers(config), hf.parameter_shapes(config)
-    found: dict[str, dict[int, np.ndarray]] = {}
+    """The factors, when the headers of all of them fit the model."""
+    layers, shapes, tensors = _linear_layers(config), hf.parameter_shapes(config), hf.headers(path)
+    found: dict[str, dict[int, hf.Tensor]] = {}
     problems = []
-    with safe_open(path, framework="numpy") as handle:
-        for name in handle.keys():  # noqa: SIM118 - not a dict
-            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", name)
-            module = hf.plain_name(match[1]) if match else ""
-            if module not in layers:
-                problems.append(f"{name} belongs to no linear layer")
-                continue
-            ours, layer, rule = layers[module]
-            *_, inputs, outputs = shapes[rule.ours]
-            tensor = handle.get_tensor(name)
-            want = (rank, inputs) if match[2] == "A" else (outputs, rank)
-            if tensor.shape != want:
-                problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(want)}")
-            found.setdefault(f"{ours}/{match[2].lower()}", {})[layer] = tensor.T
+    for tensor in tensors.values():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", tensor.name)
+        module = hf.plain_name(match[1]) if match else ""
+        if module not in layers:
+            problems.append(f"{tensor.name!r} belongs to no linear layer")
+            continue
+        ours, layer, rule = layers[module]
+        *_, inputs, outputs = shapes[rule.ours]
+        want = (rank, inputs) if match[2] == "A" else (outputs, rank)
+        if tensor.shape != want:
+            problems.append(f"{tensor.name} has shape {list(tensor.shape)}, expected {list(want)}")
+        found.setdefault(f"{ours}/{match[2].lower()}", {})[layer] = tensor
     rule_of = {ours: rule for ours, _, rule in layers.values()}
     for factor, parts in found.items():
         missing = sorted(set(range(max(1, rule_of[factor[:-2]].layers))) - set(parts))
         if missing:
             problems.append(f"{factor} lacks layers {missing}: every layer of a stack needs an adapter")
+        other = f"{factor[:-1]}{'b' if factor.endswith('/a') else 'a'}"
+        if other not in found:
+            problems.append(f"{factor} has no {other} beside it")
     if problems or not found:
-        shown = "\n  ".join(problems[:20]) or "it holds no adapter"
-        raise InputError(f"{path} does not fit the model ({len(problems)} problems):\n  {shown}")
-    return {
-        factor: np.stack([parts[i] for i in sorted(parts)]) if rule_of[factor[:-2]].layers else parts[0]
-        for factor, parts in found.items()
-    }
+        raise InputError(f"{path} does not fit the model: {hf.some(problems or ['it holds no adapter'])}")
+    with safe_open(path, framework="numpy") as handle:
+        return {factor: _stack(handle, parts, rule_of[factor[:-2]].layers) for factor, parts in found.items()}
+
+
+def _stack(handle: safe_open, parts: dict[int, hf.Tensor], layers: int) -> np.ndarray:
+    """One factor of our own: the layers' one above the other, or the only one."""
+    values = []
+    for i in sorted(parts):
+        values.append(handle.get_tensor(parts[i].name))
+        hf.check_finite(values[-1], parts[i])
+    return np.stack([value.T for value in values]) if layers else values[0].T
 
 
 def save(folder: str | os.PathLike, lora: LoRA, adapters: dict[str, Any], config: QwenVLConfig, base: str) -> None:
