@@ -88,6 +88,9 @@ class Worker:
             behind = self.process.stdout.read(size)
         except (BrokenPipeError, json.JSONDecodeError):
             answer = None
+        except BaseException:  # an answer that is never read must not be the next request's
+            self.stop()
+            raise
         finally:
             if timer:
                 timer.cancel()

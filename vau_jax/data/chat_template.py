@@ -10,9 +10,7 @@ prompt on, and then takes 0.1 ms a prompt.
 import json
 import resource
 import signal
-import subprocess
 import sys
-import threading
 from datetime import datetime
 from functools import lru_cache, partial
 from typing import Any, BinaryIO
@@ -22,48 +20,15 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from vau_jax.files import InputError
+from vau_jax.files import InputError, dump_json
+from vau_jax.workers import Died, Pool, Worker
 
 SECONDS = 10.0  # for one prompt
 MEMORY = 2**28  # bytes of data that the process may hold
 MOST = 2**22  # characters of a prompt
 
 
-class _Process:
-    """The process, begun when it is needed, and again when it has died; one thread asks at a time."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.process: subprocess.Popen | None = None
-
-    def ask(self, request: dict[str, Any]) -> dict[str, str]:
-        with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-m", "vau_jax.data.chat_template"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    start_new_session=True,  # Ctrl-C is for the run, which then closes the process's input
-                )
-            try:
-                self.process.stdin.write(json.dumps(request).encode() + b"\n")
-                self.process.stdin.flush()
-                if answer := self.process.stdout.readline():
-                    return json.loads(answer)
-            except BrokenPipeError:
-                pass
-            except BaseException:  # an answer that is never read must not be the next question's
-                self.process.kill()
-                raise
-            code = self.process.wait()
-        if code == -signal.SIGALRM:
-            return {"error": f"it takes longer than {request['seconds']:g} s"}
-        if code > 0:
-            raise RuntimeError(f"the process of the chat template could not start (exit code {code}): see above")
-        return {"error": f"it crashed (signal {-code})"}
-
-
-_process = _Process()
+_workers = Pool(1, lambda: Worker("vau_jax.data.chat_template"))
 
 
 def render(template: str, values: dict[str, Any], where: str) -> str:
@@ -72,7 +37,13 @@ def render(template: str, values: dict[str, Any], where: str) -> str:
     Raises InputError, which begins with `where`, for a template that is damaged, refuses the messages, or takes more
     than SECONDS, MEMORY or MOST.
     """
-    answer = _process.ask({"template": template, "values": values, "seconds": SECONDS})
+    try:
+        answer, _ = _workers.ask({"template": template, "values": values, "seconds": SECONDS})
+    except Died as died:
+        if died.code > 0:
+            raise RuntimeError(f"the process of the chat template could not start ({died}): see above") from died
+        late = died.code == -signal.SIGALRM
+        answer = {"error": f"it takes longer than {SECONDS:g} s" if late else f"it crashed ({died})"}
     if "error" in answer:
         raise InputError(f"{where}: the chat template cannot be used: {answer['error']}")
     return answer["text"]
@@ -101,7 +72,7 @@ def _compiled(template: str) -> Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # as it is, not made safe for HTML
+    environment.filters["tojson"] = partial(dump_json, ensure_ascii=False)  # as it is, not made safe for HTML
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment.from_string(template)
 
@@ -122,7 +93,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     for line in requests:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, request["seconds"])
-        told = json.dumps(answer(request)).encode()
+        told = dump_json(answer(request)).encode()
         signal.setitimer(signal.ITIMER_REAL, 0)
         answers.write(told + b"\n")
         answers.flush()
