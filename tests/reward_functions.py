@@ -48,6 +48,7 @@ def hostile(completion: str, example: Example) -> object:
         "vector": lambda: np.ones(1),
         "text": lambda: "1.0",
         "inf": lambda: float("inf"),
+        "huge": lambda: 1e39,
         "number": lambda: np.float32(0.5),
     }
     return deeds[completion]()

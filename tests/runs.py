@@ -4,12 +4,14 @@ A step of AdamW makes much of small gradients: their rounding, which is another 
 step. Tests that compare two ways to compute one thing compare gradients, or go on with steps IN_PROPORTION to them.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+import pytest
 
 from vau_jax.train import Trainer
 
@@ -43,3 +45,8 @@ def arguments(stage: str, model: Path, data: Path, workdir: Path, steps: int, **
     }
     options = [f"--config.{name}={value}" for name, value in values.items()]
     return ["--config=configs/srvau_r1_rft.py", f"--workdir={workdir}", *options]
+
+
+WITH_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is for x86-64 alone"
+)

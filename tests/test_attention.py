@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.runs import WITH_LIBTPU
 from vau_jax.files import InputError
 from vau_jax.models import attention
 from vau_jax.models.attention import Keys
@@ -194,6 +195,7 @@ assert text.count("tpu_custom_call") >= 2, "forward and backward are kernels"
 """
 
 
+@WITH_LIBTPU
 @pytest.mark.parametrize(
     "topology", [("v5e:1x1", (1, 1, 1), (1, 1, 1)), ("v5e:2x2", (2, 2, 1), (1, 2, 2))], ids=["one chip", "four chips"]
 )

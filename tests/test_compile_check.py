@@ -13,6 +13,7 @@ import pytest
 from benchmarks import compile_table
 from launch import hlo
 from launch.compile_check import Programs, held
+from tests.runs import WITH_LIBTPU
 from tests.small_models import make_model
 from tests.test_train import TRAINING
 from vau_jax import sharding
@@ -28,6 +29,7 @@ def call(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, check=False)
 
 
+@WITH_LIBTPU
 def test_a_small_config_compiles_for_four_chips(tmp_path: Path) -> None:
     """Every program of GRPO with the kernel, on 2 x 2 chips of a v5e."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
@@ -54,6 +56,7 @@ def test_a_small_config_compiles_for_four_chips(tmp_path: Path) -> None:
     assert "GB" in compile_table.collectives(found)[0]
 
 
+@WITH_LIBTPU
 def test_what_does_not_fit_is_said_with_what_would_help() -> None:
     size = ("--size=qwen2.5-vl-72b", "--topology=v5e:2x2")
     done = call("--config=configs/vau_r1_qa_rft.py", *size, "--config.batch_size=8", "--only=update")
@@ -62,6 +65,7 @@ def test_what_does_not_fit_is_said_with_what_would_help() -> None:
     assert "micro_batches=2" in done.stderr and "lora.rank=16" in done.stderr
 
 
+@WITH_LIBTPU
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -128,6 +132,7 @@ print(json.dumps(found))
 """
 
 
+@WITH_LIBTPU
 def test_traffic_counts_every_round_of_a_loop() -> None:
     """Six layers, whose weights lie on four chips by their rows: a sum over chips of 512 MiB of activations in each, of
     which each chip keeps its columns. That sends 3/4 of them, a sum that every chip gets twice as much; what a chip has

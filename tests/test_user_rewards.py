@@ -41,9 +41,10 @@ DEEDS = {
     "hang without signals": "took longer than 3 s",
     "leave a child": "took longer than 3 s",
     "raise": "IndexError: list index out of range",
-    "vector": "ValueError: the reward is [1.], expected a finite number",
+    "vector": "ValueError: the reward is [1.], expected a finite number of float32",
     "text": "TypeError: must be real number, not str",
-    "inf": "ValueError: the reward is inf, expected a finite number",
+    "inf": "ValueError: the reward is inf, expected a finite number of float32",
+    "huge": "ValueError: the reward is 1e+39, expected a finite number of float32",
 }
 
 

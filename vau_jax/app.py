@@ -40,7 +40,7 @@ try:
 
     from vau_jax.guard import Guard
 except ImportError as error:
-    raise SystemExit('the app needs gradio: pip install -e ".[app]" in the repository') from error
+    raise SystemExit("the app needs gradio: bash launch/venv.sh app, in the repository") from error
 
 FRAMES = 8  # shown of the interval
 BEAT = 0.2  # seconds between looks at whether anybody still waits

@@ -31,6 +31,7 @@ from vau_jax.data.prompts import Reflection
 from vau_jax.files import InputError, dump_json
 from vau_jax.workers import Died, Pool, Worker
 
+LARGEST = float(np.finfo(np.float32).max)  # what rewards are added up in
 Reward = Callable[[str, Example], float | None]
 IMPORT = 600.0  # seconds in which a process must have imported the functions, with all that these import
 
@@ -145,8 +146,8 @@ def score(function: Reward, completion: str, example: Example) -> dict[str, Any]
         value = function(completion, example)
         if value is None:
             return {"value": None}
-        if getattr(value, "shape", ()) != () or not math.isfinite(value):
-            raise ValueError(f"the reward is {value}, expected a finite number")
+        if getattr(value, "shape", ()) != () or not (math.isfinite(value) and abs(value) <= LARGEST):
+            raise ValueError(f"the reward is {value}, expected a finite number of float32")
         return {"value": float(value)}
     except BaseException as error:  # whatever a user's code raises costs one completion
         return {"error": _told(error)}
