@@ -122,26 +122,26 @@ def test_an_evaluation_inside_its_run_is_resumed(
 
 def test_another_checkpoint_is_another_model(trained: Path, vlm: VideoLM, tmp_path: Path) -> None:
     """A later step; and the same step, of a run that was made anew in the same folder."""
-    before = evaluate.model_identity(trained)
+    before = checkpoint.contents(trained)
     shutil.copytree(trained, tmp_path / "copy")
-    assert evaluate.model_identity(tmp_path / "copy") == before
+    assert checkpoint.contents(tmp_path / "copy") == before
     save(trained, 2, vlm)
-    later = evaluate.model_identity(trained)
+    later = checkpoint.contents(trained)
     shutil.rmtree(trained / "checkpoints")
     save(trained, 2, vlm)
-    assert before != later != evaluate.model_identity(trained)
+    assert before != later != checkpoint.contents(trained)
 
 
 def test_other_weights_of_the_same_size_are_another_model(model_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model_folder, tmp_path / "model")
-    assert evaluate.model_identity(folder) == evaluate.model_identity(model_folder)
+    assert checkpoint.contents(folder) == checkpoint.contents(model_folder)
     weights = next(folder.glob("*.safetensors"))
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
     weights.write_bytes(data)
     os.utime(weights, ns=times)
-    assert evaluate.model_identity(folder) != evaluate.model_identity(model_folder)
+    assert checkpoint.contents(folder) != checkpoint.contents(model_folder)
 
 
 def test_samples_do_not_depend_on_the_others_of_a_batch(tiny: ConfigDict, tmp_path: Path) -> None:

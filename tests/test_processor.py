@@ -289,7 +289,7 @@ PICTURES = {
     "too many pixels": (png_header(20_000, 20_000), "exceeds limit of"),
     "cut off": (png_header(64, 64), "cannot read image"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n", "cannot identify"),
-    "no file": (None, "it is no file"),
+    "no file": (None, "no such file"),
 }
 
 

@@ -121,15 +121,16 @@ def load_reflections(path: str | os.PathLike) -> dict[str, Reflection]:
     path, records = Path(path), {}
     for number, raw in tables.json_lines(path, tables.read(path, "reflection file (config.data.reflection)")):
         try:
-            general = f"{raw.pop('video')}/{raw.pop('task')}"
-            name = raw.pop("example", general)
-            if name in records:
-                raise InputError(f"{path} line {number} is a second record of {name}: each example has one")
-            records[name] = _checked(Reflection(**raw))
-        except InputError:
-            raise
+            video, task = raw.pop("video"), raw.pop("task")
+            name = raw.pop("example", f"{video}/{task}")
+            if not all(isinstance(text, str) for text in (video, task, name)):
+                raise ValueError("video, task and example must be texts")
+            record = _checked(Reflection(**raw))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} line {number} is no reflection record: {str(error)[:200]!r}") from error
+        if name in records:
+            raise InputError(f"{path} line {number} is a second record of {name}: each example has one")
+        records[name] = record
     return records
 
 
