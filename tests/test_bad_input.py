@@ -50,6 +50,7 @@ CASES = {
     "mesh too large": ({"config.mesh.data": "3"}, "does not fit 1 device"),
     "misspelt field": ({"config.optim.lrr": "1"}, 'Did you mean "lr"'),
     "no number": ({"config.optim.lr": "fast"}, "could not convert string to float"),
+    "no finite weight": ({"config.user_rewards": "(('math:sqrt', 1e400),)"}, "expected a finite number"),
     "no finite number": ({"config.optim.lr": "inf"}, "optim.lr=inf: expected a finite number"),
     "missing config": ({"config": "configs/none.py"}, "none.py"),
     "no reflection file": ({"config.data.reflection": ""}, "needs the records to learn from"),

@@ -120,6 +120,24 @@ def test_an_evaluation_inside_its_run_is_resumed(
     assert (trained / "config.json").read_text() == "the run's own"
 
 
+def test_damaged_results_are_made_again(tiny: ConfigDict, trained: Path, tmp_path: Path) -> None:
+    tiny.checkpoint = str(trained)
+    whole = evaluate.run(tiny, tmp_path / "eval")
+    records = (tmp_path / "eval" / "predictions.jsonl").read_text()
+    (tmp_path / "eval" / "predictions.jsonl").write_text('x\n[1]\n{"fingerprint": 1}\n' + records)
+    (tmp_path / "eval" / "metrics.json").write_text("[]")
+    again = evaluate.run(tiny, tmp_path / "eval")
+    assert again["tasks"] == whole["tasks"]
+    assert (tmp_path / "eval" / "predictions.jsonl").read_text() == records
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tiny: ConfigDict, trained: Path) -> None:
+    tiny.checkpoint = str(trained)
+    (trained / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write to .*file/eval: Not a directory"):
+        evaluate.run(tiny, trained / "file" / "eval")
+
+
 def test_another_checkpoint_is_another_model(trained: Path, vlm: VideoLM, tmp_path: Path) -> None:
     """A later step; and the same step, of a run that was made anew in the same folder."""
     before = checkpoint.contents(trained)

@@ -204,13 +204,29 @@ def go_on(run: Path) -> None:
 def test_a_run_stays_with_the_step_that_it_began_with(model_folder: Path, dataset: Path, moved: Path) -> None:
     """When the run behind it goes on: for whoever loads it, and where it goes on itself."""
     before = VideoLM.load(moved / "rft")
-    checkpoint.need(checkpoint.source(moved / "sft"), moved / "rft")
+    checkpoint.need(checkpoint.source(moved / "sft", moved / "rft"), moved / "rft")
+    (moved / "rft").rename(moved / "kept")  # it may have another name by then
     go_on(moved / "sft")
+    (moved / "kept").rename(moved / "rft")
     assert checkpoint.steps(moved / "sft") == [2, 3], "a step that another run needs is not deleted"
     assert equal(VideoLM.load(moved / "rft").params, before.params)
     source = train.inputs(rft_config(model_folder, dataset, moved), moved / "rft")["source"]
     assert source["path"] == str(moved / "sft" / "checkpoints" / "2")
-    assert checkpoint.source(moved / "sft").path == str(moved / "sft" / "checkpoints" / "3"), "a new run takes the last"
+    assert checkpoint.source(moved / "sft", moved).path == str(moved / "sft" / "checkpoints" / "3"), (
+        "a new run takes the last"
+    )
+
+
+def test_runs_that_move_together_find_each_other(model_folder: Path, dataset: Path, runs: Path, tmp_path: Path) -> None:
+    """A run of adapters, and one that goes on."""
+    elsewhere, gone = tmp_path / "elsewhere", str(tmp_path / "gone")
+    shutil.copytree(runs, elsewhere)
+    for note in (checkpoint.ADAPTER, checkpoint.INPUTS):
+        path = elsewhere / "rft" / note
+        path.write_text(path.read_text().replace(str(runs.resolve()), gone))
+    assert equal(VideoLM.load(elsewhere / "rft").params, VideoLM.load(runs / "rft").params)
+    source = train.inputs(rft_config(model_folder, dataset, runs), elsewhere / "rft")["source"]
+    assert source["path"] == str(elsewhere / "sft" / "checkpoints" / "2")
 
 
 def test_a_run_whose_start_is_another_by_now_is_refused(model_folder: Path, dataset: Path, moved: Path) -> None:

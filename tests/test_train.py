@@ -159,6 +159,21 @@ def test_weights_and_biases_without_its_package_is_one_error(tmp_path: Path, mon
         MetricWriter(tmp_path, 0, "project")
 
 
+def test_a_run_from_before_a_field_goes_on_where_that_has_its_default(tmp_path: Path) -> None:
+    """Its config lacks fields that are new, and has one that is gone."""
+    c = importlib.import_module("configs.vau_r1_sft").get_config()
+    before = json.loads(c.to_json_best_effort())
+    del before["optim"]["eps"], before["rollout"]["reward_seconds"]
+    before["rollout"]["reward_threads"] = 8
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(1, State(jnp.int32(1), {}, {}), {}, 0.0)
+    train.check_same_run(c, tmp_path)
+    c.optim.eps = 1.0
+    with pytest.raises(InputError, match=r"other settings: optim\.eps \(was 1e-08, is 1\.0\); choose"):
+        train.check_same_run(c, tmp_path)
+
+
 def test_a_score_that_is_no_number_is_the_worst_and_null_in_json(tmp_path: Path) -> None:
     score = checkpoint.Score(ConfigDict({"stage": "sft", "checkpoint": {"best": "auto"}}))
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)

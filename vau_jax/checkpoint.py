@@ -207,14 +207,14 @@ class Source(NamedTuple):
 
     path: str  # absolute: a model folder, or workdir/checkpoints/STEP
     files: dict[str, str]  # SHA-256 of each, under its name in the model folder or the workdir
+    beside: str = ""  # the path as seen from the run that begins with it: both may move together
 
 
 class Adapter(NamedTuple):
     """What a run with LoRA trains: its checkpoints hold the adapters alone."""
 
-    base: str  # model folder or checkpoint that the other parameters come from
+    base: Source  # of the other parameters
     lora: LoRA
-    files: dict[str, str]  # what it held then, as in Source
 
 
 class Found(NamedTuple):
@@ -223,16 +223,24 @@ class Found(NamedTuple):
     adapter: Adapter | None = None
 
 
-def source(path: str | os.PathLike) -> Source:
-    """What `path` (see `find_model`) holds now. Reads all of a model folder's weights. Raises InputError."""
+def source(path: str | os.PathLike, user: str | os.PathLike) -> Source:
+    """What `path` (see `find_model`) holds now that `user`, a run, begins with it. Reads all of a model folder's
+    weights. Raises InputError."""
     found = find_model(path)
-    return Source(str((found.step_folder or found.folder).resolve()), _contents(found))
+    here = (found.step_folder or found.folder).resolve()
+    return Source(str(here), _contents(found), os.path.relpath(here, Path(user).resolve()))
+
+
+def read_source(fields: Fields) -> Source:
+    """The source that `_asdict` wrote. Raises InputError."""
+    files = fields.object("files", {})
+    return Source(fields.text("path"), {name: files.text(name) for name in files.raw}, fields.text("beside", ""))
 
 
 def contents(path: str | os.PathLike) -> dict[str, str]:
     """The SHA-256 of every file that the model at `path` is loaded from; those of what its adapters are put on too."""
     found = find_model(path)
-    base = found.adapter.files if found.adapter else {}
+    base = found.adapter.base.files if found.adapter else {}
     return _contents(found) | {f"base/{name}": x for name, x in base.items()}
 
 
@@ -247,19 +255,22 @@ def _contents(found: Found) -> dict[str, str]:
     return {f"{MODEL_FOLDER}/{name}": x for name, x in model.items()} | {f"{step}/{n}": x for n, x in state.items()}
 
 
-def check_source(source: Source, user: str | os.PathLike) -> None:
-    """Raises InputError unless the source of `user`, a run, is as it was when that began.
+def find_source(source: Source, user: str | os.PathLike) -> str:
+    """Where the source of `user`, a run, is now. Raises InputError unless it is as it was when that began.
 
     Of several processes that load together the first alone reads the files for that.
     """
     path = Path(source.path)
+    if source.beside and not path.is_dir():
+        path = (Path(user) / source.beside).resolve()
     if not path.is_dir():
+        notes = [str(Path(user) / name) for name in (INPUTS, ADAPTER) if (Path(user) / name).exists()]
         raise InputError(
-            f"{user} began with {path}, which does not exist: put it back, or name its new place in "
-            f"{Path(user) / ADAPTER} and {Path(user) / INPUTS}"
+            f"{user} began with {source.path}, which does not exist: put it back, or name its new place in "
+            f"{' and '.join(notes)}"
         )
     if not processes.is_first():
-        return
+        return str(path)
     now = _contents(find_model(path))
     changed = [name for name, content in source.files.items() if now.get(name) != content]
     if changed:
@@ -268,11 +279,12 @@ def check_source(source: Source, user: str | os.PathLike) -> None:
             f"{root / changed[0]} has changed since {user} began with it: put it back as it was, or train anew in "
             "another --workdir"
         )
+    return str(path)
 
 
 def write_adapter(workdir: str | os.PathLike, adapter: Adapter) -> None:
     """Notes in a run's workdir that its checkpoints hold adapters, and for what."""
-    note = {"base": adapter.base, "files": adapter.files, "lora": vars(adapter.lora)}
+    note = {"base": adapter.base._asdict(), "lora": vars(adapter.lora)}
     write_text(Path(workdir) / ADAPTER, dump_json(note, indent=1))
 
 
@@ -280,13 +292,13 @@ def _adapter(workdir: Path) -> Adapter | None:
     if not (workdir / ADAPTER).is_file():
         return None
     fields = Fields(read_json(workdir / ADAPTER), str(workdir / ADAPTER))
-    hashes = fields.object("files", {})
-    files = {name: hashes.text(name) for name in hashes.raw}
-    return Adapter(fields.text("base"), lora.read(fields.object("lora")), files)
+    old = isinstance(fields.raw.get("base"), str)  # of a run that noted the path alone
+    base = Source(fields.text("base"), {}) if old else read_source(fields.object("base"))
+    return Adapter(base, lora.read(fields.object("lora")))
 
 
 def need(source: Source, workdir: str | os.PathLike) -> None:
-    """Asks the run whose checkpoint `source` is to keep it for as long as `workdir` is there."""
+    """Asks the run whose checkpoint `source` is to keep it."""
     path = Path(source.path)
     if not _is_step(path):
         return
@@ -300,14 +312,22 @@ def need(source: Source, workdir: str | os.PathLike) -> None:
 
 
 class _Needed(PreservationPolicy):
-    """Keeps the steps of a workdir that other runs, which are still there, began with."""
+    """Keeps the steps of a workdir that other runs began with, also where such a run is no longer where it was: it may
+    have another name by now, and is lost without its beginning."""
 
     def __init__(self, workdir: Path) -> None:
         self.folder = workdir / NEEDED
+        for path, step, by in self._notes():
+            if not os.path.isdir(by) and processes.is_first():
+                print(f"step {step} of {workdir} is kept for {by}, which is not there: delete {path} if it is gone")
+
+    def _notes(self) -> list[tuple[Path, int, str]]:
+        paths = sorted(self.folder.glob("*.json"))
+        notes = [(path, Fields(read_json(path), str(path))) for path in paths]
+        return [(path, note.integer("step", 0, 2**62), note.text("by")) for path, note in notes]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        notes = [read_json(path) for path in self.folder.glob("*.json")]
-        needed = {note["step"] for note in notes if Path(note["by"]).is_dir()}
+        needed = {step for _, step, _ in self._notes()}
         return [checkpoint.step in needed for checkpoint in checkpoints]
 
 

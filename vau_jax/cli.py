@@ -68,7 +68,7 @@ def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _check_fields(fields: dict[str, Any]) -> None:
     """Raises InputError for what no copy of the config may hold: a secret, or a number that JSON has not."""
     for name, value in fields.items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if not _is_finite(value):
             raise InputError(f"{name}={value}: expected a finite number")
     urls = [
         value for name, value in fields.items() if name.split(".")[-1] == "url" and isinstance(value, str) and value
@@ -78,6 +78,12 @@ def _check_fields(fields: dict[str, Any]) -> None:
 
         for url in filter(None, urls):
             check_url(url)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _last_line(error: Exception) -> str:

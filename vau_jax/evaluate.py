@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax import checkpoint, cli, parsing, processes, rewards, sampling, scores, sharding
+from vau_jax import checkpoint, cli, parsing, processes, rewards, sampling, scores, settings, sharding
 from vau_jax.about import about
 from vau_jax.data import pipeline, prompts
 from vau_jax.data.annotations import Audit
 from vau_jax.data.pipeline import Example, Loaded
-from vau_jax.files import InputError, content_hash, dump_json, read_json, read_lines, write_text
+from vau_jax.files import InputError, check_range, content_hash, dump_json, read_json, read_lines, write_text
 from vau_jax.metric_writer import Progress
 from vau_jax.vlm import VideoLM, decode_text
 
@@ -39,16 +39,20 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     examples, audit = pipeline.load_examples(config.data)
     examples = [replace(e, rotation=r) for r in range(config.rotations) for e in examples if e.task == "qa" or not r]
     fingerprint = _fingerprint(config, {example.path for example in examples})
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {workdir}: {error.strerror}: choose another --workdir") from error
     with processes.alone_in(workdir):
         return _run(config, workdir, examples, audit, fingerprint)
 
 
 def _run(config: ConfigDict, workdir: Path, examples: list[Example], audit: Audit, fingerprint: str) -> dict[str, Any]:
     done = workdir / "metrics.json"
-    if done.exists() and read_json(done).get("fingerprint") == fingerprint:
+    known = read_json(done) if done.exists() else {}
+    if isinstance(known, dict) and known.get("fingerprint") == fingerprint:
         print(f"{config.name}: evaluated already ({workdir})", flush=True)
-        return read_json(done)
+        return known
     predictions = predict(config, workdir, examples, fingerprint)
     result = {
         "fingerprint": fingerprint,
@@ -71,6 +75,8 @@ def _run(config: ConfigDict, workdir: Path, examples: list[Example], audit: Audi
 
 def check(config: ConfigDict) -> None:
     """Raises InputError for settings that no evaluation can have."""
+    settings.check_data(config.data)
+    check_range("seed", config.seed, 0, 2**31 - 1)
     if config.samples < 1 or not 1 <= config.rotations <= 4:
         raise InputError(f"samples={config.samples}, rotations={config.rotations}: expected at least 1, and 1 to 4")
     if jax.process_count() > 1:
@@ -133,9 +139,18 @@ def _key(record: scores.Record) -> Key:
 def _finished(path: Path, fingerprint: str) -> dict[Key, scores.Record]:
     """The whole records of an earlier call with the same settings; the file keeps only those."""
     lines = read_lines(path) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["fingerprint"] == fingerprint]
+    kept = {line: record for line in lines if (record := _record(line)).get("fingerprint") == fingerprint}
     write_text(path, "".join(kept))
-    return {_key(record): record for record in map(json.loads, kept)}
+    return {_key(record): record for record in kept.values()}
+
+
+def _record(line: str) -> scores.Record:
+    """What a line holds; nothing where a kill or damage left less than a record, which is then made again."""
+    try:
+        found = json.loads(line) if line.endswith("\n") else {}
+    except (ValueError, RecursionError):
+        found = {}
+    return found if isinstance(found, dict) else {}
 
 
 def _answers(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Iterator[scores.Record]:

@@ -1,6 +1,8 @@
 """Settings that no training run can have, found before anything is loaded."""
 
 import math
+import re
+from collections.abc import Sequence
 from functools import reduce
 
 from ml_collections import ConfigDict
@@ -14,12 +16,35 @@ RANGES = {  # least and most
     "steps": (1, math.inf),
     "log_every": (1, math.inf),
     "checkpoint.every": (1, math.inf),
+    "checkpoint.keep": (1, math.inf),
+    "seed": (0, 2**31 - 1),
+    "unroll": (1, math.inf),
+    "optim.lr": (0, math.inf),
+    "optim.b1": (0, 1),
+    "optim.b2": (0, 1),
+    "optim.eps": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "optim.warmup_steps": (0, math.inf),
+    "lora.rank": (0, math.inf),
+    "lora.dropout": (0, 1),
     "batch_size": (1, math.inf),
     "micro_batches": (1, math.inf),
     "data.max_completion_tokens": (1, math.inf),
     "data.difficulty.memory": (1, math.inf),
     "data.difficulty.noise": (0, math.inf),
     "data.difficulty.drop": (0, 1),
+}
+DATA_RANGES = {
+    "fps": (1e-3, 1e3),
+    "min_frames": (1, math.inf),
+    "max_frames": (1, math.inf),
+    "min_pixels": (0, math.inf),
+    "max_pixels": (0, math.inf),
+    "total_pixels": (0, math.inf),
+    "max_examples": (0, math.inf),
+    "length_window": (1, math.inf),
+    "workers": (1, math.inf),
+    "video_seconds": (1e-6, 1e6),
 }
 RFT_RANGES = {
     "rollout.num_generations": (2, math.inf),  # a group is compared
@@ -53,6 +78,10 @@ def check(config: ConfigDict) -> None:
         if value not in known:
             raise InputError(f"{name}={value!r} is unknown: expected one of {', '.join(known)}")
     _check_ranges(c, RANGES)
+    check_data(c.data)
+    check_patterns(c, ("optim.freeze", "optim.no_decay", "lora.targets"))
+    if len(c.profile_steps) != 2:
+        raise InputError(f"profile_steps={tuple(c.profile_steps)}: expected the first and the last step of a trace")
     if c.stage == "rft":
         _check_rft(c)
     if c.stage == "sft" and c.data.style in prompts.WITH_DRAFT and not c.data.reflection:
@@ -63,9 +92,26 @@ def check(config: ConfigDict) -> None:
         raise InputError(f"micro_batches={c.micro_batches} does not divide batch_size={c.batch_size}")
 
 
-def _check_ranges(config: ConfigDict, ranges: dict[str, tuple[float, float]]) -> None:
+def check_data(data: ConfigDict) -> None:
+    """The same for config.data, which evaluations have too."""
+    _check_ranges(data, DATA_RANGES, "data.")
+    for task, weight in data.task_weights.items():
+        check_range(f"data.task_weights.{task}", weight, 0)
+
+
+def check_patterns(config: ConfigDict, names: Sequence[str]) -> None:
+    """Raises InputError for what is no regular expression."""
+    for name in names:
+        for pattern in reduce(getattr, name.split("."), config):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error
+
+
+def _check_ranges(config: ConfigDict, ranges: dict[str, tuple[float, float]], prefix: str = "") -> None:
     for name, (least, most) in ranges.items():
-        check_range(name, reduce(getattr, name.split("."), config), least, most)
+        check_range(prefix + name, reduce(getattr, name.split("."), config), least, most)
 
 
 def _check_rft(c: ConfigDict) -> None:

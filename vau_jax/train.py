@@ -33,6 +33,7 @@ from vau_jax.data.decoders import short
 from vau_jax.data.pipeline import HostBatch
 from vau_jax.data.processor import Shape
 from vau_jax.difficulty import Difficulty
+from vau_jax.fields import Fields
 from vau_jax.files import InputError, content_hash, dump_json, read_json, write_text
 from vau_jax.metric_writer import RunLog
 from vau_jax.models import hf, lora, motion_prompt, qwen_vl
@@ -398,7 +399,7 @@ def _train(config: ConfigDict, workdir: Path) -> None:
         return
     preemption = processes.Preemption()
     read = processes.from_first(lambda: inputs(config, workdir))
-    source = checkpoint.Source(**read["source"])
+    source = checkpoint.read_source(Fields(read["source"], checkpoint.INPUTS))
     trainer = Trainer(config, workdir, source.path)
     if processes.is_first():
         _describe(trainer, workdir, source)
@@ -492,7 +493,7 @@ def _describe(trainer: Trainer, workdir: Path, source: checkpoint.Source) -> Non
     if motion := trainer.processor.config.vision.motion:
         motion_prompt.write_file(workdir / checkpoint.MODEL_FOLDER, motion, trainer.state.params["motion_prompt"])
     if trainer.lora:
-        checkpoint.write_adapter(workdir, checkpoint.Adapter(source.path, trainer.lora, source.files))
+        checkpoint.write_adapter(workdir, checkpoint.Adapter(source, trainer.lora))
     checkpoint.need(source, workdir)
     write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
     write_text(workdir / "about.json", dump_json(about(), indent=1))
@@ -525,9 +526,13 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
     path = workdir / "config.json"
     if not path.exists() or not checkpoint.steps(workdir):
         return
-    old, new = _flat(read_json(path)), _flat(json.loads(config.to_json_best_effort()))
-    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    changed = [f"{name} (was {old.get(name)!r}, is {new.get(name)!r})" for name in changed if name not in MAY_CHANGE]
+    from configs import base  # noqa: PLC0415 - which imports our own names in turn
+
+    new = _flat(json.loads(config.to_json_best_effort()))
+    # A field that was not there yet did what its default does; one that is there no longer does nothing.
+    old = _flat(json.loads(base.get_config().to_json_best_effort())) | _flat(read_json(path))
+    changed = sorted(name for name in new if old.get(name) != new[name] and name not in MAY_CHANGE)
+    changed = [f"{name} (was {old.get(name)!r}, is {new[name]!r})" for name in changed]
     if changed:
         raise InputError(f"{workdir} holds a run with other settings: {', '.join(changed)}; choose another --workdir")
 
@@ -538,24 +543,24 @@ def inputs(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     A run that goes on keeps its source, also where config names a run that has another last checkpoint by now. Raises
     InputError when that, or one of the files, is not what it was when the run began.
     """
-    path, old = workdir / checkpoint.INPUTS, {}
+    path, old = workdir / checkpoint.INPUTS, None
     if path.exists() and checkpoint.steps(workdir):
-        old = read_json(path)
+        old = Fields(read_json(path), str(path))
     data = {}
     for name in ("csv", "reflection", "templates"):
         file = config.data[name]
         if file and Path(file).is_file():  # where it is not, loading it says so
             data[f"data.{name}"] = content_hash(file)
-            if old and old["data"].get(f"data.{name}") != data[f"data.{name}"]:
+            if old and old.object("data").text(f"data.{name}", "") != data[f"data.{name}"]:
                 raise InputError(
                     f"{file} (data.{name}) has changed since the run in {workdir} began: put it back as it was, or "
                     "choose another --workdir"
                 )
     if old:
-        source = checkpoint.Source(**old["source"])
-        checkpoint.check_source(source, workdir)
+        known = checkpoint.read_source(old.object("source"))
+        source = known._replace(path=checkpoint.find_source(known, workdir))
     else:
-        source = checkpoint.source(config.init_from or config.model)
+        source = checkpoint.source(config.init_from or config.model, workdir)
     return {"source": source._asdict(), "data": data}
 
 

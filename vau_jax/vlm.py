@@ -116,9 +116,8 @@ class VideoLM:
         if (here := Path(path).resolve()) in users:
             raise InputError(f"{path} holds adapters for itself ({checkpoint.ADAPTER}): name the model they belong to")
         if found.adapter is not None:  # the checkpoint holds adapters alone: the rest is where the run began
-            source = checkpoint.Source(found.adapter.base, found.adapter.files)
-            checkpoint.check_source(source, found.folder.parent)
-            base = cls._whole(source.path, "float32" if stored else dtype, mesh, stored, (*users, here))
+            source = checkpoint.find_source(found.adapter.base, found.folder.parent)
+            base = cls._whole(source, "float32" if stored else dtype, mesh, stored, (*users, here))
             flat = hf.flatten(checkpoint.restore_params(found.step_folder))
             base = base._in_form(model_config.read_motion(found.folder))
             return base._with_adapters(found.adapter.lora, flat, mesh)
