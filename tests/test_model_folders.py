@@ -377,7 +377,7 @@ def tensors_of(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> 
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["decoder/layers/q_proj"], "rank_stabilised": False}
 NOTES = {
     "no base": ({"lora": LORA}, "adapter.json lacks the field 'base'"),
-    "a base that is a number": ({"base": 3, "lora": LORA}, "adapter.json: base=3: expected a string"),
+    "a base that is a number": ({"base": 3, "lora": LORA}, "adapter.json: base=3: expected an object"),
     "no kind": ({"base": "run", "lora": None}, "adapter.json lacks the field 'lora'"),
     "a rank of text": ({"base": "run", "lora": {**LORA, "rank": "2"}}, "adapter.json: lora: rank='2'"),
     "targets of numbers": ({"base": "run", "lora": {**LORA, "targets": [1]}}, "adapter.json: lora: targets=[1]"),
