@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.hlo import COLLECTIVES
-from vau_jax.chips import GIB
+from vau_jax.common.chips import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("3b", "7b")

@@ -35,10 +35,11 @@ from ml_collections import ConfigDict
 
 from configs import vau_r1_multi_rft
 from data_prep import random_model
-from vau_jax import train
-from vau_jax.data import pipeline, synthetic
+from vau_jax.common.files import dump_json, exit_on_input_error
+from vau_jax.data import pipeline
 from vau_jax.data.processor import Processor, Shape, least_shape
-from vau_jax.files import dump_json, exit_on_input_error
+from vau_jax.datasets import synthetic
+from vau_jax.train import loop
 from vau_jax.vlm import DTYPES
 
 TEXT_32M = {
@@ -105,7 +106,7 @@ def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
         shape = shape_of_prompts(config)
         if args.exact:
             config.data.bucket = tuple(shape)
-        trainer = train.Trainer(config)
+        trainer = loop.Trainer(config)
         steps = []
         for number in range(args.warmup + args.steps):
             metrics, _ = trainer.step(number)

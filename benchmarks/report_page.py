@@ -12,7 +12,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from vau_jax.files import dump_json
+from vau_jax.common.files import dump_json
 
 
 def main() -> None:

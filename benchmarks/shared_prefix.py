@@ -20,12 +20,13 @@ import numpy as np
 from grpo_step import TEXT_32M, VISION_32M  # beside this file
 
 from data_prep import random_model
-from vau_jax import logprobs, update
-from vau_jax.files import dump_json
+from vau_jax.common.files import dump_json
 from vau_jax.models import config as model_config
 from vau_jax.models import qwen_vl
 from vau_jax.models.config import QwenVLConfig
 from vau_jax.models.qwen_vl import QwenVL
+from vau_jax.rl import logprobs
+from vau_jax.train import update
 from vau_jax.types import Batch, Completions
 
 CURVES = {

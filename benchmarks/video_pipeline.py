@@ -28,15 +28,15 @@ import av
 import numpy as np
 from PIL import Image
 
-from vau_jax.data import frame_cache, video
-from vau_jax.data.decode_worker import DecoderPool
+from vau_jax.common.files import dump_json
 from vau_jax.data.processor import encode_visual
-from vau_jax.data.video import Clip, Sampling, VideoOptions
-from vau_jax.files import dump_json
+from vau_jax.data.video import clips, frame_cache
+from vau_jax.data.video.clips import Clip, Sampling, VideoOptions
+from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.models.config import VisionConfig
 
 FPS = 25
-OPTIONS = VideoOptions.from_item(video.BUDGETS["vau_r1"])
+OPTIONS = VideoOptions.from_item(clips.BUDGETS["vau_r1"])
 SAMPLING = Sampling(OPTIONS, factor=28, multiple=2)
 VISION = VisionConfig(  # only the patches' sizes matter here: Qwen2-VL's and Qwen2.5-VL's
     depth=1,
@@ -121,10 +121,10 @@ def reference_reader() -> Callable[[Path], int]:
     processor = Qwen2VLVideoProcessor()
 
     def read(path: Path) -> int:
-        item = {"type": "video", "video": str(path), "fps": 2.0, **video.BUDGETS["vau_r1"]}
-        _, clips, _ = process_vision_info([{"role": "user", "content": [item]}], return_video_kwargs=True)
-        processor(videos=clips, do_resize=False, do_sample_frames=False, return_tensors="pt")
-        return len(clips[0])
+        item = {"type": "video", "video": str(path), "fps": 2.0, **clips.BUDGETS["vau_r1"]}
+        _, videos, _ = process_vision_info([{"role": "user", "content": [item]}], return_video_kwargs=True)
+        processor(videos=videos, do_resize=False, do_sample_frames=False, return_tensors="pt")
+        return len(videos[0])
 
     return read
 
@@ -227,7 +227,7 @@ def main() -> None:
         paths = [render(folder, *size, seconds) for size in sizes for seconds in args.seconds]
         cache = Path(temporary) / "frames"
         readers = READERS if args.baseline != "none" else ("ours", "cached")
-        frame_cache.build(cache, paths, SAMPLING, video.read, workers=1, show=lambda done, note: None)
+        frame_cache.build(cache, paths, SAMPLING, clips.read, workers=1, show=lambda done, note: None)
         results = {workers: compare(paths, workers, args.rounds, cache, readers) for workers in args.workers}
     print(dump_json({**results[args.workers[0]], "by_workers": results}))
 

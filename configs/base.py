@@ -2,8 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from vau_jax import parsing
-from vau_jax.data import prompts
+from vau_jax.tasks import parsing, prompts
 
 
 def get_config() -> ConfigDict:
@@ -114,7 +113,7 @@ def get_config() -> ConfigDict:
     c.rewards.tiou = 0.0  # temporal IoU of the final interval, grounding
     c.rewards.reflection = 0.0  # its form, and its effect from draft to final answer
     c.rewards.judge = 0.0  # marks of config.judge, descriptions
-    c.user_rewards = ()  # your own: (("package.module:function", weight), ...), see vau_jax/user_rewards.py
+    c.user_rewards = ()  # your own: (("package.module:function", weight), ...), see vau_jax/rl/user_rewards.py
 
     c.grpo = ConfigDict()
     c.grpo.loss_type = "grpo"  # grpo, bnpo, dr_grpo, dapo, gspo, cispo, reg_grpo (DeepVideo-R1's regression)

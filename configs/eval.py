@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import base
-from vau_jax.rewards import REWARDS
+from vau_jax.tasks.rewards import REWARDS
 
 
 def get_config() -> ConfigDict:

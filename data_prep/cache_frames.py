@@ -11,11 +11,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vau_jax import checkpoint, cli
-from vau_jax.data import frame_cache, pipeline
-from vau_jax.data.decode_worker import DecoderPool
+from vau_jax.common import cli
+from vau_jax.common.metric_writer import Progress
+from vau_jax.data import pipeline
 from vau_jax.data.processor import Processor
-from vau_jax.metric_writer import Progress
+from vau_jax.data.video import frame_cache
+from vau_jax.data.video.decode_worker import DecoderPool
+from vau_jax.models import checkpoint
 from vau_jax.models.config import Motion, with_motion
 
 

@@ -11,15 +11,19 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax import files, parsing, rewards, sampling
-from vau_jax.chat import Chat, Message, Reply, frames_content
-from vau_jax.data import pipeline, prompts, tables, video
-from vau_jax.data.annotations import LABELS, Row
-from vau_jax.data.decode_worker import DecoderPool
-from vau_jax.data.decoders import VideoError
+from vau_jax.common import files
+from vau_jax.common.chat import Chat, Message, Reply, frames_content
+from vau_jax.common.files import dump_json
+from vau_jax.common.metric_writer import Progress
+from vau_jax.data import pipeline
 from vau_jax.data.pipeline import Example
-from vau_jax.files import dump_json
-from vau_jax.metric_writer import Progress
+from vau_jax.data.video import clips
+from vau_jax.data.video.decode_worker import DecoderPool
+from vau_jax.data.video.decoders import VideoError
+from vau_jax.datasets import tables
+from vau_jax.datasets.vau_bench import LABELS, Row
+from vau_jax.rl import sampling
+from vau_jax.tasks import parsing, prompts, rewards
 from vau_jax.vlm import VideoLM, decode_text
 
 
@@ -130,7 +134,7 @@ def pictures(example: Example, count: int, pool: DecoderPool) -> list[Message]:
     Raises VideoError."""
     if not count:
         return []
-    options = video.VideoOptions(nframes=count, min_pixels=64 * 64, max_pixels=512 * 512)
+    options = clips.VideoOptions(nframes=count, min_pixels=64 * 64, max_pixels=512 * 512)
     clip = pool.read(example.path, options, factor=2, multiple=1)
     times = ", ".join(f"{time:.1f}" for time in clip.times)
     return [

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vau_jax import files
-from vau_jax.files import InputError, dump_json, exit_on_input_error
+from vau_jax.common import files
+from vau_jax.common.files import InputError, dump_json, exit_on_input_error
 from vau_jax.models import config as model_config
 from vau_jax.models import hf, qwen_vl
 from vau_jax.models.config import QwenVLConfig

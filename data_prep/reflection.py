@@ -27,11 +27,13 @@ from ml_collections import ConfigDict
 
 from data_prep import drafts, teacher
 from data_prep.drafts import Draft
-from vau_jax import cli, files, parsing, rewards
-from vau_jax.data import annotations, pipeline, prompts
+from vau_jax.common import cli, files
+from vau_jax.common.files import InputError, dump_json
+from vau_jax.data import pipeline
 from vau_jax.data.pipeline import Example
-from vau_jax.data.prompts import Reflection
-from vau_jax.files import InputError, dump_json
+from vau_jax.datasets import vau_bench
+from vau_jax.tasks import parsing, prompts, rewards
+from vau_jax.tasks.prompts import Reflection
 
 DOUBT = re.compile(
     r"\b(wrong|incorrect|mistaken|mistake|error|inaccurate|overlook\w*|miss(?:ed|es)?|not|however|instead|contradict\w*|"
@@ -73,7 +75,7 @@ def fault(example: Example, record: Reflection, keep: ConfigDict) -> str:
     whole = "".join(span.text for span in prompts.completion(row, task, "reflection", record))
     parsed = parsing.parse([whole], task, "strict", reflection=True)
     target = parsing.targets([(task, row.answer, row.anomaly_class, row.interval)])
-    if not parsed.form[0]:
+    if not parsed.format_ok[0]:
         return "the completion breaks the grammar"
     if float(rewards.task_score(parsed.final, target)[0]) < 1.0 - 0.05 * (task == "grounding"):
         return "the final answer is not the truth"
@@ -197,7 +199,7 @@ def _examples(config: ConfigDict) -> list[Example]:
     elif config.student.checkpoint or config.student.url or config.teacher.frames:
         raise InputError("a student, and a teacher with frames, must see the videos: set config.data.videos")
     else:
-        rows, audit = annotations.load(config.data.csv, config.data.source, config.data.protocol)
+        rows, audit = vau_bench.load(config.data.csv, config.data.source, config.data.protocol)
         examples = pipeline.distinct(rows, config.data.tasks, Path(), audit)[: config.data.max_examples or None]
     print(audit.table(), flush=True)
     return examples

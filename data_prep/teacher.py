@@ -8,14 +8,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from data_prep.drafts import Draft, first_sentence, pictures
-from vau_jax.chat import Chat, Message, json_object
-from vau_jax.data import prompts
-from vau_jax.data.annotations import Row
-from vau_jax.data.decode_worker import DecoderPool
-from vau_jax.data.decoders import VideoError
+from vau_jax.common.chat import Chat, Message, json_object
+from vau_jax.common.files import dump_json
+from vau_jax.common.metric_writer import Progress
 from vau_jax.data.pipeline import Example
-from vau_jax.files import dump_json
-from vau_jax.metric_writer import Progress
+from vau_jax.data.video.decode_worker import DecoderPool
+from vau_jax.data.video.decoders import VideoError
+from vau_jax.datasets.vau_bench import Row
+from vau_jax.tasks import prompts
 
 Written = tuple[tuple[str, str] | None, str]  # texts, or why there are none
 

@@ -22,14 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from vau_jax import files
-from vau_jax.data import annotations, prompts
-from vau_jax.data.annotations import Row
-from vau_jax.data.decode_worker import DecoderPool
-from vau_jax.data.decoders import VideoError
-from vau_jax.data.video import Probe
-from vau_jax.files import InputError, dump_json
-from vau_jax.metric_writer import Progress
+from vau_jax.common import files
+from vau_jax.common.files import InputError, dump_json
+from vau_jax.common.metric_writer import Progress
+from vau_jax.data.video.clips import Probe
+from vau_jax.data.video.decode_worker import DecoderPool
+from vau_jax.data.video.decoders import VideoError
+from vau_jax.datasets import vau_bench
+from vau_jax.datasets.vau_bench import Row
+from vau_jax.tasks import prompts
 
 SPLITS = ("train", "val", "test")
 ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts", ".flv", ".wmv", ".mpg")
@@ -43,15 +44,15 @@ def audit(paths: Sequence[str], source: str, protocol: str, each_row: bool) -> s
     """The table of every file, its denominators, and the videos that two of them share."""
     lines, loaded = [], {}
     for path in paths:
-        rows, found = annotations.load(path, source, protocol)
+        rows, found = vau_bench.load(path, source, protocol)
         loaded[path] = rows
-        counts = ", ".join(f"{task} {n}" for task, n in annotations.denominators(rows).items())
+        counts = ", ".join(f"{task} {n}" for task, n in vau_bench.denominators(rows).items())
         lines += [found.table(), f"  scored by: {counts}"]
         if each_row:
             lines += [f"    line {e.line}  {e.video}  {e.action} {e.what}: {e.reason}" for e in found.entries]
     for number, first in enumerate(paths):
         for second in paths[number + 1 :]:
-            if shared := annotations.shared_videos(loaded[first], loaded[second]):
+            if shared := vau_bench.shared_videos(loaded[first], loaded[second]):
                 lines.append(f"{first} and {second} share {len(shared)}: {', '.join(row.video for row in shared)}")
     return "\n".join(lines)
 
@@ -116,7 +117,7 @@ def import_splits(
         raise InputError(f"cannot write to the folder {out}: {error.strerror} (--out)") from error
     texts = {}
     for split, rows in splits.items():
-        texts[f"{split}.jsonl"] = "".join(dump_json(annotations.to_json(row)) + "\n" for row in rows)
+        texts[f"{split}.jsonl"] = "".join(dump_json(vau_bench.to_json(row)) + "\n" for row in rows)
         found.rows[split] = len(rows)
     texts["import.json"] = dump_json(asdict(found), indent=1)
     for name, text in texts.items():
@@ -129,7 +130,7 @@ def import_splits(
 def _load(paths: list[str], found: Found) -> list[Row]:
     rows: list[Row] = []
     for path in paths:
-        some, noted = annotations.load(path)
+        some, noted = vau_bench.load(path)
         found.audits[path] = [vars(entry) for entry in noted.entries]
         rows += some
     return rows
@@ -141,7 +142,7 @@ def _without_leaks(splits: dict[str, list[Row]], found: Found) -> dict[str, list
     clean = {}
     for number, split in enumerate(order):
         later = [row for other in order[number + 1 :] for row in splits[other]]
-        leaked = {row.video for row in annotations.shared_videos(splits[split], later)}
+        leaked = {row.video for row in vau_bench.shared_videos(splits[split], later)}
         found.leaks[split] = sorted(leaked)
         clean[split] = [row for row in splits[split] if row.video not in leaked]
     return clean
@@ -149,7 +150,7 @@ def _without_leaks(splits: dict[str, list[Row]], found: Found) -> dict[str, list
 
 def _shuffled(row: Row, seed: int) -> Row:
     """Options in an order that depends on the seed and the video alone."""
-    rng = np.random.default_rng([seed, *hashlib.sha256(annotations.plain_name(row.video).encode()).digest()])
+    rng = np.random.default_rng([seed, *hashlib.sha256(vau_bench.plain_name(row.video).encode()).digest()])
     return prompts.shuffle_options(row, rng.permutation(4))
 
 
@@ -183,7 +184,7 @@ def _videos_below(folder: Path) -> dict[str, list[Path]]:
     for path in sorted(folder.resolve().rglob("*")):
         if path.suffix.lower() in ENDINGS and path.is_file():
             _check_utf8(path)
-            by_name.setdefault(annotations.plain_name(path.name).lower(), []).append(path)
+            by_name.setdefault(vau_bench.plain_name(path.name).lower(), []).append(path)
     return by_name
 
 
@@ -197,7 +198,7 @@ def _check_utf8(path: Path) -> None:
 def _find(row: Row, by_name: dict[str, list[Path]], found: Found) -> Path | None:
     """The file of a row: MSAD's `Fire_3.mp4`, UCF-Crime's `Arson/Arson011_x264.mp4`, ECVA's `17.mp4`, whatever their
     folder, ending and case, with or without the prefix of the source."""
-    same = by_name.get(annotations.plain_name(row.video).lower(), [])
+    same = by_name.get(vau_bench.plain_name(row.video).lower(), [])
     if not same:
         found.missing.append(row.video)
         return None
@@ -283,10 +284,8 @@ def _folders(given: list[str]) -> dict[str, Path]:
     folders = {}
     for item in given:
         source, separator, folder = item.partition("=")
-        if not separator or source not in annotations.SOURCES:
-            raise InputError(
-                f"--videos {item}: expected SOURCE=DIR with SOURCE one of {', '.join(annotations.SOURCES)}"
-            )
+        if not separator or source not in vau_bench.SOURCES:
+            raise InputError(f"--videos {item}: expected SOURCE=DIR with SOURCE one of {', '.join(vau_bench.SOURCES)}")
         folders[source] = Path(folder)
     return folders
 

@@ -21,9 +21,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_prep.vau_bench import SPLITS
-from vau_jax.data import annotations
-from vau_jax.data.annotations import SECTIONS, SOURCES, Row
-from vau_jax.files import InputError
+from vau_jax.common.files import InputError
+from vau_jax.datasets import vau_bench
+from vau_jax.datasets.vau_bench import SECTIONS, SOURCES, Row
 
 
 class VauBench(tfds.core.GeneratorBasedBuilder):
@@ -70,7 +70,7 @@ class VauBench(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(path) for split, path in paths.items() if path.is_file()}
 
     def _generate_examples(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-        rows, _ = annotations.load(path)
+        rows, _ = vau_bench.load(path)
         for row in rows:
             if self.builder_config.name in ("all", row.source):
                 yield f"{row.source}/{row.video}/{row.line}", features_of(row)

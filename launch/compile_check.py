@@ -36,14 +36,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # called by its path, this file's folder stands there instead
 
 from launch import hlo  # noqa: E402
-from vau_jax import cli, flops, logprobs, optim, sampling, settings, sharding, update  # noqa: E402
-from vau_jax.chips import GIB, Chip, chip  # noqa: E402
-from vau_jax.files import InputError, dump_json, exit_on_input_error, write_text  # noqa: E402
+from vau_jax.common import cli, sharding  # noqa: E402
+from vau_jax.common.chips import GIB, Chip, chip  # noqa: E402
+from vau_jax.common.files import InputError, dump_json, exit_on_input_error, write_text  # noqa: E402
 from vau_jax.models import config as model_config  # noqa: E402
-from vau_jax.models import hf, lora  # noqa: E402
+from vau_jax.models import (  # noqa: E402
+    flops,
+    hf,
+    lora,
+)
 from vau_jax.models.config import QwenVLConfig  # noqa: E402
 from vau_jax.models.lora import LoRA  # noqa: E402
 from vau_jax.models.qwen_vl import QwenVL  # noqa: E402
+from vau_jax.rl import logprobs, sampling  # noqa: E402
+from vau_jax.train import optim, settings, update  # noqa: E402
 from vau_jax.types import Batch, Completions, Groups, Params, State, TrainBatch, Vision  # noqa: E402
 from vau_jax.vlm import DTYPES  # noqa: E402
 
@@ -164,11 +170,11 @@ class Programs:
         return self.base is not None and "visual" not in self.trained
 
     @property
-    def seen(self) -> Batch:
+    def encoded_batch(self) -> Batch:
         """The prompts as all but the tower get them: a frozen tower has seen them before, once for all uses."""
         if not self.tower_is_frozen:
             return self.batch
-        features = jax.eval_shape(partial(self.model.apply, method="see"), self.variables, self.batch)
+        features = jax.eval_shape(partial(self.model.apply, method="encode_vision"), self.variables, self.batch)
         return replace(self.batch, vision=jax.tree.map(lambda x: self._rows(*x.shape[1:], dtype=x.dtype), features))
 
     def _completions(self) -> Completions:
@@ -181,8 +187,8 @@ class Programs:
         state, base = self._state()
         weights, everything = held(self.variables), held((state, base, self._reference()))
         add = partial(Program, resident=everything - weights)
-        see = jax.jit(partial(self.model.apply, method="see"))
-        yield add("vision tower", see, (self.variables, self.batch))
+        encode_vision = jax.jit(partial(self.model.apply, method="encode_vision"))
+        yield add("vision tower", encode_vision, (self.variables, self.batch))
         if self.config.stage == "rft":
             for name, function, args, static in self._sampling():
                 used = 0.0 if held(args[0]) != weights else weights  # gathered ones come on top
@@ -191,7 +197,7 @@ class Programs:
                 temperature = self.config.rollout.temperature
                 score = jax.jit(partial(update.policy_logps, model=self.model, temperature=temperature))
                 reference = {"params": self.base or self.trained}
-                yield add("score", score, (reference, self.seen, self._completions()))
+                yield add("score", score, (reference, self.encoded_batch, self._completions()))
         own = held((state, base))
         yield replace(self.update(), resident=everything - own)
 
@@ -199,21 +205,21 @@ class Programs:
         return Program("update", self._update(), (*self._state(), self._train_batch()))
 
     def _sampling(self) -> Iterator[tuple[str, Any, tuple, dict[str, Any]]]:
-        fixed = sampling._Fixed(self.model, (0,), False, 1.0, 0, self.mesh)
+        static = sampling.StaticArgs(self.model, (0,), False, 1.0, 0, self.mesh)
         scalar = partial(jax.ShapeDtypeStruct, (), sharding=sharding.replicated(self.mesh))
         key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(self.mesh))
-        knobs = sampling._Knobs(key, scalar(jnp.float32), scalar(jnp.int32), None)
+        dynamic = sampling.DynamicArgs(key, scalar(jnp.float32), scalar(jnp.int32), None)
         size = self.g, self.c, self.c
         variables = self.variables
         if self._read_apart:
             read = jax.eval_shape(partial(sampling.for_reading, dtype=self.model.dtype, mesh=self.mesh), variables)
             variables = _placed(read, sharding.gathered(variables, self.mesh))
-        given = variables, self.seen, knobs
-        yield "prefill", sampling._start, given, {"fixed": fixed, "size": size}
-        loop, prompts = jax.eval_shape(partial(sampling._start, fixed=fixed, size=size), *given)
+        given = variables, self.encoded_batch, dynamic
+        yield "prefill", sampling._start, given, {"static": static, "size": size}
+        loop, prompts = jax.eval_shape(partial(sampling._start, static=static, size=size), *given)
         place = partial(jax.tree.map, self._where)
-        args = variables, place(prompts), place(loop), knobs, scalar(jnp.int32)
-        yield "decode step", sampling._advance, args, {"fixed": fixed}
+        args = variables, place(prompts), place(loop), dynamic, scalar(jnp.int32)
+        yield "decode step", sampling._advance, args, {"static": static}
 
     @property
     def _read_apart(self) -> bool:
@@ -252,7 +258,7 @@ class Programs:
                 inputs["ref_logps"] = self._rows(*shape, dtype=jnp.float32)
             if self.config.grpo.iterations > 1:
                 inputs["old_logps"] = self._rows(*shape, dtype=jnp.float32)
-        return TrainBatch(self.seen, self._completions(), inputs)
+        return TrainBatch(self.encoded_batch, self._completions(), inputs)
 
     def _reference(self) -> Params | None:
         """The reference policy, where it is a copy of its own."""

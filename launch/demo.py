@@ -16,9 +16,12 @@ from ml_collections import ConfigDict
 
 from configs import eval as eval_config
 from data_prep import cache_frames, random_model
-from vau_jax import cli, evaluate, parsing, report, train
-from vau_jax.data import annotations, prompts, synthetic
-from vau_jax.files import InputError, dump_json, locked, read_json, write_text
+from vau_jax.common import cli
+from vau_jax.common.files import InputError, dump_json, locked, read_json, write_text
+from vau_jax.datasets import synthetic, vau_bench
+from vau_jax.eval import evaluate, report
+from vau_jax.tasks import parsing, prompts
+from vau_jax.train import loop
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -32,7 +35,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         "evaluate init": lambda: evaluate_stage(config, workdir, "init"),
     }
     for name in config.stages:
-        stages[name] = partial(train.run, train_config(config, workdir, name), workdir / name)
+        stages[name] = partial(loop.run, train_config(config, workdir, name), workdir / name)
         stages[f"evaluate {name}"] = partial(evaluate_stage, config, workdir, name)
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):
@@ -82,7 +85,7 @@ def make_model(config: ConfigDict, workdir: Path) -> None:
 
 def demo_texts(data: Path) -> list[str]:
     """What the tokenizer learns from: questions, options, answers and reasoning of the training split."""
-    rows, _ = annotations.load(data / "train.csv")
+    rows, _ = vau_bench.load(data / "train.csv")
     reflections = prompts.load_reflections(data / "train_reflection.jsonl")
     texts = [prompts.question(row, task, "reflection", "short") for row in rows for task in parsing.VERIFIABLE]
     for reflection in reflections.values():

@@ -34,9 +34,9 @@ from plotly.subplots import make_subplots
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # called by its path, this file's folder stands there instead
 
-from vau_jax.files import InputError, dump_json, exit_on_input_error, locked, read_json, write_text  # noqa: E402
-from vau_jax.report import ROWS, escape, lookup, markdown  # noqa: E402
-from vau_jax.train import PREEMPTED  # noqa: E402
+from vau_jax.common.files import InputError, dump_json, exit_on_input_error, locked, read_json, write_text  # noqa: E402
+from vau_jax.eval.report import ROWS, escape, lookup, markdown  # noqa: E402
+from vau_jax.train.loop import PREEMPTED  # noqa: E402
 
 
 @dataclass(frozen=True)

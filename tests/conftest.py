@@ -29,7 +29,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 import benchmarks.torchvision_operators  # noqa: F401 - before anything of transformers
 from tests.small_models import FAMILIES, make_model
-from vau_jax.data import synthetic
+from vau_jax.datasets import synthetic
 from vau_jax.vlm import VideoLM
 
 SLOWEST = ("test_processes", "test_demo", "test_rft", "test_sharding", "test_resume", "test_motion_model", "test_train")

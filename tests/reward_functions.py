@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from vau_jax.data.example import Example
+from vau_jax.datasets.example import Example
 
 
 def vowels(completion: str, example: Example) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from vau_jax.train import Trainer
+from vau_jax.train.loop import Trainer
 
 IN_PROPORTION = {"optim.eps": 1.0, "optim.lr": 1.0}  # by elements of gradients of norm 1 at most
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from data_prep import random_model
-from vau_jax.data import synthetic
+from vau_jax.datasets import synthetic
 from vau_jax.models import hf, lora
 from vau_jax.models.config import QwenVLConfig
 from vau_jax.models.lora import LoRA

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vau_jax import cli
-from vau_jax.files import InputError, write_text
+from vau_jax.common import cli
+from vau_jax.common.files import InputError, write_text
 
 
 def get_config() -> ConfigDict:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from vau_jax.data import annotations
-from vau_jax.data.annotations import COLUMNS, Row, load
-from vau_jax.files import InputError
+from vau_jax.common.files import InputError
+from vau_jax.datasets import vau_bench as annotations
+from vau_jax.datasets.vau_bench import COLUMNS, Row, load
 
 BASE = {
     "Video Name": "Assault_2.mp4",

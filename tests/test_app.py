@@ -17,13 +17,13 @@ import httpx2 as httpx
 import pytest
 from playwright.sync_api import Browser, Page
 
-from tests import clips
+from tests import video_files
 from tests.chat_server import Answer, serve
 from tests.small_models import writing_model
 from vau_jax import app
 from vau_jax.ask import Asker, Question
-from vau_jax.guard import Guard
-from vau_jax.uploads import PREFIX, Uploads, open_folder
+from vau_jax.web.guard import Guard
+from vau_jax.web.uploads import PREFIX, Uploads, open_folder
 
 ROOT = Path(__file__).parents[1]
 SAID = "Smoke rises where two cars met; flames <img src=x onerror='hacked()'>"
@@ -109,7 +109,7 @@ def ask(page: Page, path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return clips.write(tmp_path_factory.mktemp("clips") / "<b>clip.mp4", count=80)  # 4 s
+    return video_files.write(tmp_path_factory.mktemp("clips") / "<b>clip.mp4", count=80)  # 4 s
 
 
 def test_an_uploaded_video_is_answered_with_its_time_line_and_frames(page: Page, clip: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_file_that_is_no_video_gets_a_plain_message(page: Page, tmp_path: Path
 
 
 def test_a_video_that_is_too_long_gets_a_plain_message(page: Page, tmp_path: Path) -> None:
-    assert "lasts 6 s" in ask(page, clips.write(tmp_path / "long.mp4", count=120))
+    assert "lasts 6 s" in ask(page, video_files.write(tmp_path / "long.mp4", count=120))
 
 
 def test_a_file_that_is_too_large_is_not_taken(page: Page, tmp_path: Path) -> None:

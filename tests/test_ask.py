@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vau_jax import ask
-from vau_jax.files import InputError
+from vau_jax.common.files import InputError
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.runs import WITH_LIBTPU
-from vau_jax.files import InputError
+from vau_jax.common.files import InputError
 from vau_jax.models import attention
 from vau_jax.models.attention import Keys
 
@@ -143,7 +143,7 @@ SPREAD = """
 import numpy as np
 import jax, jax.numpy as jnp
 from functools import partial
-from vau_jax import sharding
+from vau_jax.common import sharding
 from vau_jax.models import attention
 mesh = sharding.make_mesh({"data": 2, "tensor": 4})
 rng = np.random.default_rng(0)
@@ -178,7 +178,7 @@ import numpy as np
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from vau_jax import sharding
+from vau_jax.common import sharding
 from vau_jax.models import attention
 name, bounds, shape = {topology}
 chips = topologies.get_topology_desc(topology_name=name, platform="tpu", chips_per_host_bounds=bounds)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import vau_bench
+from data_prep import vau_bench as vau_bench_tool
 from tests.test_annotations import BASE
-from vau_jax import files
-from vau_jax.data import annotations, prompts
-from vau_jax.data.annotations import COLUMNS
-from vau_jax.files import InputError
+from vau_jax.common import files
+from vau_jax.common.files import InputError
+from vau_jax.datasets import vau_bench
+from vau_jax.datasets.vau_bench import COLUMNS
+from vau_jax.tasks import prompts
 
 ROWS = 200
 SECONDS = 20.0  # far more than any of them takes
@@ -47,10 +48,10 @@ def every_second_row(change: str, new: str) -> str:
 
 def imported(**changes: object) -> str:
     """A JSONL of two imported rows, `changes` to the second."""
-    row = annotations.Row(
+    row = vau_bench.Row(
         "a.mp4", "msad", "What?", ("a", "b", "c", "d"), "A", "Fire", (1.0, 2.0), "flames", "", {"Location": "yard"}
     )
-    good = annotations.to_json(row)
+    good = vau_bench.to_json(row)
     return json.dumps(good) + "\n" + json.dumps(good | changes) + "\n"
 
 
@@ -152,7 +153,7 @@ def audit(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, float]:
     monkeypatch.setattr(sys, "argv", ["vau_bench", "audit", str(path), "--rows"])
     begin, code = time.monotonic(), 0
     try:
-        files.exit_on_input_error(vau_bench.main)
+        files.exit_on_input_error(vau_bench_tool.main)
     except SystemExit as ended:
         code = ended.code
     return code, time.monotonic() - begin
@@ -171,7 +172,7 @@ def test_a_bad_row_is_left_out_and_listed_and_no_other_is(
     content, lost, reason = LOST[name]
     path = write(tmp_path, name, content)
     code, seconds = audit(path, monkeypatch)
-    rows, found = annotations.load(path)
+    rows, found = vau_bench.load(path)
     excluded = [e for e in found.entries if (e.action, e.what) == ("excluded", "row")]
     assert code == 0 and seconds < SECONDS
     assert len(excluded) == found.rows - len(rows) >= 1
@@ -186,7 +187,7 @@ def test_a_bad_cell_costs_its_task_alone(name: str, tmp_path: Path, monkeypatch:
     content, reason = DOUBTED[name]
     path = write(tmp_path, name, content)
     code, seconds = audit(path, monkeypatch)
-    rows, found = annotations.load(path)
+    rows, found = vau_bench.load(path)
     assert code == 0 and seconds < SECONDS
     assert len(rows) == ROWS
     assert [e.line for e in found.entries if e.reason.startswith(reason)] == [6]
@@ -203,14 +204,14 @@ def test_a_file_that_is_none_is_refused_in_one_line(
     assert code == 2 and seconds < SECONDS
     assert error.count("\n") == 1 and len(error) < 1000
     with pytest.raises(InputError, match=words):
-        annotations.load(path)
+        vau_bench.load(path)
 
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".csv", "folder", "none.csv"])
 def test_a_path_that_is_no_file_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="does not exist"):
-        annotations.load(tmp_path / name)
+        vau_bench.load(tmp_path / name)
 
 
 def test_a_file_too_large_for_a_table_is_refused_unread(tmp_path: Path) -> None:
@@ -218,26 +219,26 @@ def test_a_file_too_large_for_a_table_is_refused_unread(tmp_path: Path) -> None:
     path.touch()
     os.truncate(path, 100 * 2**30)  # without taking any room
     with pytest.raises(InputError, match="more than"):
-        annotations.load(path)
+        vau_bench.load(path)
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
 def test_only_a_line_feed_ends_a_line_of_json(separator: str, tmp_path: Path) -> None:
     path = write(tmp_path, "imported", replaced("flames", f"red{separator}hot"))
-    assert annotations.load(path)[0][1].key_object == f"red{separator}hot"
+    assert vau_bench.load(path)[0][1].key_object == f"red{separator}hot"
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\n", "\r\n"], ids=ascii)
 def test_a_cell_may_hold_several_lines(separator: str, tmp_path: Path) -> None:
     path = write(tmp_path, "csv", table(Description=f"Two men, one door,{separator}a fight, and a fall."))
-    rows, audit = annotations.load(path)
+    rows, audit = vau_bench.load(path)
     assert len(rows) == ROWS and not audit.entries
     assert rows[5].description == f"Two men, one door,{separator[-1]}a fight, and a fall."
 
 
 def test_a_video_folder_may_have_folders(tmp_path: Path) -> None:
     path = write(tmp_path, "csv", table(Video_Name="Arson/..Arson 011 é.mp4"))
-    assert annotations.load(path)[0][5].video == "Arson/..Arson 011 é.mp4"
+    assert vau_bench.load(path)[0][5].video == "Arson/..Arson 011 é.mp4"
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from configs import base
 from tests.chat_server import Answer, pictures, serve
-from vau_jax import chat
-from vau_jax.chat import Chat
-from vau_jax.files import InputError
+from vau_jax.common import chat
+from vau_jax.common.chat import Chat
+from vau_jax.common.files import InputError
 
 
 def config(url: str, **changes: Any) -> ConfigDict:

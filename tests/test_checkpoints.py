@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vau_jax import checkpoint, checksums
-from vau_jax.files import InputError
+from vau_jax.common import checksums
+from vau_jax.common.files import InputError
+from vau_jax.models import checkpoint
 from vau_jax.types import State
 
 

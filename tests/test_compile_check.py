@@ -16,7 +16,7 @@ from launch.compile_check import Programs, held
 from tests.runs import WITH_LIBTPU
 from tests.small_models import make_model
 from tests.test_train import TRAINING
-from vau_jax import sharding
+from vau_jax.common import sharding
 from vau_jax.models import config as model_config
 from vau_jax.types import Features, Vision
 
@@ -180,6 +180,6 @@ def test_with_lora_only_the_adapters_have_an_optimiser() -> None:
     assert held(state) == pytest.approx(3 * adapters, rel=1e-3), "in float32, with two moments"
     assert held(base) == held(whole.trained) / 2, "in bfloat16"
     assert adapters < 0.05 * held(base)
-    assert isinstance(adapted.seen.vision, Features) and isinstance(whole.seen.vision, Vision)
+    assert isinstance(adapted.encoded_batch.vision, Features) and isinstance(whole.encoded_batch.vision, Vision)
     ratio = adapted.operations(adapted.update()) / adapted.model_flops("update")
     assert 1.4 < ratio < 1.7, "forward, again, and backward to the adapters; the tower is not in it"

@@ -9,31 +9,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import clips
-from vau_jax.data import video
-from vau_jax.data.decode_worker import DecoderPool
-from vau_jax.data.decoders import VideoError
-from vau_jax.data.video import VideoOptions
+from tests import video_files
+from vau_jax.data.video import clips
+from vau_jax.data.video.clips import VideoOptions
+from vau_jax.data.video.decode_worker import DecoderPool
+from vau_jax.data.video.decoders import VideoError
 
 SMALL = VideoOptions(min_pixels=28 * 28, max_pixels=112 * 112)
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return clips.write(tmp_path_factory.mktemp("clips") / "a.mp4")
+    return video_files.write(tmp_path_factory.mktemp("clips") / "a.mp4")
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seconds of decoding: every frame of it is wanted at full size."""
-    return clips.write(tmp_path_factory.mktemp("clips") / "slow.mp4", count=300, size=(1280, 720))
+    return video_files.write(tmp_path_factory.mktemp("clips") / "slow.mp4", count=300, size=(1280, 720))
 
 
 EVERY_FRAME = VideoOptions(fps=20.0, max_pixels=1280 * 720, total_pixels=10**9)
 
 
 def test_a_worker_gives_what_read_gives(clip: Path) -> None:
-    ours, direct = DecoderPool(1).read(clip, SMALL, 28, 2), video.read(clip, SMALL, 28, 2)
+    ours, direct = DecoderPool(1).read(clip, SMALL, 28, 2), clips.read(clip, SMALL, 28, 2)
     np.testing.assert_array_equal(ours.frames, direct.frames)
     np.testing.assert_array_equal(ours.times, direct.times)
     assert (ours.seconds_per_frame, ours.damage) == (direct.seconds_per_frame, direct.damage)
@@ -90,7 +90,7 @@ def test_no_video_takes_more_memory_than_allowed(clip: Path, slow: Path) -> None
 def test_a_clip_of_too_many_bytes_is_refused(slow: Path) -> None:
     big = VideoOptions(nframes=600, resized_height=2800, resized_width=2800)
     with pytest.raises(VideoError, match="more than 2147483648 bytes"):
-        video.read(slow, big, 28, 2)
+        clips.read(slow, big, 28, 2)
 
 
 def test_many_threads_share_a_pool(clip: Path) -> None:

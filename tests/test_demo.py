@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from launch import sweep
-from vau_jax.files import read_json
-from vau_jax.metric_writer import read_metrics
+from vau_jax.common.files import read_json
+from vau_jax.common.metric_writer import read_metrics
 from vau_jax.vlm import VideoLM
 
 ROOT = Path(__file__).parents[1]

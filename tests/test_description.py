@@ -13,18 +13,20 @@ from tests.chat_server import Answer, Server, serve
 from tests.test_chat import config as endpoint
 from tests.test_rft import judged, loss_inputs
 from tests.test_train import small
-from vau_jax import judge, parsing, train
-from vau_jax.chat import Chat
-from vau_jax.data import annotations, prompts
-from vau_jax.data.annotations import SECTIONS, Row
-from vau_jax.files import InputError
-from vau_jax.judge import AXES, Judge, Subject
-from vau_jax.metric_writer import read_metrics
+from vau_jax.common.chat import Chat
+from vau_jax.common.files import InputError
+from vau_jax.common.metric_writer import read_metrics
+from vau_jax.datasets import vau_bench
+from vau_jax.datasets.vau_bench import SECTIONS, Row
+from vau_jax.eval import judge
+from vau_jax.eval.judge import AXES, Judge, Subject
+from vau_jax.tasks import parsing, prompts
+from vau_jax.train import loop
 
 
 @pytest.fixture(scope="module")
 def row(dataset: Path) -> Row:
-    return annotations.load(dataset / "train.csv")[0][0]
+    return vau_bench.load(dataset / "train.csv")[0][0]
 
 
 def marks(value: float, **changed: Any) -> str:
@@ -41,7 +43,7 @@ def test_a_completion_describes_and_then_explains_in_six_lines(row: Row, style: 
     assert sections["think"] == row.description
     lines = sections["answer"].splitlines()
     assert [line.split(":")[0] for line in lines] == list(SECTIONS)
-    assert parsing.parse([text], "description", "strict", style != "think").form.all()
+    assert parsing.parse([text], "description", "strict", style != "think").format_ok.all()
 
 
 def test_the_prompt_names_the_sections_and_asks_for_no_draft(row: Row) -> None:
@@ -51,7 +53,7 @@ def test_the_prompt_names_the_sections_and_asks_for_no_draft(row: Row) -> None:
 
 
 def test_rows_without_description_or_reasoning_have_no_such_task(vau_bench: Path) -> None:
-    rows, _ = annotations.load(vau_bench / "test_ucf_crime.csv")
+    rows, _ = vau_bench.load(vau_bench / "test_ucf_crime.csv")
     assert sum("description" not in row.tasks for row in rows) == 39  # the rows whose texts are all -1
 
 
@@ -66,7 +68,7 @@ def test_sft_mixes_descriptions_in_by_weight(model_folder: Path, dataset: Path, 
     c = small("vau_r1_sft", model_folder, dataset)
     c.data.tasks = (*parsing.VERIFIABLE, "description")
     c.data.task_weights.description = 3.0
-    t = train.Trainer(c)
+    t = loop.Trainer(c)
     tasks = [item.example.task for _ in range(16) for item in next(t.data).examples]
     assert abs(tasks.count("description") - 32) <= 1
     assert all(abs(tasks.count(task) - 32 / 3) <= 1 for task in parsing.VERIFIABLE)
@@ -176,7 +178,7 @@ def scorer(model_folder: Path, dataset: Path) -> tuple:
     """As in test_rft, of two descriptions and two questions."""
     c = small("vau_r1_multi_rft", model_folder, dataset)
     c.data.tasks = ("qa", "description")
-    t = train.Trainer(c)
+    t = loop.Trainer(c)
     host = next(t.data)
     t.close()
     return t.rollout, host, c
@@ -239,13 +241,13 @@ def test_rft_on_descriptions_pays_for_no_text_twice(model_folder: Path, dataset:
     c.data.tasks = ("description",)
     with serve(lambda request, n: Answer(marks(len(request["messages"][-1]["content"]) % 10))) as server:
         c.rewards.judge, c.judge.url, c.judge.model = 1.0, server.url, "m"
-        train.run(c, tmp_path / "run")
+        loop.run(c, tmp_path / "run")
         step = read_metrics(tmp_path / "run")[0]
         assert 0 < step["rewards/judge"] < 1 and step["grad_norm"] > 0 and step["rewards/failed"] == 0
         asked = len(server.requests)
         assert 0 < asked <= c.batch_size * c.rollout.num_generations
         (tmp_path / "again").mkdir()
         (tmp_path / "again" / "judge.jsonl").write_bytes((tmp_path / "run" / "judge.jsonl").read_bytes())
-        train.run(c, tmp_path / "again")
+        loop.run(c, tmp_path / "again")
         assert len(server.requests) == asked
     assert read_metrics(tmp_path / "again")[0]["loss"] == step["loss"]

@@ -13,9 +13,9 @@ import pytest
 
 from tests.chat_server import Answer, serve
 from tests.test_chat import config, last, question
-from vau_jax import cli
-from vau_jax.chat import Chat, Reply
-from vau_jax.files import InputError
+from vau_jax.common import cli
+from vau_jax.common.chat import Chat, Reply
+from vau_jax.common.files import InputError
 
 SECONDS = 2.0
 LARGE = 2**27  # what a server would send if one let it

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from tests import clips, tables
+from tests import tables, video_files
 from tests.test_train import small
-from vau_jax import checkpoint, evaluate, scores
+from vau_jax.common.files import InputError
 from vau_jax.data import pipeline
 from vau_jax.data.processor import Processor
-from vau_jax.files import InputError
+from vau_jax.eval import evaluate, scores
+from vau_jax.models import checkpoint
 from vau_jax.types import State
 from vau_jax.vlm import VideoLM
 
@@ -87,7 +88,7 @@ def test_what_changed_is_evaluated_again(
         text = Path(tiny.data.csv).read_text()
         Path(tiny.data.csv).write_text(text[:-20] + text[-20:].replace("0", "1"))
     elif what == "videos":
-        clips.write(next(Path(tiny.data.videos).glob("*.mp4")), count=9)
+        video_files.write(next(Path(tiny.data.videos).glob("*.mp4")), count=9)
     else:
         words.write_text('{"short_questions": {"qa": "{options}"}}')
     assert evaluate.run(tiny, tmp_path / "eval")["fingerprint"] != first["fingerprint"]

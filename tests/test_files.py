@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vau_jax import files
+from vau_jax.common import files
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,12 +49,12 @@ def test_no_other_json_is_written() -> None:
     ]
     assert calls and [call for call in calls if "allow_nan=" not in call[1]] == []
     between_processes = [path for path, call in calls if "allow_nan=True" in call]
-    assert between_processes == ["vau_jax/processes.py"]
+    assert between_processes == ["vau_jax/common/processes.py"]
 
 
 HOLD = """
 import sys, time
-from vau_jax.files import locked
+from vau_jax.common.files import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

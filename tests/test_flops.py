@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from tests.test_train import small
-from vau_jax import chips, flops, train, update
+from vau_jax.common import chips
+from vau_jax.models import flops
+from vau_jax.train import loop, update
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
@@ -16,7 +18,7 @@ def test_the_formula_is_what_the_program_computes(family: str, family_folders: d
     """Forward pass at the padded sizes, with all pairs, which plain attention computes; 1% are other small products."""
     config = small("vau_r1_sft", family_folders[family], dataset)
     config.attention = "jnp"
-    trainer = train.Trainer(config)
+    trainer = loop.Trainer(config)
     host = next(trainer.data)
     (b, t), c = host.batch.tokens.shape, host.completions.tokens.shape[2]
     size = {k: float(v) for k, v in flops.sizes(host.batch, host.completions).items()}

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import clips
-from vau_jax import files
-from vau_jax.data import frame_cache, video
-from vau_jax.data.decoders import VideoError
-from vau_jax.data.frame_cache import FrameCache
-from vau_jax.data.video import Clip, Sampling, VideoOptions
-from vau_jax.files import InputError
+from tests import video_files
+from vau_jax.common import files
+from vau_jax.common.files import InputError
+from vau_jax.data.video import clips, frame_cache
+from vau_jax.data.video.clips import Clip, Sampling, VideoOptions
+from vau_jax.data.video.decoders import VideoError
+from vau_jax.data.video.frame_cache import FrameCache
 
 SAMPLING = Sampling(VideoOptions(min_pixels=28 * 28, max_pixels=112 * 112), 28, 2)
 
@@ -25,7 +25,7 @@ SAMPLING = Sampling(VideoOptions(min_pixels=28 * 28, max_pixels=112 * 112), 28, 
 @pytest.fixture
 def videos(tmp_path: Path) -> list[Path]:
     """Three clips and a broken file."""
-    paths = [clips.write(tmp_path / f"{n}.mp4", count=20 + n) for n in range(3)]
+    paths = [video_files.write(tmp_path / f"{n}.mp4", count=20 + n) for n in range(3)]
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"broken")
     return [*paths, broken]
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def build(folder: Path, videos: list[Path], sampling: Sampling = SAMPLING) -> Counter[str]:
-    return frame_cache.build(folder, videos, sampling, video.read, workers=2, show=lambda done, note: None)
+    return frame_cache.build(folder, videos, sampling, clips.read, workers=2, show=lambda done, note: None)
 
 
 def forbidden(*args: Any) -> Clip:
@@ -48,7 +48,7 @@ def test_what_is_read_is_what_was_decoded(folder: Path, videos: list[Path]) -> N
     assert build(folder, videos) == Counter(written=3, failed=1)
     for path in videos[:3]:
         clip, cached = FrameCache(folder, forbidden).read(path, SAMPLING)
-        direct = video.read(path, SAMPLING.options, 28, 2)
+        direct = clips.read(path, SAMPLING.options, 28, 2)
         np.testing.assert_array_equal(clip.frames, direct.frames)
         np.testing.assert_array_equal(clip.times, direct.times)
         assert cached and clip.seconds_per_frame == direct.seconds_per_frame
@@ -76,7 +76,7 @@ def test_other_settings_are_not_served(folder: Path, videos: list[Path]) -> None
 
 def test_a_changed_video_is_not_served_and_its_record_is_made_anew(folder: Path, videos: list[Path]) -> None:
     build(folder, videos)
-    clips.write(videos[1], count=50)
+    video_files.write(videos[1], count=50)
     clip, cached = FrameCache(folder).read(videos[1], SAMPLING)
     assert not cached and len(clip.frames) == 4
     assert build(folder, videos) == Counter(stale=1, written=1, kept=3, failed=1)
@@ -142,7 +142,7 @@ def test_a_cache_of_another_version_is_said_and_filled_anew(folder: Path, videos
 def test_a_damaged_record_is_decoded_and_then_made_anew(folder: Path, videos: list[Path]) -> None:
     build(folder, videos)
     shard = next(folder.glob("*.arrayrecord"))
-    first = video.read(videos[0], SAMPLING.options, 28, 2)
+    first = clips.read(videos[0], SAMPLING.options, 28, 2)
     data = bytearray(shard.read_bytes())
     at = data.index(first.frames[0].tobytes()[:64])
     data[at + 100] ^= 1
@@ -171,7 +171,7 @@ def test_a_killed_call_goes_on_after_its_last_whole_shard(
     def killed(path: Path, *args: Any) -> Clip:
         if path == videos[2]:
             raise KeyboardInterrupt
-        return video.read(path, *args)
+        return clips.read(path, *args)
 
     with pytest.raises(KeyboardInterrupt):
         frame_cache.build(folder, videos, SAMPLING, killed, workers=1, show=lambda done, note: None)

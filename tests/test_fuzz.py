@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import clips
-from vau_jax.data.decode_worker import DecoderPool
-from vau_jax.data.decoders import VideoError
-from vau_jax.data.video import VideoOptions
+from tests import video_files
+from vau_jax.data.video.clips import VideoOptions
+from vau_jax.data.video.decode_worker import DecoderPool
+from vau_jax.data.video.decoders import VideoError
 
 OPTIONS = VideoOptions(nframes=4, min_frames=2, min_pixels=28 * 28, max_pixels=56 * 56)
 SECONDS = 30.0  # for one clip; whole ones take a hundredth
@@ -38,7 +38,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     formats = {"mjpeg": "yuvj420p", "gif": "rgb8"}
     found = []
     for name, (codec, options) in CLIPS.items():
-        path = clips.write(
+        path = video_files.write(
             folder / name, 10, (64, 48), codec=codec, options=options, pix_fmt=formats.get(codec, "yuv420p")
         )
         found.append(path.read_bytes())

@@ -13,8 +13,10 @@ from scipy import stats
 from tests import oracle
 from tests.oracle import ask, image, video
 from tests.small_models import FAMILIES, make_model
-from vau_jax import logprobs, sampling, stop_strings, update
-from vau_jax.files import InputError
+from vau_jax.common.files import InputError
+from vau_jax.data import stop_strings
+from vau_jax.rl import logprobs, sampling
+from vau_jax.train import update
 from vau_jax.types import Batch, Completions
 from vau_jax.vlm import VideoLM
 

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import settings as drawing
 from hypothesis import strategies as st
 
-from vau_jax import grpo
-from vau_jax.files import InputError
+from vau_jax.common.files import InputError
+from vau_jax.rl import grpo
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "grpo_trl.json").read_text())
 INPUTS = GOLDEN["inputs"]

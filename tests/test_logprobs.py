@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vau_jax import logprobs
+from vau_jax.rl import logprobs
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from configs import srvau_r1_rft, srvau_r1_sft
 from tests import oracle
 from tests.oracle import ask, video
 from tests.small_models import targets_of, with_adapters
-from vau_jax import checkpoint, train, update
-from vau_jax.files import InputError
-from vau_jax.models import hf, lora, peft
+from vau_jax.common.files import InputError
+from vau_jax.models import checkpoint, hf, lora, peft
 from vau_jax.models.lora import LoRA
+from vau_jax.train import loop, update
 from vau_jax.types import Completions, Params, State
 from vau_jax.vlm import VideoLM
 
@@ -147,8 +147,8 @@ def run_config(stage: str, model_folder: Path, dataset: Path) -> ConfigDict:
 def runs(model_folder: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With `sft`, a run of adapters, and `rft`, one that begins with it."""
     folder = tmp_path_factory.mktemp("runs")
-    train.run(run_config("sft", model_folder, dataset), folder / "sft")
-    train.run(rft_config(model_folder, dataset, folder), folder / "rft")
+    loop.run(run_config("sft", model_folder, dataset), folder / "sft")
+    loop.run(rft_config(model_folder, dataset, folder), folder / "rft")
     return folder
 
 
@@ -210,7 +210,7 @@ def test_a_run_stays_with_the_step_that_it_began_with(model_folder: Path, datase
     (moved / "kept").rename(moved / "rft")
     assert checkpoint.steps(moved / "sft") == [2, 3], "a step that another run needs is not deleted"
     assert equal(VideoLM.load(moved / "rft").params, before.params)
-    source = train.inputs(rft_config(model_folder, dataset, moved), moved / "rft")["source"]
+    source = loop.inputs(rft_config(model_folder, dataset, moved), moved / "rft")["source"]
     assert source["path"] == str(moved / "sft" / "checkpoints" / "2")
     assert checkpoint.source(moved / "sft", moved).path == str(moved / "sft" / "checkpoints" / "3"), (
         "a new run takes the last"
@@ -225,7 +225,7 @@ def test_runs_that_move_together_find_each_other(model_folder: Path, dataset: Pa
         path = elsewhere / "rft" / note
         path.write_text(path.read_text().replace(str(runs.resolve()), gone))
     assert equal(VideoLM.load(elsewhere / "rft").params, VideoLM.load(runs / "rft").params)
-    source = train.inputs(rft_config(model_folder, dataset, runs), elsewhere / "rft")["source"]
+    source = loop.inputs(rft_config(model_folder, dataset, runs), elsewhere / "rft")["source"]
     assert source["path"] == str(elsewhere / "sft" / "checkpoints" / "2")
 
 
@@ -238,7 +238,7 @@ def test_a_run_whose_start_is_another_by_now_is_refused(model_folder: Path, data
     with pytest.raises(InputError, match=changed):
         VideoLM.load(moved / "rft")
     with pytest.raises(InputError, match=changed):
-        train.inputs(rft_config(model_folder, dataset, moved), moved / "rft")
+        loop.inputs(rft_config(model_folder, dataset, moved), moved / "rft")
 
 
 def test_a_changed_model_folder_or_annotation_file_is_named(dataset: Path, moved: Path, tmp_path: Path) -> None:
@@ -255,26 +255,26 @@ def test_a_changed_model_folder_or_annotation_file_is_named(dataset: Path, moved
     run = tmp_path / "run"
     shutil.copytree(moved / "rft", run)
     (run / checkpoint.INPUTS).unlink()
-    (run / checkpoint.INPUTS).write_text(json.dumps(train.inputs(c, run)))
+    (run / checkpoint.INPUTS).write_text(json.dumps(loop.inputs(c, run)))
     files = [*(data / name for name in names.values()), data / "words.json", model / "config.json", model / hf.SINGLE]
     for file in files:
         was = file.read_bytes()
         file.write_bytes(was + b" ")
         with pytest.raises(InputError, match=rf"{file} .*has changed since .*{run} began"):
-            train.inputs(c, run)
+            loop.inputs(c, run)
         file.write_bytes(was)
-    train.inputs(c, run)
+    loop.inputs(c, run)
 
 
 @pytest.mark.long
 def test_a_killed_lora_run_goes_on(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     c = run_config("sft", model_folder, dataset)
     c.lora.dropout, c.steps, c.optim.schedule = 0.1, 4, "constant"
-    train.run(c, tmp_path / "whole")
+    loop.run(c, tmp_path / "whole")
     c.steps = 2
-    train.run(c, tmp_path / "parts")
+    loop.run(c, tmp_path / "parts")
     c.steps = 4
-    train.run(c, tmp_path / "parts")
+    loop.run(c, tmp_path / "parts")
     a, b = (VideoLM.load(tmp_path / name).adapters for name in ("whole", "parts"))
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
 
@@ -284,7 +284,7 @@ def test_a_lora_run_whose_start_is_gone_says_so(model_folder: Path, dataset: Pat
     shutil.copytree(model_folder, base)
     c = run_config("sft", base, dataset)
     c.steps = 1
-    train.run(c, tmp_path / "run")
+    loop.run(c, tmp_path / "run")
     shutil.rmtree(base)
     with pytest.raises(InputError, match="which does not exist: put it back"):
         VideoLM.load(tmp_path / "run")
@@ -294,4 +294,4 @@ def test_dropout_with_rft_is_refused(model_folder: Path, dataset: Path) -> None:
     c = run_config("rft", model_folder, dataset)
     c.lora.dropout = 0.05
     with pytest.raises(InputError, match=r"lora\.dropout=0\.05 with stage=rft: .* set lora\.dropout=0"):
-        train.Trainer(c)
+        loop.Trainer(c)

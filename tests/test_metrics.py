@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from vau_jax import metrics, parsing
-from vau_jax.data import annotations
-from vau_jax.data.annotations import LABELS
-from vau_jax.scores import score
+from vau_jax.datasets.vau_bench import LABELS
+from vau_jax.eval import metrics
+from vau_jax.eval.scores import score
+from vau_jax.tasks import parsing
 
 
 def record(
@@ -85,7 +85,7 @@ def test_no_number_that_a_model_writes_makes_a_score_that_is_none() -> None:
 
 
 def test_the_best_constant_interval_scores_what_the_baseline_says(vau_bench: Path) -> None:
-    rows, _ = annotations.load(vau_bench / "test_msad.csv")
+    rows, _ = vau_bench.load(vau_bench / "test_msad.csv")
     target = parsing.targets([("grounding", None, r.anomaly_class, r.interval) for r in rows if "grounding" in r.tasks])
     best = metrics.baselines(target, "grounding")["best_constant_interval"]
     text = f"<think>t</think><answer>Anomaly</answer><glue>{best['answer']}</glue>"

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from data_prep.random_model import CHAT_TEMPLATE
 from tests.small_models import make_model, with_adapters
+from vau_jax.common.files import InputError
 from vau_jax.data import chat_template
-from vau_jax.files import InputError
 from vau_jax.models import hf
 from vau_jax.models.lora import LoRA
 from vau_jax.vlm import VideoLM

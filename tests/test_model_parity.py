@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from tests import oracle
 from tests.oracle import ask, difference, image, video
 from tests.small_models import FAMILIES, make_model
-from vau_jax import logprobs
 from vau_jax.data.processor import Processor
 from vau_jax.models import hf, qwen_vl
+from vau_jax.rl import logprobs
 from vau_jax.types import Params
 from vau_jax.vlm import VideoLM
 
@@ -226,7 +226,7 @@ def test_bfloat16_is_as_close_as_torch_in_bfloat16(
 
 
 def test_an_unsupported_family_names_the_supported(tmp_path: Path) -> None:
-    from vau_jax.files import InputError
+    from vau_jax.common.files import InputError
     from vau_jax.models import config
 
     with pytest.raises(InputError, match="qwen2_vl, qwen2_5_vl, qwen3_vl"):

@@ -9,16 +9,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from tests import clips
+from tests import video_files
 from tests.oracle import ask
 from tests.test_train import small
-from vau_jax import train
+from vau_jax.common.files import InputError, read_json
+from vau_jax.common.metric_writer import read_metrics
 from vau_jax.data.processor import collate, encode_visual, patchify
-from vau_jax.files import InputError, read_json
-from vau_jax.metric_writer import read_metrics
 from vau_jax.models import motion_prompt
 from vau_jax.models.config import MOTION_FILE
 from vau_jax.models.vision import normalise
+from vau_jax.train import loop
 from vau_jax.types import Batch
 from vau_jax.vlm import VideoLM
 
@@ -148,7 +148,7 @@ def test_still_images_stay_as_they_are(prompted: VideoLM, family_folder: Path) -
 
 def test_a_file_gives_one_frame_more_and_the_times_of_the_later_ones(prompted: VideoLM, tmp_path: Path) -> None:
     """20 frames a second for 4 s at 2 a second: 9 are read for 8 that are seen, all 4 / 9 s apart."""
-    path = clips.write(tmp_path / "a.mp4", count=80)
+    path = video_files.write(tmp_path / "a.mp4", count=80)
     options = prompted.processor.video_options
     sampling = prompted.processor.sampling(options)
     assert sampling.options.lead == 1
@@ -179,7 +179,7 @@ def test_a_spoilt_side_file_is_named(prompted: VideoLM, tmp_path: Path, text: st
 def run(c: ConfigDict, workdir: Path) -> list[dict[str, float]]:
     c.motion.update({"enabled": True, "start": "ucf_crime"})
     c.optim.lr, c.optim.schedule = 1e-3, "constant"
-    train.run(c, workdir)
+    loop.run(c, workdir)
     return read_metrics(workdir)
 
 

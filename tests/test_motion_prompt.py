@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import clips
-from vau_jax.files import InputError
+from tests import video_files
+from vau_jax.common.files import InputError
 from vau_jax.models import motion_prompt as module
 from vau_jax.models.motion_prompt import motion_prompt
 
@@ -132,7 +132,7 @@ def test_mistakes_are_named(shape: tuple[int, ...], order: str, message: str) ->
 def test_the_strip_shows_four_rows_over_time(tmp_path: Path) -> None:
     from PIL import Image
 
-    clip = clips.write(tmp_path / "a.mp4", count=80)
+    clip = video_files.write(tmp_path / "a.mp4", count=80)
     command = [sys.executable, "-m", "vau_jax.models.motion_prompt", str(clip), f"--out={tmp_path / 'strip.png'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from data_prep import drafts, reflection
-from vau_jax import gallery, parsing
-from vau_jax.data import annotations
-from vau_jax.data.annotations import LABELS
-from vau_jax.files import InputError
+from vau_jax.common.files import InputError
+from vau_jax.datasets import vau_bench
+from vau_jax.datasets.vau_bench import LABELS
+from vau_jax.eval import gallery
+from vau_jax.tasks import parsing
 
 QA = "<think>t</think><answer>B</answer>"
 GROUNDING = "<think>t</think><answer>Anomaly</answer><glue>[1.5, 3.0]</glue>"
@@ -22,7 +23,7 @@ def test_strict_reads_every_field() -> None:
         "B</answer>", "Anomaly</answer><glue>[1.5, 3.0]</glue>"
     )
     parsed = parsing.parse([text], "grounding", "strict", reflection=True)
-    assert parsed.form.tolist() == [True]
+    assert parsed.format_ok.tolist() == [True]
     assert parsed.draft.interval.tolist() == [[12.0, 30.5]]
     assert parsed.final.interval.tolist() == [[1.5, 3.0]]
     assert parsed.final.kind.tolist() == parsed.draft.kind.tolist() == [parsing.INTERVAL]
@@ -47,7 +48,7 @@ def test_strict_reads_every_field() -> None:
     ],
 )
 def test_strict_form(text: str, task: str, reflection: bool, form: bool) -> None:
-    assert parsing.parse([text], task, "strict", reflection).form.tolist() == [form]
+    assert parsing.parse([text], task, "strict", reflection).format_ok.tolist() == [form]
 
 
 def test_a_broken_form_has_no_values() -> None:
@@ -108,14 +109,14 @@ def test_every_label_is_read(label: str) -> None:
 
 def test_tasks_can_be_mixed() -> None:
     parsed = parsing.parse([QA, GROUNDING], ["qa", "grounding"])
-    assert parsed.form.tolist() == [True, True]
+    assert parsed.format_ok.tolist() == [True, True]
     assert parsed.task.tolist() == [0, 1]
 
 
 def test_no_texts_give_empty_arrays() -> None:
     parsed = parsing.parse([], "qa")
     assert parsed.final.interval.shape == (0, 2)
-    assert parsed.form.shape == (0,)
+    assert parsed.format_ok.shape == (0,)
 
 
 def test_targets_tell_the_three_codes_apart() -> None:
@@ -272,8 +273,8 @@ OTHER_READERS = {
     "prose": parsing.prose,
     "gallery": gallery.sections,
     "first sentence": drafts.first_sentence,
-    "sections of an annotation": annotations.parse_reasoning,
-    "denial of an anomaly": annotations.NO_ANOMALY.search,
+    "sections of an annotation": vau_bench.parse_reasoning,
+    "denial of an anomaly": vau_bench.NO_ANOMALY.search,
     "doubt": reflection.DOUBT.search,
     "leak": reflection.LEAK.search,
 }

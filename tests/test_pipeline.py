@@ -14,14 +14,15 @@ from ml_collections import ConfigDict
 
 from configs import demo
 from tests import tables
-from vau_jax import parsing
-from vau_jax.data import frame_cache, pipeline, prompts, video
-from vau_jax.data.annotations import Row
-from vau_jax.data.frame_cache import FrameCache
+from vau_jax.common.files import InputError
+from vau_jax.data import pipeline
 from vau_jax.data.pipeline import HostBatch, Loader
 from vau_jax.data.processor import Processor
-from vau_jax.data.video import Clip
-from vau_jax.files import InputError
+from vau_jax.data.video import clips, frame_cache
+from vau_jax.data.video.clips import Clip
+from vau_jax.data.video.frame_cache import FrameCache
+from vau_jax.datasets.vau_bench import Row
+from vau_jax.tasks import parsing, prompts
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,9 @@ def test_right_completions_earn_every_reward(config: ConfigDict, processor: Proc
             for t, m in zip(host.completions.tokens[:, 0], host.completions.mask[:, 0], strict=True)
         ]
         parsed = parsing.parse(texts, [item.example.task for item in host.examples], "strict", reflection=True)
-        from vau_jax import rewards
+        from vau_jax.tasks import rewards
 
-        assert parsed.form.all(), texts
+        assert parsed.format_ok.all(), texts
         assert rewards.task_score(parsed.final, host.target).tolist() == pytest.approx([1.0] * len(texts))
 
 
@@ -228,11 +229,11 @@ def test_a_damaged_video_is_used_and_counted(
 ) -> None:
     import shutil
 
-    from tests import clips
+    from tests import video_files
 
     folder = tmp_path / "videos"
     shutil.copytree(dataset / "videos", folder)
-    bad = clips.damage(clips.fast_start(tmp_path / "bad.mp4", count=200), 0.5, 600)
+    bad = video_files.damage(video_files.fast_start(tmp_path / "bad.mp4", count=200), 0.5, 600)
     for path in folder.glob("train_*"):
         shutil.copy(bad, path)
     config.videos = str(folder)
@@ -248,7 +249,7 @@ def test_frames_come_from_the_cache_and_others_are_counted(
     straight, _ = batches(config, processor, 2)
     sampling = processor.sampling(pipeline.video_options(config, processor.video_options))
     videos = sorted({item.example.path for item in straight[0].examples})
-    frame_cache.build(tmp_path, videos, sampling, video.read, 1, show=lambda done, note: None)
+    frame_cache.build(tmp_path, videos, sampling, clips.read, 1, show=lambda done, note: None)
     config.cache = str(tmp_path)
     found, _ = batches(config, processor, 2)
     assert all(same(a, b) for a, b in zip(straight, found, strict=True))

@@ -8,11 +8,11 @@ import av
 import numpy as np
 import pytest
 
-from tests import clips
-from vau_jax.data import decoders, video
-from vau_jax.data.decode_worker import DecoderPool
-from vau_jax.data.decoders import VideoError
-from vau_jax.data.video import Clip, VideoOptions
+from tests import video_files
+from vau_jax.data.video import clips, decoders
+from vau_jax.data.video.clips import Clip, VideoOptions
+from vau_jax.data.video.decode_worker import DecoderPool
+from vau_jax.data.video.decoders import VideoError
 
 OPTIONS = VideoOptions(nframes=4, min_pixels=28 * 28, max_pixels=112 * 112)
 COUNT = 30
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode())
     for ending in ("ts", "mp4", "mkv"):
-        clips.write(folder / f"host.{ending}", count=COUNT, size=(64, 48), options={"bf": "0"})
+        video_files.write(folder / f"host.{ending}", count=COUNT, size=(64, 48), options={"bf": "0"})
     return folder
 
 
@@ -151,4 +151,4 @@ def test_a_movie_that_refers_to_another_file_shows_nothing(folder: Path) -> None
         followed = next(container.decode(video=0)).to_ndarray(format="rgb24")
     assert np.abs(followed.astype(int) - RED).max() < 40
     with pytest.raises(VideoError):
-        video.read(path, OPTIONS, 28, 2)
+        clips.read(path, OPTIONS, 28, 2)

@@ -11,10 +11,12 @@ import pytest
 
 from tests.test_shared_prefix import C, G, two_prompts
 from tests.test_train import small
-from vau_jax import sampling, sharding, train, update
+from vau_jax.common import sharding
 from vau_jax.models import attention
 from vau_jax.models.attention import Keys
 from vau_jax.models.qwen_vl import Embedding
+from vau_jax.rl import sampling
+from vau_jax.train import loop, update
 from vau_jax.types import Completions
 from vau_jax.vlm import VideoLM
 
@@ -79,7 +81,7 @@ def test_a_state_in_bfloat16_stays_so_and_its_update_is_compiled_once(model_fold
     """Whose gradients are added up over parts in float32."""
     c = small("vau_r1_sft", model_folder, dataset)
     c.param_dtype, c.dtype, c.micro_batches, c.remat = "bfloat16", "bfloat16", 2, False
-    t = train.Trainer(c)
+    t = loop.Trainer(c)
     before = jax.tree.map(lambda x: x.dtype, t.state)
     for number in range(2):
         t.step(number)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from tests.runs import IN_PROPORTION, arguments
-from vau_jax import checkpoint
-from vau_jax.metric_writer import read_metrics
+from vau_jax.common.metric_writer import read_metrics
+from vau_jax.models import checkpoint
 
 ROOT = Path(__file__).parents[1]
 STEPS = 4

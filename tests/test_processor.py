@@ -25,11 +25,11 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from tests.oracle import ask
 from tests.small_models import FAMILIES
+from vau_jax.common.files import InputError
 from vau_jax.data import processor
-from vau_jax.data import video as video_module
 from vau_jax.data.processor import Processor
-from vau_jax.data.video import VideoError, VideoOptions
-from vau_jax.files import InputError
+from vau_jax.data.video import clips as video_module
+from vau_jax.data.video.clips import VideoError, VideoOptions
 from vau_jax.models import config as model_config
 from vau_jax.models.vision import normalise
 from vau_jax.vlm import VideoLM

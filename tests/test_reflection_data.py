@@ -18,14 +18,15 @@ from ml_collections import ConfigDict
 from configs import reflection as reflection_config
 from data_prep import drafts, reflection, teacher
 from data_prep.drafts import Draft
-from tests import clips
+from tests import video_files
 from tests.chat_server import Answer, pictures, serve
-from vau_jax import parsing, rewards
-from vau_jax.data import annotations, pipeline, prompts
-from vau_jax.data.annotations import SECTIONS, Row
+from vau_jax.common.files import InputError
+from vau_jax.data import pipeline
 from vau_jax.data.pipeline import Example
-from vau_jax.data.prompts import Reflection
-from vau_jax.files import InputError
+from vau_jax.datasets import vau_bench
+from vau_jax.datasets.vau_bench import SECTIONS, Row
+from vau_jax.tasks import parsing, prompts, rewards
+from vau_jax.tasks.prompts import Reflection
 
 ROOT = Path(__file__).parents[1]
 ROW = Row(
@@ -167,7 +168,7 @@ def test_words_of_an_annotation_cannot_break_a_target() -> None:
     for task, style in itertools.product(parsing.TASKS, ("think", "reflection", "two_pass")):
         reflected = record_ if task == "qa" else None
         whole = "".join(span.text for span in prompts.completion(row, task, style, reflected))
-        assert parsing.parse([whole], task, "strict", reflected is not None and style != "think").form.all()
+        assert parsing.parse([whole], task, "strict", reflected is not None and style != "think").format_ok.all()
 
 
 @pytest.mark.parametrize("interval", [(12.02, 12.04), (0.0, 0.04), (1.25, 1.250002), (0.05, 0.15), (12.0, 30.5)])
@@ -184,8 +185,8 @@ def test_a_video_that_hangs_its_decoder_costs_its_question_alone(
     """A transport stream that goes on with nothing for 100 GB: shown to a student, and to a teacher."""
     videos = tmp_path / "videos"
     shutil.copytree(dataset / "videos", videos)
-    rows, _ = annotations.load(config.data.csv)
-    sparse = clips.write(tmp_path / "a.ts", count=4).rename(videos / rows[0].video)
+    rows, _ = vau_bench.load(config.data.csv)
+    sparse = video_files.write(tmp_path / "a.ts", count=4).rename(videos / rows[0].video)
     os.truncate(sparse, 100 * 2**30)  # without taking any room
     config.data.update({"videos": str(videos), "tasks": ("classification",), "max_examples": 2, "video_seconds": 1.0})
     config.student.update({"samples": 1, "frames": 2, "retries": 0, "model": "student"})
@@ -280,7 +281,7 @@ def test_records_are_what_training_reads(config: ConfigDict, tmp_path: Path) -> 
         text = "".join(span.text for span in prompts.completion(row, task, "reflection", example.reflection))
         parsed = parsing.parse([text], task, "strict", reflection=True)
         target = parsing.targets([(task, row.answer, row.anomaly_class, row.interval)])
-        assert parsed.form[0] and float(rewards.task_score(parsed.final, target)[0]) > 0.95
+        assert parsed.format_ok[0] and float(rewards.task_score(parsed.final, target)[0]) > 0.95
         draft = float(rewards.task_score(parsed.draft, target)[0])
         assert (draft >= (0.5 if task == "grounding" else 1.0)) == example.reflection.draft_is_right
 
@@ -304,7 +305,7 @@ STYLES_IN_TURN = ("reflection", "reflection", "two_pass", *["think"] * 8)  # 11:
 def test_every_target_made_from_the_published_annotations_keeps_the_strict_rule(vau_bench: Path, file: str) -> None:
     """Of every row and task, in one of the styles in turn, its drafts and reflections by rule: the form is whole, the
     answer right (times are written to a tenth of a second), and a record that is kept earns for its reflection."""
-    rows, _ = annotations.load(vau_bench / file)
+    rows, _ = vau_bench.load(vau_bench / file)
     keep, made = reflection_config.get_config().keep, []
     for number, (row, task) in enumerate((r, task) for r in rows for task in r.tasks):
         style, record, kept = STYLES_IN_TURN[number % len(STYLES_IN_TURN)], None, False
@@ -321,7 +322,7 @@ def test_every_target_made_from_the_published_annotations_keeps_the_strict_rule(
         parsed = parsing.parse(texts, [task for _, task, *_ in chosen], "strict", reflection=long)
         target = parsing.targets([(t, r.answer, r.anomaly_class, r.interval) for r, t, *_ in chosen])
         verifiable = np.asarray([task in parsing.VERIFIABLE for _, task, *_ in chosen])
-        assert parsed.form.all() and np.asarray(rewards.task_score(parsed.final, target))[verifiable].min() > 0.85
+        assert parsed.format_ok.all() and np.asarray(rewards.task_score(parsed.final, target))[verifiable].min() > 0.85
         earned = np.asarray(rewards.reflection_reward(parsed, target))[[kept for *_, kept, _ in chosen]]
         assert (earned > 0).all() and bool(len(earned)) == long
 

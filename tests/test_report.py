@@ -12,9 +12,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
-from tests import clips
-from vau_jax import files, gallery, judge, report, scores
-from vau_jax.files import InputError
+from tests import video_files
+from vau_jax.common import files
+from vau_jax.common.files import InputError
+from vau_jax.eval import gallery, judge, report, scores
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 SECTIONS = "<think>{think}</think><draft>{draft}</draft><reflect>It burns, I see.</reflect><revise>r</revise>"
@@ -92,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two evaluations and two runs, with texts that would like to be code."""
     folder = tmp_path_factory.mktemp("report")
     (folder / "videos").mkdir()
-    clips.write(folder / "videos" / "v0.mp4", count=40)
+    video_files.write(folder / "videos" / "v0.mp4", count=40)
     evaluation(folder / "eval" / "a", RECORDS, f"first {HOSTILE}", folder / "videos")
     evaluation(folder / "eval" / "b", RECORDS[:3], "second", folder / "videos", "test_msad.csv")
     (folder / "eval" / "b" / "judged").mkdir()
@@ -310,7 +311,7 @@ def test_curves_of_all_runs_share_a_chart(folder: Path) -> None:
 def test_large_evaluations_stay_small(tmp_path: Path) -> None:
     """1,000 examples of as many, evenly chosen, with long answers: under 25 MB."""
     (tmp_path / "videos").mkdir()
-    path = clips.write(tmp_path / "videos" / "v0.mp4", count=40)
+    path = video_files.write(tmp_path / "videos" / "v0.mp4", count=40)
     for i in range(1, 400):
         shutil.copy(path, tmp_path / "videos" / f"v{i}.mp4")
     long = ("The smoke rises. " * 120,)

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from tests.runs import arguments
-from vau_jax import checkpoint
-from vau_jax.files import read_json
+from vau_jax.common.files import read_json
+from vau_jax.models import checkpoint
 from vau_jax.types import State
 
 ROOT = Path(__file__).parents[1]

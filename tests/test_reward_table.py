@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from vau_jax import parsing, rewards
-from vau_jax.data import annotations
+from vau_jax.tasks import parsing, rewards
 from vau_jax.types import Target
 
 TRUTHS = {
@@ -250,7 +249,7 @@ def mean_reward(texts: list[str], target: Target, reflection: bool) -> np.ndarra
 @pytest.mark.parametrize("file", ["val.csv", "test_msad.csv", "test_ucf_crime.csv", "test_ecva.csv"])
 def test_no_constant_that_contradicts_itself_earns_what_a_coherent_one_does(vau_bench: Path, file: str) -> None:
     """Over a grid of answers, times and drafts, on every example of a real annotation file that has an interval."""
-    rows, _ = annotations.load(vau_bench / file)
+    rows, _ = vau_bench.load(vau_bench / file)
     truths = [("grounding", None, r.anomaly_class, r.interval) for r in rows if "grounding" in r.tasks]
     target = parsing.targets(truths)
     coherent = np.asarray([pair in COHERENT for pair in PAIRS])

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from vau_jax import parsing, rewards
-from vau_jax.data.annotations import LABELS
+from vau_jax.datasets.vau_bench import LABELS
+from vau_jax.tasks import parsing, rewards
 from vau_jax.types import Target
 
 

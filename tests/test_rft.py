@@ -20,12 +20,15 @@ from tests import reward_functions
 from tests.oracle import ask
 from tests.runs import first_gradient
 from tests.test_train import small
-from vau_jax import checkpoint, grpo, rollout, sharding, train
-from vau_jax.data import annotations, pipeline
-from vau_jax.difficulty import Difficulty
-from vau_jax.files import InputError
-from vau_jax.metric_writer import read_metrics
-from vau_jax.models import vision
+from vau_jax.common import sharding
+from vau_jax.common.files import InputError
+from vau_jax.common.metric_writer import read_metrics
+from vau_jax.data import pipeline
+from vau_jax.datasets import vau_bench
+from vau_jax.models import checkpoint, vision
+from vau_jax.rl import grpo, rollout
+from vau_jax.rl.difficulty import Difficulty
+from vau_jax.train import loop
 from vau_jax.types import Completions, Features, Sampled, TrainBatch
 from vau_jax.vlm import VideoLM, decode_text
 
@@ -43,7 +46,7 @@ def config(model: Path, data: Path, reward: str = "vowels", **changed: Any) -> C
     return c
 
 
-def moved(trainer: train.Trainer, number: int = 0) -> tuple[dict[str, Any], Any]:
+def moved(trainer: loop.Trainer, number: int = 0) -> tuple[dict[str, Any], Any]:
     """Metrics of one step, and the parameters after it."""
     metrics, _ = trainer.step(number)
     return metrics, jax.device_get(trainer.state.params)
@@ -73,7 +76,7 @@ def test_how_often_the_tower_sees_a_video(
     c = config(model_folder, dataset)
     if frozen:
         c.optim.freeze, c.grpo.iterations = ("visual/.*",), 2
-    t = train.Trainer(c)
+    t = loop.Trainer(c)
     assert t.tower_is_frozen == frozen
     t.step(0)
     jax.effects_barrier()
@@ -83,8 +86,8 @@ def test_how_often_the_tower_sees_a_video(
 def test_a_frozen_tower_changes_nothing_but_the_work(model_folder: Path, dataset: Path) -> None:
     """The same gradients of the decoder from stored features as from patches."""
     c = config(model_folder, dataset, **{"optim.freeze": ("visual/.*",)})
-    stored = train.Trainer(c)
-    again = train.Trainer(c)
+    stored = loop.Trainer(c)
+    again = loop.Trainer(c)
     again.tower_is_frozen = False
     (a, _), (b, _) = moved(stored), moved(again)
     np.testing.assert_allclose(a["loss"], b["loss"], atol=1e-5)
@@ -94,7 +97,7 @@ def test_a_frozen_tower_changes_nothing_but_the_work(model_folder: Path, dataset
 
 
 def test_features_stand_in_the_batch(model_folder: Path, dataset: Path) -> None:
-    t = train.Trainer(config(model_folder, dataset, **{"lora.rank": 2}))
+    t = loop.Trainer(config(model_folder, dataset, **{"lora.rank": 2}))
     batch = t._place(next(t.data))
     assert isinstance(batch.vision, Features)
     assert batch.vision.tokens.shape[0] == t.config.batch_size
@@ -104,14 +107,14 @@ def test_features_stand_in_the_batch(model_folder: Path, dataset: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def rolled(model_folder: Path, dataset: Path) -> tuple[train.Trainer, TrainBatch]:
+def rolled(model_folder: Path, dataset: Path) -> tuple[loop.Trainer, TrainBatch]:
     """A trainer with two updates a rollout, and the batch of its first step."""
-    t = train.Trainer(config(model_folder, dataset, **{"grpo.iterations": 2, "optim.lr": 3e-3}))
-    batch, _, _ = t._rollout(next(t.data), 0, train._Clock())
+    t = loop.Trainer(config(model_folder, dataset, **{"grpo.iterations": 2, "optim.lr": 3e-3}))
+    batch, _, _ = t._rollout(next(t.data), 0, loop._Clock())
     return t, jax.device_put(batch, sharding.examples(t.mesh))
 
 
-def test_old_log_probs_are_those_of_the_policy_that_sampled(rolled: tuple[train.Trainer, TrainBatch]) -> None:
+def test_old_log_probs_are_those_of_the_policy_that_sampled(rolled: tuple[loop.Trainer, TrainBatch]) -> None:
     """They stay while the policy moves: the second update's ratios are no longer one."""
     t, batch = rolled
     mask = np.asarray(batch.completions.mask)
@@ -127,11 +130,11 @@ def test_old_log_probs_are_those_of_the_policy_that_sampled(rolled: tuple[train.
     assert second["clip/low"] + second["clip/high"] > 0
 
 
-def test_an_update_that_is_not_finite_can_be_left_out(rolled: tuple[train.Trainer, TrainBatch]) -> None:
+def test_an_update_that_is_not_finite_can_be_left_out(rolled: tuple[loop.Trainer, TrainBatch]) -> None:
     t, batch = rolled
     with t.config.unlocked():
         t.config.skip_nonfinite = True
-    careful = train.update.make(t.config, t.model, t.optimiser, t.shardings, t.mesh)
+    careful = loop.update.make(t.config, t.model, t.optimiser, t.shardings, t.mesh)
     bad = {**batch.loss_inputs, "advantages": batch.loss_inputs["advantages"] * jnp.nan}
     before = jax.device_get(t.state)
     state, metrics = careful(jax.tree.map(jnp.copy, t.state), t.base, replace(batch, loss_inputs=bad))
@@ -144,7 +147,7 @@ def test_an_update_that_is_not_finite_can_be_left_out(rolled: tuple[train.Traine
 
 @pytest.mark.parametrize(("loss_type", "parts"), [("grpo", 4), ("dapo", 2)])
 def test_parts_of_a_batch_give_the_same_update(
-    loss_type: str, parts: int, rolled: tuple[train.Trainer, TrainBatch]
+    loss_type: str, parts: int, rolled: tuple[loop.Trainer, TrainBatch]
 ) -> None:
     """4 x 1 and 2 x 2 as 1 x 4: every metric, and every gradient (one step of SGD with rate 1) to 1e-5."""
     t, batch = rolled
@@ -152,10 +155,10 @@ def test_parts_of_a_batch_give_the_same_update(
     for number in (1, parts):
         c = t.config.copy_and_resolve_references()
         c.micro_batches, c.grpo.loss_type, c.grpo.entropy_bonus = number, loss_type, 0.01
-        sgd = train.optim.optax.sgd(1.0)
+        sgd = loop.optim.optax.sgd(1.0)
         state = replace(t.state, opt_state=sgd.init(t.state.params))
         shardings = sharding.state_shardings(state, t.mesh)
-        step = train.update.make(c, t.model, sgd, shardings, t.mesh)
+        step = loop.update.make(c, t.model, sgd, shardings, t.mesh)
         results.append(jax.device_get(step(jax.tree.map(jnp.copy, state), t.base, batch)))
     (whole, expected), (state, metrics) = results
     assert metrics.keys() == expected.keys()
@@ -176,16 +179,16 @@ def test_a_reference_that_follows_is_the_policy_again(
 ) -> None:
     """After two steps the KL is 0 at the start of the third; a resumed run has the same reference."""
     c = config(model_folder, dataset, **{"grpo.reference_every": 2, "lora.rank": rank, "steps": 2, "optim.lr": 3e-3})
-    train.run(c, tmp_path)
+    loop.run(c, tmp_path)
     c.steps = 4
-    train.run(c, tmp_path)
+    loop.run(c, tmp_path)
     kl = [step["kl"] for step in read_metrics(tmp_path)]
     assert kl[1] > 10 * max(abs(kl[0]), 1e-7)
     assert abs(kl[2]) < 1e-6 < kl[3]
 
 
 def test_half_a_step_towards_the_policy(model_folder: Path, dataset: Path) -> None:
-    t = train.Trainer(config(model_folder, dataset, **{"grpo.reference_every": 1, "grpo.reference_mix": 0.5}))
+    t = loop.Trainer(config(model_folder, dataset, **{"grpo.reference_every": 1, "grpo.reference_mix": 0.5}))
     before = jax.device_get(t.state.params)
     _, after = moved(t)
     assert_close(jax.device_get(t.state.reference), jax.tree.map(lambda a, b: (a + b) / 2, before, after), 1e-6)
@@ -198,7 +201,7 @@ def test_half_a_step_towards_the_policy(model_folder: Path, dataset: Path) -> No
 def scorer(model_folder: Path, dataset: Path) -> tuple[rollout.Rollout, pipeline.HostBatch, ConfigDict]:
     """A rollout whose model is never run, and a batch of prompts."""
     c = config(model_folder, dataset)
-    t = train.Trainer(c)
+    t = loop.Trainer(c)
     return t.rollout, next(t.data), c
 
 
@@ -213,7 +216,7 @@ def written(r: rollout.Rollout, texts: list[str], limit: int = 16) -> Sampled:
     return Sampled(tokens.reshape(shape), np.full((len(texts) // g, g, limit), -1.0, np.float32), mask.reshape(shape))
 
 
-def judged(scorer: tuple, texts: list[str], **changed: Any) -> tuple[rollout.Rollout, rollout.Draw]:
+def judged(scorer: tuple, texts: list[str], **changed: Any) -> tuple[rollout.Rollout, rollout.RolloutBatch]:
     r, host, c = scorer
     c = c.copy_and_resolve_references()
     with c.unlocked():
@@ -222,12 +225,12 @@ def judged(scorer: tuple, texts: list[str], **changed: Any) -> tuple[rollout.Rol
     return r, r.read(host, written(r, texts))
 
 
-def completions(r: rollout.Rollout, draw: rollout.Draw) -> Completions:
-    return r.completions(rollout.Chosen(draw, None, draw.sampled, []))
+def completions(r: rollout.Rollout, draw: rollout.RolloutBatch) -> Completions:
+    return r.completions(rollout.SelectedGroups(draw, None, draw.sampled, []))
 
 
-def loss_inputs(r: rollout.Rollout, draw: rollout.Draw, kl: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    chosen = rollout.Chosen(draw, None, draw.sampled, [])
+def loss_inputs(r: rollout.Rollout, draw: rollout.RolloutBatch, kl: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    chosen = rollout.SelectedGroups(draw, None, draw.sampled, [])
     return r.loss_inputs(chosen, completions(r, draw).mask, kl)[0]
 
 
@@ -295,12 +298,12 @@ def test_a_setting_that_cannot_be_is_named(
     changed: dict[str, Any], words: str, model_folder: Path, dataset: Path
 ) -> None:
     with pytest.raises(InputError, match=re.escape(words)):
-        train.Trainer(config(model_folder, dataset, **changed))
+        loop.Trainer(config(model_folder, dataset, **changed))
 
 
 def test_direct_answers_may_earn_a_users_reward(model_folder: Path, dataset: Path) -> None:
     off = {"rewards.format": 0.0, "rewards.accuracy": 0.0, "rewards.tiou": 0.0}
-    train.check(config(model_folder, dataset, **{"data.style": "direct", **off}))
+    loop.check(config(model_folder, dataset, **{"data.style": "direct", **off}))
 
 
 def test_the_readmes_reward_runs_from_the_command_line(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
@@ -370,8 +373,8 @@ def test_a_policy_that_is_its_reference_pays_no_kl_in_the_reward(model_folder: P
     """However its tokens are drawn. A random model's rewards are all 0, so that advantages would come from the KL."""
     filters = {"rollout.top_k": 5, "rollout.top_p": 0.9, "rollout.min_new_tokens": 12}
     changed = {"user_rewards": (), "grpo.kl_in": "reward", "grpo.kl": "k1", **filters}
-    t = train.Trainer(config(model_folder, dataset, **changed))
-    batch, metrics, _ = t._rollout(next(t.data), 0, train._Clock())
+    t = loop.Trainer(config(model_folder, dataset, **changed))
+    batch, metrics, _ = t._rollout(next(t.data), 0, loop._Clock())
     assert metrics["reward"] == metrics["reward_std"] == 0
     ref, sampler = (np.asarray(batch.loss_inputs[name]) for name in ("ref_logps", "sampler_logps"))
     drawn = np.asarray(batch.loss_inputs["mask"])
@@ -395,10 +398,10 @@ def test_completions_are_cut_to_few_lengths(scorer: tuple) -> None:
 def test_filtered_sampling_is_corrected(importance: str, top_p: float, cap: float, scorer: tuple) -> None:
     c = scorer[2].copy_and_resolve_references()
     c.grpo.importance, c.rollout.top_p = importance, top_p
-    assert train.update.loss_settings(c).importance_cap == cap
+    assert loop.update.loss_settings(c).importance_cap == cap
 
 
-score = jax.jit(train.update.policy_logps, static_argnames="model")
+score = jax.jit(loop.update.policy_logps, static_argnames="model")
 NOT_OF_SAMPLING = {"num_generations", "max_draws", "reward_workers", "reward_seconds"}
 SAMPLING = {"temperature": 0.6, "top_p": 0.8, "top_k": 3, "min_new_tokens": 12}
 
@@ -411,7 +414,7 @@ def test_tokens_are_weighed_where_they_are_not_drawn_as_they_are_scored(name: st
     out = rollout.Rollout(c, vlm.model, vlm.processor, None).sample(vlm.variables, batch, jax.random.key(0))
     scored, _ = score(vlm.variables, batch, Completions(out.tokens, out.mask), vlm.model, c.rollout.temperature)
     gap = np.abs(np.where(out.mask, out.logps - scored, 0)).max()
-    assert (gap > 1e-3) == (train.update.loss_settings(c).importance_cap > 0), gap
+    assert (gap > 1e-3) == (loop.update.loss_settings(c).importance_cap > 0), gap
 
 
 # --- Dynamic sampling ---------------------------------------------------------------------------------------------
@@ -420,8 +423,8 @@ def test_tokens_are_weighed_where_they_are_not_drawn_as_they_are_scored(name: st
 def test_groups_without_variance_are_replaced(model_folder: Path, dataset: Path) -> None:
     """Only classification prompts have rewards that differ: the batch is filled with them from further draws."""
     c = config(model_folder, dataset, "only_classification", **{"rollout.max_draws": 6})
-    t = train.Trainer(c)
-    chosen, outcomes, _ = t._draw(next(t.data), jax.random.key(0), train._Clock())
+    t = loop.Trainer(c)
+    chosen, outcomes, _ = t._draw(next(t.data), jax.random.key(0), loop._Clock())
     assert 1 < len(outcomes) <= 6
     assert len(chosen.outcome.kinds) == len(chosen.batch.tokens) == c.batch_size
     assert all(kind.startswith("classification") for kind in chosen.outcome.kinds)
@@ -438,8 +441,8 @@ def test_groups_without_variance_are_replaced(model_folder: Path, dataset: Path)
 def draws_in_vain(model_folder: Path, dataset: Path) -> tuple[ConfigDict, dict[str, Any], list[str]]:
     """A step whose rewards never differ and whose prompts are all too hard: its config, metrics, and all prompts."""
     changed = {"user_rewards": (), "rollout.max_draws": 3, "grpo.beta": 0.0, "data.difficulty.enabled": True}
-    t = train.Trainer(config(model_folder, dataset, **changed))
-    t.difficulty.accuracy = {f"{task}/{label}": 0.0 for task in t.config.data.tasks for label in annotations.LABELS}
+    t = loop.Trainer(config(model_folder, dataset, **changed))
+    t.difficulty.accuracy = {f"{task}/{label}": 0.0 for task in t.config.data.tasks for label in vau_bench.LABELS}
     read, prompts = t.rollout.read, []
     t.rollout.read = lambda host, sampled: prompts.extend(i.prompt for i in host.examples) or read(host, sampled)
     return t.config, t.step(0)[0], prompts
@@ -464,7 +467,7 @@ def test_prompts_of_every_draw_have_their_level(draws_in_vain: tuple) -> None:
 
 def test_levels_follow_the_running_accuracy(model_folder: Path, dataset: Path) -> None:
     c = config(model_folder, dataset, **{"data.difficulty.enabled": True})
-    t = train.Trainer(c)
+    t = loop.Trainer(c)
     host = next(t.data)
     plain, counts = t.difficulty.choose(host, t.collate)
     assert plain is host and pipeline.summed(counts) == {"difficulty/easy": 0, "difficulty/hard": 0}
@@ -513,10 +516,10 @@ def test_harder_frames_keep_their_number_and_most_of_the_picture(rng: np.random.
 
 def test_a_resumed_run_remembers_difficulty_and_tokens(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     c = config(model_folder, dataset, **{"data.difficulty.enabled": True})
-    train.run(c, tmp_path)
+    loop.run(c, tmp_path)
     first = read_metrics(tmp_path)[0]
     c.steps = 2
-    t = train.Trainer(c)
+    t = loop.Trainer(c)
     assert t.resume(checkpoint.Checkpoints(tmp_path)) == 1
     assert t.tokens_seen == first["tokens_seen"] > 0
     assert t.difficulty.accuracy and set(t.difficulty.accuracy.values()) == {0.0}

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests.small_models import FAMILIES
-from vau_jax import sharding
-from vau_jax.files import InputError
+from vau_jax.common import sharding
+from vau_jax.common.files import InputError
 from vau_jax.models import config as model_config
 from vau_jax.models import hf, lora
 from vau_jax.models.lora import LoRA
@@ -43,7 +43,9 @@ import json, sys
 import jax, numpy as np
 from configs import demo
 from tests.runs import IN_PROPORTION, first_gradient
-from vau_jax import sampling, sharding, train
+from vau_jax.common import sharding
+from vau_jax.rl import sampling
+from vau_jax.train import loop
 from vau_jax.types import Completions, TrainBatch
 folder, data, mesh, micro_batches, out = sys.argv[1:6]
 mesh, micro_batches = json.loads(mesh), int(micro_batches)
@@ -58,7 +60,7 @@ for stage in ("sft", "rft"):
     c.data.max_completion_tokens = 24 if stage == "rft" else 128
     c.data.csv, c.data.videos = data + "/train.csv", data + "/videos"
     c.data.reflection = data + "/train_reflection.jsonl"
-    t = train.Trainer(c)
+    t = loop.Trainer(c)
     before = jax.tree.map(lambda x: x.sharding, t.state)
     first = jax.tree.leaves(t.state.params)[0]
     for i in range(2):

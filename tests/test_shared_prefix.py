@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests.small_models import targets_of, with_adapters
-from vau_jax import sampling, update
 from vau_jax.models.lora import LoRA
+from vau_jax.rl import sampling
+from vau_jax.train import update
 from vau_jax.types import Batch, Completions, Variables
 from vau_jax.vlm import VideoLM
 

@@ -10,8 +10,8 @@ import pytest
 
 from configs import sweeps
 from launch import sweep
-from vau_jax import cli
-from vau_jax.files import InputError
+from vau_jax.common import cli
+from vau_jax.common.files import InputError
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = sorted(path for path in (ROOT / "configs" / "sweeps").glob("[a-z]*.py"))

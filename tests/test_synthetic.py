@@ -7,9 +7,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-from vau_jax import parsing, rewards
-from vau_jax.data import annotations, prompts, synthetic
-from vau_jax.data.annotations import LABELS
+from vau_jax.datasets import synthetic, vau_bench
+from vau_jax.datasets.vau_bench import LABELS
+from vau_jax.tasks import parsing, prompts, rewards
 
 
 def test_files_are_h264_of_the_promised_kind(dataset: Path) -> None:
@@ -31,7 +31,7 @@ def test_there_are_eight_kinds_of_anomaly_of_vau_bench() -> None:
 
 def test_every_reflection_record_makes_a_completion_that_is_paid_for(dataset: Path) -> None:
     """A wrong draft that is corrected earns 0.5, a right one that is kept 0.75, and half a right interval between."""
-    rows, _ = annotations.load(dataset / "train.csv")
+    rows, _ = vau_bench.load(dataset / "train.csv")
     records = [json.loads(line) for line in (dataset / "train_reflection.jsonl").read_text().splitlines()]
     by_name = {row.video: row for row in rows}
     for record in records:
@@ -43,7 +43,7 @@ def test_every_reflection_record_makes_a_completion_that_is_paid_for(dataset: Pa
 
 
 def test_annotations_are_clean(dataset: Path) -> None:
-    rows, audit = annotations.load(dataset / "train.csv")
+    rows, audit = vau_bench.load(dataset / "train.csv")
     assert audit.entries == []
     assert {row.anomaly_class for row in rows} == set(synthetic.KINDS)
     assert all(len(row.tasks) == 4 and len(row.reasoning) == 6 for row in rows)
@@ -86,7 +86,7 @@ def test_letters_are_balanced() -> None:
 def test_options_alone_do_not_tell_the_answer() -> None:
     """A rule learnt from option texts alone (how often each is right when it stands there) stays at chance."""
     rows = [synthetic.annotation(s) for s in synthetic.split_scenes("train", 6000, 0)]
-    options = [[row[column] for column in annotations.OPTION_COLUMNS] for row in rows]
+    options = [[row[column] for column in vau_bench.OPTION_COLUMNS] for row in rows]
     right = [o["ABCD".index(row["Correct Option"])] for o, row in zip(options, rows, strict=True)]
     shown = Counter(o for four in options[:3000] for o in four)
     wins = Counter(right[:3000])
@@ -100,7 +100,7 @@ def test_intervals_begin_at_random_times() -> None:
 
 
 def test_some_drafts_are_wrong(dataset: Path) -> None:
-    from vau_jax.data import prompts
+    from vau_jax.tasks import prompts
 
     drafts = [r.draft_is_right for r in prompts.load_reflections(dataset / "train_reflection.jsonl").values()]
     assert 0.2 < 1 - np.mean(drafts) < 0.6

@@ -13,11 +13,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from launch import sweep
-from vau_jax import checkpoint, evaluate, train
-from vau_jax.chips import Chip
-from vau_jax.files import LOCK, InputError, locked, read_json
-from vau_jax.metric_writer import MetricWriter, RunLog, read_metrics
-from vau_jax.models import hf
+from vau_jax.common.chips import Chip
+from vau_jax.common.files import LOCK, InputError, locked, read_json
+from vau_jax.common.metric_writer import MetricWriter, RunLog, read_metrics
+from vau_jax.eval import evaluate
+from vau_jax.models import checkpoint, hf
+from vau_jax.train import loop
 from vau_jax.types import State
 from vau_jax.vlm import VideoLM
 
@@ -51,7 +52,7 @@ ALIKE = ("vau_r1_qa_rft", "vau_r1_tag_rft", "vau_r1_cls_rft")  # vau_r1_multi_rf
     "name", [pytest.param(name, marks=pytest.mark.long if name in ALIKE else ()) for name in TRAINING]
 )
 def test_a_config_trains(name: str, model_folder: Path, dataset: Path, tmp_path: Path) -> None:
-    train.run(small(name, model_folder, dataset), tmp_path)
+    loop.run(small(name, model_folder, dataset), tmp_path)
     step = read_metrics(tmp_path)[0]
     assert np.isfinite([step["loss"], step["grad_norm"]]).all()
     assert read_json(tmp_path / "config.json")["stage"] == name.rpartition("_")[2]
@@ -61,7 +62,7 @@ def test_a_second_run_in_the_same_workdir_is_refused(model_folder: Path, dataset
     """Of training, of an evaluation, and of a sweep; before anything is written."""
     nothing = small("vau_r1_sft", tmp_path / "no model", dataset)
     calls = [
-        lambda: train.run(nothing, tmp_path),
+        lambda: loop.run(nothing, tmp_path),
         lambda: evaluate.run(small("eval", model_folder, dataset), tmp_path),
         lambda: sweep.run(ROOT / "configs" / "sweeps" / "seeds.py", tmp_path, "slurm", 1, dry_run=False),
     ]
@@ -75,7 +76,7 @@ def test_a_second_run_in_the_same_workdir_is_refused(model_folder: Path, dataset
 def test_frozen_parameters_stay_and_the_others_move(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     c = small("srvau_r1_sft", model_folder, dataset)
     c.optim.freeze, c.optim.lr = ("visual/.*",), 1e-3
-    train.run(c, tmp_path)
+    loop.run(c, tmp_path)
     before, after = (hf.flatten(VideoLM.load(path).params) for path in (model_folder, tmp_path))
     for name, value in before.items():
         moved = not np.array_equal(np.asarray(value), np.asarray(after[name]))
@@ -86,14 +87,14 @@ def test_bfloat16_activations_keep_small_updates(model_folder: Path, dataset: Pa
     """With lr 1e-6, float32 parameters move under bfloat16 activations; bfloat16 ones would stay where they are."""
     c = small("vau_r1_multi_rft", model_folder, dataset)
     c.stage, c.dtype, c.data.max_completion_tokens = "sft", "bfloat16", 160
-    train.run(c, tmp_path)
+    loop.run(c, tmp_path)
     before, after = (hf.flatten(VideoLM.load(path).params) for path in (model_folder, tmp_path))
     assert all(not np.array_equal(before[name], after[name]) for name in before)
 
 
 def test_rft_begins_at_its_reference(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     """At the first step policy and reference are one: KL 0, and the sampler's log-probabilities are the trainer's."""
-    train.run(small("srvau_r1_rft", model_folder, dataset), tmp_path)
+    loop.run(small("srvau_r1_rft", model_folder, dataset), tmp_path)
     step = read_metrics(tmp_path)[0]
     assert abs(step["kl"]) < 1e-6
     assert step["sampler_logp_gap/max"] < 1e-4
@@ -101,7 +102,7 @@ def test_rft_begins_at_its_reference(model_folder: Path, dataset: Path, tmp_path
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step() -> None:
     with pytest.raises(InputError, match="loss is nan at step 7; the last good checkpoint is of step 5"):
-        train.check_finite({"loss": float("nan"), "grad_norm": 1.0}, 7, 5)
+        loop.check_finite({"loss": float("nan"), "grad_norm": 1.0}, 7, 5)
 
 
 def test_a_run_tells_where_its_time_goes(
@@ -109,10 +110,10 @@ def test_a_run_tells_where_its_time_goes(
 ) -> None:
     """On a chip of 1 TFLOP/s: the parts of a step, speed, share of the peak, memory; and a trace of the steps that were
     asked for."""
-    monkeypatch.setattr(train, "chip", lambda kind: Chip(1e12, 1e11, 2.0**34, 1e10))
+    monkeypatch.setattr(loop, "chip", lambda kind: Chip(1e12, 1e11, 2.0**34, 1e10))
     c = small("vau_r1_sft", model_folder, dataset)
     c.steps, c.profile_steps = 3, (2, 3)
-    train.run(c, tmp_path)
+    loop.run(c, tmp_path)
     for step in read_metrics(tmp_path):
         parts = step["seconds/data"] + step["seconds/update"]
         assert 0 < parts <= step["seconds/step"]
@@ -168,14 +169,14 @@ def test_a_run_from_before_a_field_goes_on_where_that_has_its_default(tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(before))
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(1, State(jnp.int32(1), {}, {}), {}, 0.0)
-    train.check_same_run(c, tmp_path)
+    loop.check_same_run(c, tmp_path)
     c.optim.eps = 1.0
     with pytest.raises(InputError, match=r"other settings: optim\.eps \(was 1e-08, is 1\.0\); choose"):
-        train.check_same_run(c, tmp_path)
+        loop.check_same_run(c, tmp_path)
 
 
 def test_a_score_that_is_no_number_is_the_worst_and_null_in_json(tmp_path: Path) -> None:
-    score = checkpoint.Score(ConfigDict({"stage": "sft", "checkpoint": {"best": "auto"}}))
+    score = checkpoint.BestMetric(ConfigDict({"stage": "sft", "checkpoint": {"best": "auto"}}))
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
     for step, loss in enumerate((float("nan"), 1e9, float("inf")), start=1):
         score.add({"loss": loss})
@@ -190,4 +191,4 @@ def test_a_score_that_is_no_number_is_the_worst_and_null_in_json(tmp_path: Path)
 def test_a_metric_for_the_best_checkpoint_that_is_none_is_refused() -> None:
     c = ConfigDict({"stage": "rft", "checkpoint": {"best": "rewards/none"}})
     with pytest.raises(InputError, match=r"checkpoint\.best='rewards/none' is no metric: expected one of kl, reward"):
-        checkpoint.Score(c).add({"reward": 1.0, "kl": 0.0})
+        checkpoint.BestMetric(c).add({"reward": 1.0, "kl": 0.0})

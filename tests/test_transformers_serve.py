@@ -11,7 +11,7 @@ from configs import reflection as reflection_config
 from data_prep import reflection
 from tests import transformers_server
 from tests.test_chat import config
-from vau_jax.chat import Chat, frames_content
+from vau_jax.common.chat import Chat, frames_content
 from vau_jax.vlm import VideoLM
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from vau_jax import uploads
+from vau_jax.web import uploads
 
 ROOT = Path(__file__).parents[1]
 OWNER = """
 import pathlib, sys
-from vau_jax import uploads
+from vau_jax.web import uploads
 with uploads.open_folder(10) as found:
     (found.folder / "video").write_text("x")
     print(found.folder, flush=True)

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vau_jax.data import annotations
-from vau_jax.data.example import Example
-from vau_jax.data.prompts import Reflection
-from vau_jax.files import InputError
-from vau_jax.user_rewards import UserRewards, decode, encode
+from vau_jax.common.files import InputError
+from vau_jax.datasets import vau_bench
+from vau_jax.datasets.example import Example
+from vau_jax.rl.user_rewards import UserRewards, decode, encode
+from vau_jax.tasks.prompts import Reflection
 
 REWARD = "tests.reward_functions:{}"
 
 
 @pytest.fixture(scope="module")
 def example(dataset: Path) -> Example:
-    row = annotations.load(dataset / "train.csv")[0][0]
+    row = vau_bench.load(dataset / "train.csv")[0][0]
     reflection = Reflection("a", {"interval": [1.0, 2.5]}, True, "b", "c")
     return Example(row, "grounding", dataset / "videos" / row.video, reflection, rotation=2)
 
@@ -65,7 +65,7 @@ def test_what_a_reward_prints_and_reads_is_not_the_answer(hostile: UserRewards, 
 
 
 @pytest.mark.parametrize("interval", [None, "normal", (1.5, 2.0)])
-def test_a_reward_sees_the_example_as_it_is(example: Example, interval: annotations.Interval) -> None:
+def test_a_reward_sees_the_example_as_it_is(example: Example, interval: vau_bench.Interval) -> None:
     given = Example(replace(example.row, interval=interval), "qa", example.path, example.reflection, 1)
     assert decode(json.loads(json.dumps(encode(given)))) == given
 

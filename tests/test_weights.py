@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConf
 from data_prep import random_model
 from tests import oracle
 from tests.oracle import ask, video
-from vau_jax.files import InputError
+from vau_jax.common.files import InputError
 from vau_jax.models import config as model_config
 from vau_jax.models import hf
 from vau_jax.vlm import VideoLM
@@ -137,7 +137,7 @@ def test_any_part_of_a_parameter_is_read_alone(family_folder: Path) -> None:
 SHARDED = """
 import sys
 import jax, numpy as np
-from vau_jax import sharding
+from vau_jax.common import sharding
 from vau_jax.models import hf
 from vau_jax.vlm import VideoLM
 read = []

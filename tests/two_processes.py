@@ -6,9 +6,9 @@ from pathlib import Path
 
 import jax
 
-from vau_jax import checksums, processes
-from vau_jax.files import InputError
-from vau_jax.metric_writer import Programs
+from vau_jax.common import checksums, processes
+from vau_jax.common.files import InputError
+from vau_jax.common.metric_writer import Programs
 
 
 def refuse() -> None:

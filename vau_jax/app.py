@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from vau_jax import gallery
 from vau_jax.ask import MOST_TEXT, Asker, Question, check
-from vau_jax.data.decoders import VideoError
-from vau_jax.data.prompts import format_interval
-from vau_jax.data.video import VideoOptions
-from vau_jax.files import InputError, exit_on_input_error
-from vau_jax.uploads import Uploads, open_folder
+from vau_jax.common.files import InputError, exit_on_input_error
+from vau_jax.data.video.clips import VideoOptions
+from vau_jax.data.video.decoders import VideoError
+from vau_jax.eval import gallery
+from vau_jax.tasks.prompts import format_interval
 from vau_jax.vlm import DTYPES
+from vau_jax.web.uploads import Uploads, open_folder
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 try:
@@ -38,7 +38,7 @@ try:
     import uvicorn
     from fastapi import FastAPI
 
-    from vau_jax.guard import Guard
+    from vau_jax.web.guard import Guard
 except ImportError as error:
     raise SystemExit("the app needs gradio: bash launch/venv.sh app, in the repository") from error
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from absl import logging
 from ml_collections import ConfigDict
 
-from vau_jax import parsing
-from vau_jax.data import decode_worker, prompts
-from vau_jax.data.annotations import LABELS, Row
-from vau_jax.data.decode_worker import DecoderPool
+from vau_jax.common.files import InputError, exit_on_input_error, read_json
 from vau_jax.data.pipeline import video_options
-from vau_jax.files import InputError, exit_on_input_error, read_json
+from vau_jax.data.video import decode_worker
+from vau_jax.data.video.decode_worker import DecoderPool
+from vau_jax.datasets.vau_bench import LABELS, Row
+from vau_jax.tasks import parsing, prompts
 from vau_jax.vlm import DTYPES, VideoLM
 
 TASKS = {"qa": "qa", "ground": "grounding", "classify": "classification", "describe": "description"}

@@ -24,15 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax import checkpoint, files, logprobs, optim, sampling, sharding
+from vau_jax.common import files, sharding
+from vau_jax.common.files import InputError, dump_json
 from vau_jax.data.processor import Message, Processor, collate
-from vau_jax.files import InputError, dump_json
+from vau_jax.data.stop_strings import stop_table
+from vau_jax.models import checkpoint, hf, lora, motion_prompt, peft, qwen_vl
 from vau_jax.models import config as model_config
-from vau_jax.models import hf, lora, motion_prompt, peft, qwen_vl
 from vau_jax.models.config import Motion
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
-from vau_jax.stop_strings import stop_table
+from vau_jax.rl import logprobs, sampling
+from vau_jax.train import optim
 from vau_jax.types import Batch, Params, Sampled, Variables
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

@@ -20,8 +20,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from vau_jax.files import InputError, dump_json
-from vau_jax.workers import Died, Pool, Worker
+from vau_jax.common.files import InputError, dump_json
+from vau_jax.common.workers import Died, Pool, Worker
 
 SECONDS = 10.0  # for one prompt
 MEMORY = 2**28  # bytes of data that the process may hold

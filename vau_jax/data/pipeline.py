@@ -19,15 +19,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax import parsing
-from vau_jax.data import annotations, prompts, video
-from vau_jax.data.decode_worker import DecoderPool
-from vau_jax.data.decoders import VideoError
-from vau_jax.data.example import Example
-from vau_jax.data.frame_cache import FrameCache
+from vau_jax.common.files import InputError
 from vau_jax.data.processor import Encoded, Processor, Shape, batch_shape, collate
-from vau_jax.data.video import Clip, VideoOptions
-from vau_jax.files import InputError
+from vau_jax.data.video import clips
+from vau_jax.data.video.clips import Clip, VideoOptions
+from vau_jax.data.video.decode_worker import DecoderPool
+from vau_jax.data.video.decoders import VideoError
+from vau_jax.data.video.frame_cache import FrameCache
+from vau_jax.datasets import vau_bench
+from vau_jax.datasets.example import Example
+from vau_jax.tasks import parsing, prompts
 from vau_jax.types import Batch, Completions, Target
 
 GREY = 128
@@ -70,7 +71,7 @@ class HostBatch:
     examples: list[Loaded]
 
 
-def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]:
+def load_examples(config: ConfigDict) -> tuple[list[Example], vau_bench.Audit]:
     """All (row, task) pairs of a config.data that can be used, no two of the same name; what cannot is in the audit.
 
     Raises InputError for a missing file or folder, an unknown task, and when nothing usable is left.
@@ -81,11 +82,11 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]
     for name, value, known in (
         ("style", config.style, prompts.STYLES),
         ("wording", config.wording, prompts.WORDINGS),
-        ("budget", config.budget, tuple(video.BUDGETS)),
+        ("budget", config.budget, tuple(clips.BUDGETS)),
     ):
         if value not in known:
             raise InputError(f"data.{name}={value!r} is unknown: expected one of {', '.join(known)}")
-    rows, audit = annotations.load(config.csv, config.source, config.protocol)
+    rows, audit = vau_bench.load(config.csv, config.source, config.protocol)
     folder = Path(config.videos)
     if not folder.is_dir():
         raise InputError(f"video folder {folder} does not exist (config.data.videos)")
@@ -107,7 +108,7 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], annotations.Audit]
 
 
 def distinct(
-    rows: Iterable[annotations.Row], tasks: Sequence[str], folder: Path, audit: annotations.Audit
+    rows: Iterable[vau_bench.Row], tasks: Sequence[str], folder: Path, audit: vau_bench.Audit
 ) -> list[Example]:
     """The examples of rows, each name once: rows that differ in their question alone share the other tasks."""
     found: dict[str, Example] = {}
@@ -121,7 +122,7 @@ def distinct(
 
 
 def _with_reflections(
-    examples: list[Example], reflections: dict[str, prompts.Reflection], audit: annotations.Audit
+    examples: list[Example], reflections: dict[str, prompts.Reflection], audit: vau_bench.Audit
 ) -> list[Example]:
     """The examples with their reflection records; those that need one and have none are left out."""
     count = Counter((example.row.video, example.task) for example in examples)
@@ -143,7 +144,7 @@ def video_options(config: ConfigDict, default: VideoOptions) -> VideoOptions:
     """The sampling that config.data asks for: its own numbers, then its budget's, then `default`, the model's."""
     names = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
     given = {name: config[name] for name in names if config[name]}
-    return VideoOptions.from_item(video.BUDGETS[config.budget] | given, default)
+    return VideoOptions.from_item(clips.BUDGETS[config.budget] | given, default)
 
 
 # --- One example --------------------------------------------------------------------------------------------------
@@ -310,7 +311,7 @@ def summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return dict(total)
 
 
-def excluded(audit: annotations.Audit) -> dict[str, int]:
+def excluded(audit: vau_bench.Audit) -> dict[str, int]:
     """How many rows `load_examples` left out of a task or of all, by reason, for the run's metrics."""
     found = {reason: n for (action, reason), n in audit.counts().items() if action == "excluded"}
     return {f"data/excluded/{re.sub(r'[^a-z0-9]+', '_', reason.lower()).strip('_')}": n for reason, n in found.items()}
@@ -370,16 +371,16 @@ class SimilarLengths(grain.MapDataset):
         return np.concatenate([shuffled.reshape(-1), by_length[whole.size :]])
 
 
-def expected_tokens(example: Example, sampling: video.Sampling) -> float:
+def expected_tokens(example: Example, sampling: clips.Sampling) -> float:
     """About how many tokens the prompt has; where the row does not know its video's length, of the text alone."""
     row = example.row
     text = len(row.question) + sum(map(len, row.options))
     if not (row.duration and row.fps and row.width and row.height):
         return text / 4
     options, multiple = sampling.options, sampling.multiple
-    count = video.frame_count(row.duration, int(row.duration * row.fps), options, multiple)
+    count = clips.frame_count(row.duration, int(row.duration * row.fps), options, multiple)
     try:
-        height, width = video.frame_size(row.height, row.width, count, options, sampling.factor, multiple)
+        height, width = clips.frame_size(row.height, row.width, count, options, sampling.factor, multiple)
     except VideoError:
         return text / 4
     return text / 4 + count // multiple * (height // sampling.factor) * (width // sampling.factor)

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vau_jax.data import chat_template, video
-from vau_jax.data.decoders import VideoError
-from vau_jax.data.video import Clip, Sampling, VideoOptions
-from vau_jax.fields import Fields
-from vau_jax.files import InputError, read_json
+from vau_jax.common.fields import Fields
+from vau_jax.common.files import InputError, read_json
+from vau_jax.data import chat_template
+from vau_jax.data.stop_strings import token_bytes
+from vau_jax.data.video import clips
+from vau_jax.data.video.clips import Clip, Sampling, VideoOptions
+from vau_jax.data.video.decoders import VideoError
 from vau_jax.models import config as model_config
 from vau_jax.models.config import FILE_BYTES, VisionConfig
-from vau_jax.stop_strings import token_bytes
 from vau_jax.types import Batch, Groups, Motion, Vision
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ class Processor:
         self.image_options = self._pixel_budget("image", image)
         self.video_options = self._pixel_budget("video", clip)
         self.end_tokens = self._end_tokens()
-        self.read_video = video.read  # or that of a decode_worker.DecoderPool, for files that nobody has vouched for
+        self.read_video = clips.read  # or that of a decode_worker.DecoderPool, for files that nobody has vouched for
 
     def _pixel_budget(self, kind: str, default: VideoOptions) -> VideoOptions:
         return VideoOptions.from_item(model_config.processor_settings(self.folder, kind).pixels(), default)
@@ -361,8 +362,8 @@ class Processor:
             frames = _checked_frames(np.asarray(source), 4, "video")
             depth = self.config.vision.temporal_patch_size
             with _as_input():
-                size = video.frame_size(*frames.shape[1:3], len(frames), options, self.factor, depth)
-            resized = video.resize(frames, *size)
+                size = clips.frame_size(*frames.shape[1:3], len(frames), options, self.factor, depth)
+            resized = clips.resize(frames, *size)
             if self.config.vision.motion:
                 resized = np.concatenate([resized[:1], resized])  # nothing moves in the first of given frames
             clip = Clip(resized, 1.0 / options.fps)
@@ -376,12 +377,12 @@ class Processor:
         source = item["image"]
         if isinstance(source, str | os.PathLike):
             with _as_input():
-                source = video.read_image(source)
+                source = clips.read_image(source)
         frame = _checked_frames(np.asarray(source), 3, "image")[None]
         options = VideoOptions.from_item(item, self.image_options)
         with _as_input():
-            size = video.frame_size(*frame.shape[1:3], 1, options, self.factor, 1)
-        return encode_visual(video.resize(frame, *size), self.config.vision)
+            size = clips.frame_size(*frame.shape[1:3], 1, options, self.factor, 1)
+        return encode_visual(clips.resize(frame, *size), self.config.vision)
 
 
 @contextmanager

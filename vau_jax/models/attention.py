@@ -21,8 +21,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from vau_jax import sharding
-from vau_jax.files import InputError
+from vau_jax.common import sharding
+from vau_jax.common.files import InputError
 
 HIDDEN = -1e30  # finite, so that a row without any visible key gives a number and not NaN
 MOST_SCORES = 1 << 22  # scores of one head and one row that exist at a time; more are computed in pieces
@@ -34,7 +34,7 @@ class Keys(NamedTuple):
 
     k: jax.Array  # [B, K, S, H] or [B, G, K, S, H]
     v: jax.Array
-    seen: jax.Array  # bool [B or 1, G or 1, S]: which keys exist
+    mask: jax.Array  # bool [B or 1, G or 1, S]: which keys exist
     causal: bool = False  # query i sees keys up to i alone
 
 
@@ -65,17 +65,17 @@ def _over_groups(q: jax.Array, parts: list[Keys], at_once: int) -> jax.Array:
     """`attend` for `at_once` groups at a time."""
     own = {i: (part.k, part.v) for i, part in enumerate(parts) if part.k.ndim == 5}
     wide = _wide(parts)
-    seen = [jnp.broadcast_to(part.seen, (part.seen.shape[0], *q.shape[1:2], part.seen.shape[2])) for part in parts]
+    mask = [jnp.broadcast_to(part.mask, (part.mask.shape[0], *q.shape[1:2], part.mask.shape[2])) for part in parts]
 
     def one(group: Any) -> jax.Array:
-        q, own, seen = group
+        q, own, mask = group
         chosen = [
-            Keys(*(x[:, None] for x in own[i]) if i in own else (part.k, part.v), seen[i][:, None], part.causal)
+            Keys(*(x[:, None] for x in own[i]) if i in own else (part.k, part.v), mask[i][:, None], part.causal)
             for i, part in enumerate(_narrow(wide, q.dtype))
         ]
         return _attend(q[:, None], chosen)[:, 0]
 
-    out = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, own, seen)), batch_size=at_once)
+    out = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, own, mask)), batch_size=at_once)
     return jnp.moveaxis(out, 0, 1)
 
 
@@ -109,12 +109,12 @@ def _attend(q: jax.Array, parts: list[Keys], first_row: jax.Array | int = 0) -> 
     b, g, length, heads, dim = q.shape
     grouped = q.reshape(b, g, length, kv_heads, heads // kv_heads, dim) * dim**-0.5
     grouped = jnp.transpose(grouped, (0, 1, 3, 4, 2, 5))  # [B, G, K, R, Q, H]
-    arrays = [(part.k, part.v, part.seen) for part in parts]
+    arrays = [(part.k, part.v, part.mask) for part in parts]
     out = _softmax(grouped, arrays, jnp.int32(first_row), tuple(part.causal for part in parts))
     return jnp.transpose(out, (0, 1, 4, 2, 3, 5)).reshape(q.shape)
 
 
-_Arrays = list[tuple[jax.Array, jax.Array, jax.Array]]  # k, v, seen of each part
+_Arrays = list[tuple[jax.Array, jax.Array, jax.Array]]  # k, v, mask of each part
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -143,7 +143,7 @@ def _softmax_backward(
     q, parts, first_row, out, log_total = kept
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     d_q, d_parts = jnp.zeros(q.shape, jnp.float32), []
-    for (k, v, seen), late in zip(parts, causal, strict=True):
+    for (k, v, mask), late in zip(parts, causal, strict=True):
         one = k.ndim == 4  # shared by all G: heads come before groups, see _attend_part
         swap = (lambda x: jnp.swapaxes(x, 1, 2)) if one else (lambda x: x)
         keys, rows = ("bksh", "bkgrqh") if one else ("bgksh", "bgkrqh")
@@ -152,7 +152,7 @@ def _softmax_backward(
             keys[:-2] + "hs",
         )  # sums over rows come out turned: no copy of the scores
         mine, theirs = swap(q), swap(d_out).astype(v.dtype)
-        weights = jnp.exp(_scores(mine, Keys(k, v, seen, late), first_row) - swap(log_total)[..., None])
+        weights = jnp.exp(_scores(mine, Keys(k, v, mask, late), first_row) - swap(log_total)[..., None])
         d_weights = jnp.einsum(f"{rows},{keys}->{pairs}", theirs, v, preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - swap(inner)[..., None])).astype(k.dtype)
         d_v = jnp.einsum(f"{rows},{pairs}->{turned}", theirs, weights.astype(v.dtype))
@@ -183,7 +183,7 @@ def _scores(q: jax.Array, keys: Keys, first_row: jax.Array | int) -> jax.Array:
     shared = keys.k.ndim == 4
     spec = "bkgrqh,bksh->bkgrqs" if shared else "bgkrqh,bgksh->bgkrqs"
     scores = jnp.einsum(spec, q, keys.k, preferred_element_type=jnp.float32)
-    mask = jnp.expand_dims(keys.seen, (1, 3, 4) if shared else (2, 3, 4))
+    mask = jnp.expand_dims(keys.mask, (1, 3, 4) if shared else (2, 3, 4))
     if keys.causal:
         mask &= (first_row + jnp.arange(q.shape[4]))[:, None] >= jnp.arange(keys.k.shape[-2])
     return jnp.where(mask, scores, HIDDEN)

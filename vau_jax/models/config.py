@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vau_jax.fields import Fields
-from vau_jax.files import InputError, read_json
+from vau_jax.common.fields import Fields
+from vau_jax.common.files import InputError, read_json
 from vau_jax.models.layers import ACTIVATIONS
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -17,8 +17,8 @@ from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vau_jax.fields import Fields
-from vau_jax.files import InputError, dump_json, read_json, sync, write_text
+from vau_jax.common.fields import Fields
+from vau_jax.common.files import InputError, dump_json, read_json, sync, write_text
 from vau_jax.models import config as model_config
 from vau_jax.models import qwen_vl
 from vau_jax.models.config import QwenVLConfig

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vau_jax import sharding
+from vau_jax.common import sharding
 from vau_jax.models.lora import LoRA
 
 UNIT_NORMAL = nn.initializers.normal(1.0)  # `qwen_vl.init` scales it by the config's initializer_range

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vau_jax.fields import Fields
-from vau_jax.files import InputError
+from vau_jax.common.fields import Fields
+from vau_jax.common.files import InputError
 
 DECODER = (r"decoder/layers/.*_proj",)  # every linear layer of the decoder
 

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vau_jax.data import video
-from vau_jax.data.decode_worker import DecoderPool
-from vau_jax.data.decoders import VideoError
-from vau_jax.fields import Fields
-from vau_jax.files import InputError, dump_json, exit_on_input_error, read_json, write_text
+from vau_jax.common.fields import Fields
+from vau_jax.common.files import InputError, dump_json, exit_on_input_error, read_json, write_text
+from vau_jax.data.video import clips
+from vau_jax.data.video.decode_worker import DecoderPool
+from vau_jax.data.video.decoders import VideoError
 from vau_jax.models.config import FILE_BYTES, MOTION_FILE, ORDERS, Motion, VisionConfig
 from vau_jax.types import Vision
 
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--n", type=float, default=PUBLISHED["ucf_crime"][1], help="shift before its bounds")
     parser.add_argument("--fps", type=float, default=2.0, help="frames a second")
     args = parser.parse_args()
-    options = video.VideoOptions.from_item({"fps": args.fps, "min_pixels": 64 * 64, "max_pixels": 160 * 160})
+    options = clips.VideoOptions.from_item({"fps": args.fps, "min_pixels": 64 * 64, "max_pixels": 160 * 160})
     try:
         clip = DecoderPool(1).read(args.video, options, factor=4, multiple=2)
     except VideoError as error:

@@ -10,9 +10,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from vau_jax import files
-from vau_jax.fields import Fields
-from vau_jax.files import InputError, dump_json, read_json
+from vau_jax.common import files
+from vau_jax.common.fields import Fields
+from vau_jax.common.files import InputError, dump_json, read_json
 from vau_jax.models import hf
 from vau_jax.models.config import FILE_BYTES, MOST_UNITS, QwenVLConfig
 from vau_jax.models.lora import LoRA, layer_of

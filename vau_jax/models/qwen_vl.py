@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vau_jax import sharding
+from vau_jax.common import sharding
 from vau_jax.models import attention, rope
 from vau_jax.models.attention import Keys
 from vau_jax.models.config import QwenVLConfig, with_motion
@@ -181,7 +181,7 @@ class QwenVL(nn.Module):
         c = self.config
         return rope.mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section, c.mrope_interleaved)
 
-    def see(self, batch: Batch) -> Features:
+    def encode_vision(self, batch: Batch) -> Features:
         """The visual features of a batch that has visual input."""
         if isinstance(batch.vision, Features):
             return batch.vision
@@ -196,7 +196,7 @@ class QwenVL(nn.Module):
         x = self.embed_tokens(batch.tokens)
         if batch.vision is None:
             return x, None
-        features = self.see(batch)
+        features = self.encode_vision(batch)
         visual = batch.visual_index[..., None] >= 0  # [B, T, 1]
         index = jnp.maximum(batch.visual_index, 0)[..., None]
         x = jnp.where(visual, jnp.take_along_axis(features.tokens, index, axis=1), x)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vau_jax import sharding
+from vau_jax.common import sharding
 from vau_jax.models import attention, rope
 from vau_jax.models.config import VisionConfig
 from vau_jax.models.layers import MLP, UNIT_NORMAL, Dense, LayerNorm, RMSNorm, SwiGLU, rows_of

@@ -1,0 +1,89 @@
+"""Whether a checkpoint is as it was written: the SHA-256 of each of its files, noted beside them once it is whole.
+
+Storage that flips a byte, or loses a file, says nothing: tensorstore reads what is there.
+"""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+
+from vau_jax.common import processes
+from vau_jax.common.files import InputError, content_hash, dump_json, read_json, write_text
+
+NOTE = "checksums.json"
+THREADS = 8  # hashing lets other threads go on: a second for 1 to 2 GB on one core, and as many cores at once
+
+
+def write(folder: Path) -> None:
+    """Notes what the files of `folder` hold. All processes call this, and each reads some of the files."""
+    names = processes.from_first(lambda: _by_size(folder))
+    shares = processes.exchange(_hashes(folder, names[jax.process_index() :: jax.process_count()]))
+    if processes.is_first():
+        write_text(folder / NOTE, dump_json({name: sum_ for share in shares for name, sum_ in share.items()}))
+
+
+def noted(folder: Path) -> dict[str, str] | None:
+    """The files' names and hashes as `write` left them; None where it did not. Raises InputError."""
+    if not (folder / NOTE).exists():
+        return None
+    found = read_json(folder / NOTE)
+    if not isinstance(found, dict):
+        raise InputError(f"{folder / NOTE} is no list of checksums")
+    return found
+
+
+def damage(folder: Path, skip: str | None = None, together: bool = False) -> str:
+    """What is wrong with the files of `folder`, but for those whose names begin with `skip`, in words; empty where they
+    are as they were written, or nothing was noted of them.
+
+    With `together` all processes call this, each reads some of the files, and all learn the same.
+    """
+    try:
+        known, problems = noted(folder) or {}, []
+    except InputError as error:
+        known, problems = {}, [str(error)]
+    names = [name for name in known if skip is None or not name.startswith(skip)]
+    if together:
+        names = names[jax.process_index() :: jax.process_count()]
+    for name, found in _hashes(folder, names).items():
+        if found != known[name]:
+            problems.append(f"{name} {'differs from what was written' if found else 'cannot be read'}")
+    if together:
+        problems = sorted({problem for share in processes.exchange(problems) for problem in share})
+    return ", ".join(problems[:2]) + (f" and {len(problems) - 2} more" if len(problems) > 2 else "")
+
+
+def of_files(folder: Path, names: Iterable[str] = (), below: str | None = None) -> dict[str, str]:
+    """The SHA-256 of the files with these names; or of those whose names begin with `below`, as noted where they are.
+
+    Empty where a file cannot be read.
+    """
+    if below is None:
+        return _hashes(folder, names)
+    known = noted(folder)
+    if known is None:
+        return _hashes(folder, [name for name in _by_size(folder) if name.startswith(below)])
+    return {name: value for name, value in known.items() if name.startswith(below)}
+
+
+def _by_size(folder: Path) -> list[str]:
+    """The names of all files below `folder`, the largest first, so that each of several readers gets as much."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != NOTE]
+    found.sort(key=lambda path: (-path.stat().st_size, path))
+    return [path.relative_to(folder).as_posix() for path in found]
+
+
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The hash of each file; empty where it cannot be read."""
+
+    def one(name: str) -> str:
+        try:
+            return content_hash(folder / name)
+        except InputError:
+            return ""
+
+    names = list(names)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))

@@ -1,0 +1,217 @@
+"""What a run tells while it goes: metrics to metrics.jsonl, TensorBoard and Weights & Biases, a progress line to the
+terminal, and a sign of life of every process."""
+
+import hashlib
+import json
+import math
+import os
+import resource
+import socket
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vau_jax.common import processes
+from vau_jax.common.files import InputError, dump_json, read_json, read_lines, write_text
+from vau_jax.data.video.decoders import short
+
+COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX says after each program
+
+
+class Progress:
+    """Prints how far a stage is and how long it still takes, a line every few seconds and one at the end."""
+
+    def __init__(self, stage: str, total: int, every: float = 5.0, start: int = 0) -> None:
+        self.stage, self.total, self.every = stage, total, every
+        self.start, self.began, self.last = start, time.monotonic(), 0.0
+
+    def show(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        if done < self.total and now - self.last < self.every:
+            return
+        self.last = now
+        elapsed = now - self.began
+        left = elapsed * (self.total - done) / max(1, done - self.start)
+        clock = f"{_clock(elapsed)} gone, {_clock(left)} left" if done < self.total else f"took {_clock(elapsed)}"
+        print(f"{self.stage}: {done}/{self.total}  {clock}  {note}".rstrip(), flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class MetricWriter:
+    """Appends to workdir: metrics.jsonl (an object a step) with the same scalars for TensorBoard, and samples.jsonl.
+
+    A run that resumes at `start_step` first drops what was written of later steps, which it is going to write again.
+    With a `project` the scalars go to Weights & Biases too (WANDB_API_KEY; WANDB_MODE=offline keeps them in workdir).
+    """
+
+    def __init__(self, workdir: str | os.PathLike, start_step: int, project: str = "") -> None:
+        self.metrics = _append_after(Path(workdir) / "metrics.jsonl", start_step)
+        self.samples = _append_after(Path(workdir) / "samples.jsonl", start_step)
+        from tensorboardX import SummaryWriter  # noqa: PLC0415 - slow to import where PyTorch is installed
+
+        self.board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+        self.wandb = _wandb(Path(workdir), project) if project else None
+
+    def write(self, step: int, scalars: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        """Scalars are turned to float; those that are not finite are null in JSON. Samples are for people to read."""
+        values = {name: float(np.asarray(value)) for name, value in scalars.items()}
+        self.metrics.write(dump_json({"step": step, **values}) + "\n")
+        self.samples.writelines(dump_json({"step": step, **sample}) + "\n" for sample in samples)
+        for file in (self.metrics, self.samples):
+            file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Ends the run's files."""
+        for file in (self.metrics, self.samples, self.board):
+            file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _wandb(workdir: Path, project: str) -> Any:
+    """A run of Weights & Biases named as the workdir and known by its path, gone on with when the workdir's run is."""
+    try:
+        import wandb  # noqa: PLC0415 - only where it is asked for
+    except ImportError as error:
+        raise InputError(f"config.wandb={project!r} needs the package: pip install wandb") from error
+    number = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=workdir.name, id=number, dir=workdir, resume="allow")
+
+
+class Heartbeat:
+    """One line for each process in workdir/heartbeats: who it is, its step, when that ended. A process that hangs or is
+    slow stands out by its line."""
+
+    def __init__(self, workdir: Path, every: float = 5.0) -> None:
+        self.folder, self.every, self.last = workdir / "heartbeats", every, -math.inf
+        self.line = {"process": jax.process_index(), "host": socket.gethostname(), "pid": os.getpid(), "step": None}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def beat(self, step: int, seconds: float) -> None:
+        """Says that `step` took so many seconds; at most every few seconds."""
+        self.line |= {"step": step, "seconds/step": round(seconds, 3)}
+        if time.monotonic() - self.last >= self.every:
+            self._write()
+
+    def _write(self) -> None:
+        self.last = time.monotonic()
+        self.line["time"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        write_text(self.folder / f"{jax.process_index():05d}.json", dump_json(self.line) + "\n")
+
+    def lost(self, error: Exception, grace: float = 3.0) -> str:
+        """Says in its line that this process ends with `error`; and names the processes that have not said so `grace`
+        seconds later, which means that they are gone and the error comes of it. Empty: there are none."""
+        self.line["ended"] = short(error)
+        self._write()
+        time.sleep(grace)
+        lines = [read_json(path) for path in sorted(self.folder.glob("*.json"))]
+        names = [
+            f"process {line['process']} ({line['host']}, pid {line['pid']}, last seen {line['time']} after step "
+            f"{line['step']})"
+            for line in lines
+            if "ended" not in line
+        ]
+        return ", ".join(names)
+
+
+def memory() -> dict[str, float]:
+    """The most memory held so far, in GiB: of this process on the host, and of its first device where it tells."""
+    found = {"memory/host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    told = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in told:
+        found["memory/device_gib"] = told["peak_bytes_in_use"] / 2**30
+    return found
+
+
+class Programs:
+    """The programs that this process has compiled, or read from the compilation cache, since this object was made.
+
+    A run should soon come to an end with it: one that goes on has arrays of ever new shapes, and slows down.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.seconds = 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, seconds: float, **_: Any) -> None:
+        if event == COMPILED:
+            self.count, self.seconds = self.count + 1, self.seconds + seconds
+
+    def take(self) -> dict[str, float]:
+        """How many there were since the last call, and the seconds that they took."""
+        found = {"compile/programs": self.count, "compile/seconds": self.seconds}
+        self.count, self.seconds = 0, 0.0
+        return found
+
+
+_programs = cache(Programs)  # one for all runs of the process: JAX's listeners stay
+
+
+class RunLog:
+    """What a run tells of its steps; all but the sign of life by the first process alone."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, done: int) -> None:
+        self.config, self.workdir = config, workdir
+        self.programs, self.tracing = _programs(), False
+        self.heartbeat = Heartbeat(workdir)
+        first = processes.is_first()
+        self.writer = MetricWriter(workdir, done, config.wandb) if first else None
+        self.progress = Progress(config.stage, config.steps, start=done) if first else None
+
+    def begin(self, step: int) -> None:
+        first, last = self.config.profile_steps
+        if first and first <= step <= max(first, last) and not self.tracing:  # a run may be gone on with among these
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+            self.tracing = True
+        self.programs.take()
+
+    def end(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]], note: str) -> None:
+        if step == max(self.config.profile_steps):
+            self._end_trace()
+        self.heartbeat.beat(step, metrics["seconds/step"])
+        if self.writer and (step % self.config.log_every == 0 or step == self.config.steps):
+            self.writer.write(step, metrics | memory() | self.programs.take(), samples)
+        if self.progress:
+            self.progress.show(step, note)
+
+    def _end_trace(self) -> None:
+        if self.tracing:
+            jax.profiler.stop_trace()
+            self.tracing = False
+
+    def close(self) -> None:
+        self._end_trace()  # of a run that ends, or is asked to, before the last step of the trace
+        if self.writer:
+            self.writer.close()
+
+
+def _append_after(path: Path, step: int) -> TextIO:
+    """Opens a JSONL file for appending, without the lines of steps after `step`."""
+    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+    write_text(path, "".join(kept))
+    return path.open("a", encoding="utf-8")
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file but for a last one that a kill cut short."""
+    if not path.exists():
+        return []
+    return [line for line in read_lines(path) if line.endswith("\n")]
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float | None]]:
+    """The objects of workdir/metrics.jsonl in order of steps."""
+    return [json.loads(line) for line in _whole_lines(Path(workdir) / "metrics.jsonl")]

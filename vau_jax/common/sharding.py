@@ -1,0 +1,212 @@
+"""How arrays lie on devices: one mesh, and regexes on parameter names.
+
+Mesh axes: `data` (copies of the model, different examples), `fsdp` (examples too, parameters split), `tensor`
+(heads and hidden units split).
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from vau_jax.common.files import InputError
+
+AXES = ("data", "fsdp", "tensor")
+EXAMPLES = ("data", "fsdp")  # the mesh axes that the leading axis of a batch is split over
+
+# The first rule whose regex matches the end of the name, from a slash on, decides. Stacked layers have a leading axis
+# that is never split.
+PARAM_RULES: tuple[tuple[str, P], ...] = (
+    (r"embed_tokens/embedding", P("tensor", "fsdp")),
+    (r"lm_head", P("tensor", "fsdp")),
+    (r"decoder/layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")),
+    (r"decoder/layers/.*(o_proj|down_proj)/kernel", P(None, "tensor", "fsdp")),
+    (r"visual/(blocks|deepstack)/.*(qkv|gate_proj|up_proj|fc1)/kernel", P(None, "fsdp", "tensor")),
+    (r"visual/(blocks|deepstack)/.*(proj|down_proj|fc2)/kernel", P(None, "tensor", "fsdp")),
+    (r"visual/(patch_embed|merger/mlp/fc1)/kernel", P("fsdp", "tensor")),
+    (r"visual/merger/mlp/fc2/kernel", P("tensor", "fsdp")),
+    (r"visual/pos_embed", P(None, "fsdp")),
+    (r".*(/bias|norm/weight|norm1/weight|norm2/weight|layernorm/weight)", P()),
+    (r"decoder/layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/a", P(None, "fsdp")),  # LoRA's factors
+    (r"decoder/layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/b", P(None, None, "tensor")),
+    (r"decoder/layers/.*(o_proj|down_proj)/a", P(None, "tensor")),
+    (r"decoder/layers/.*(o_proj|down_proj)/b", P(None, None, "fsdp")),
+    (r"visual/.*/[ab]", P()),
+    (r"motion_prompt/[mn]", P()),
+)
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all there are); one axis may be -1, which takes what the others leave.
+
+    Raises InputError when the axes do not multiply to the number of devices, with the factorings that would.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = _sizes(shape, len(devices))
+    layout = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(layout, AXES)
+
+
+def abstract_mesh(shape: Mapping[str, int], count: int) -> AbstractMesh:
+    """The same over `count` devices that are not there. Raises InputError likewise."""
+    return AbstractMesh(_sizes(shape, count), AXES)
+
+
+def _sizes(shape: Mapping[str, int], count: int) -> tuple[int, ...]:
+    """Devices along each axis. Raises InputError."""
+    sizes = [int(shape.get(axis, 1)) for axis in AXES]
+    if sizes.count(-1) == 1:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = count // rest if rest > 0 else 0
+    if any(size < 1 for size in sizes) or math.prod(sizes) != count:
+        asked = ", ".join(f"{axis}={shape.get(axis, 1)}" for axis in AXES)
+        valid = [
+            (d, f, count // d // f) for d in range(1, count + 1) if count % d == 0 for f in range(1, count // d + 1)
+        ]
+        valid = [v for v in valid if math.prod(v) == count]
+        raise InputError(f"mesh {asked} does not fit {count} device(s); (data, fsdp, tensor) can be one of {valid}")
+    return tuple(sizes)
+
+
+def check_divisible(batch_size: int, mesh: Mesh) -> None:
+    """Raises InputError when a batch cannot be split evenly over the mesh."""
+    parts = example_parts(mesh)
+    if batch_size % parts:
+        raise InputError(
+            f"batch_size {batch_size} is not divisible by data x fsdp = {parts} of the mesh {dict(mesh.shape)}: "
+            f"use a multiple of {parts}, or another config.mesh"
+        )
+
+
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The layout of one parameter: its rule's, with axes that do not divide the shape left whole.
+
+    Raises ValueError for a name that no rule covers.
+    """
+    for pattern, spec in PARAM_RULES:
+        if re.fullmatch(rf"(?:.*/)?(?:{pattern})", path):
+            axes = (
+                axis if size % mesh.shape[axis or AXES[0]] == 0 or axis is None else None
+                for axis, size in zip(spec, shape, strict=False)
+            )
+            return P(*axes)
+    raise ValueError(f"no rule in sharding.PARAM_RULES covers the parameter {path!r} of shape {shape}")
+
+
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a pytree of arrays or shapes: parameters, and optimiser slots that mirror them, by rule.
+
+    A leaf belongs to the parameter whose path its own path ends with; a leaf of no axes is whole everywhere.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        if not leaf.shape:
+            return NamedSharding(mesh, P())
+        name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        return NamedSharding(mesh, param_spec(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def gathered(tree: Any, mesh: Mesh) -> Any:
+    """The same as `state_shardings`, but whole over the fsdp axis: for parameters that are read again and again."""
+
+    def whole(place: NamedSharding) -> NamedSharding:
+        return NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in place.spec)))
+
+    return jax.tree.map(whole, state_shardings(tree, mesh))
+
+
+def layout(mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], Sharding]:
+    """`layout(mesh)(path, shape)`: how a parameter lies on the mesh by rule, or on this process's first device."""
+    if mesh is None:
+        alone = SingleDeviceSharding(jax.local_devices()[0])
+        return lambda path, shape: alone
+    return lambda path, shape: NamedSharding(mesh, param_spec(path, shape, mesh))
+
+
+def examples(mesh: Mesh) -> NamedSharding:
+    """Leading axis split over the axes that carry examples."""
+    return NamedSharding(mesh, P(EXAMPLES))
+
+
+def between_layers(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Splits the tokens of x [B, S, D] over the tensor axis too (sequence parallelism, arXiv 2205.05198). What is kept
+    of each layer for the backward pass is then as much smaller. No more need be sent, if an all-reduce becomes its two
+    halves; XLA for TPU keeps most of them whole, and a fifth more is sent."""
+    if mesh is None or mesh.shape["tensor"] == 1 or x.shape[1] % mesh.shape["tensor"]:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(_examples_of(x, mesh), "tensor")))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def whole_tokens(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The inverse of `between_layers`, before a layer's products: each device of the tensor axis gets all tokens. Of
+    the gradient's sum over these devices each keeps its tokens again."""
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(_examples_of(x, mesh))))
+
+
+whole_tokens.defvjp(lambda x, mesh: (whole_tokens(x, mesh), None), lambda mesh, _, grad: (between_layers(grad, mesh),))
+
+
+def by_heads(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Splits the heads of x [B, ..., heads, H] over the tensor axis; where there are too few, each device has all."""
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return x
+    heads = "tensor" if x.shape[-2] % mesh.shape["tensor"] == 0 else None
+    place = P(_examples_of(x, mesh), *(None,) * (x.ndim - 3), heads, None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
+
+
+def by_hidden(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Splits the hidden units of x [B, ..., F] over the tensor axis. Left to the compiler, tokens may stay split there
+    instead, and every weight is sent to every device."""
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return x
+    hidden = "tensor" if x.shape[-1] % mesh.shape["tensor"] == 0 else None
+    place = P(_examples_of(x, mesh), *(None,) * (x.ndim - 2), hidden)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
+
+
+def kernel_by_heads(kernel: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The same for a kernel [in, ..., heads, H]; how `in` lies is left to the compiler."""
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return kernel
+    heads = "tensor" if kernel.shape[-2] % mesh.shape["tensor"] == 0 else None
+    place = P(P.UNCONSTRAINED, *(None,) * (kernel.ndim - 3), heads, None)
+    return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, place))
+
+
+def _examples_of(x: jax.Array, mesh: Mesh) -> tuple[str, ...] | None:
+    return EXAMPLES if x.shape[0] % example_parts(mesh) == 0 else None
+
+
+def example_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in EXAMPLES)
+
+
+def cache(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Of keys or values: prompts [L, B, K, T, H] or completions [L, B, G, K, C, H], by example and by kv head."""
+    heads = len(shape) - 3
+    examples = EXAMPLES if shape[1] % example_parts(mesh) == 0 else None
+    tensor = "tensor" if shape[heads] % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, P(None, examples, *(None,) * (heads - 2), tensor))
+
+
+def mesh_of(array: Any) -> Mesh | None:
+    """The mesh that an array lies on, None for one on a single device or on the host."""
+    where = getattr(array, "sharding", None)
+    return where.mesh if isinstance(where, NamedSharding) else None
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())

@@ -1,0 +1,220 @@
+"""Decodes a split and scores it.
+
+    python -m vau_jax.evaluate --config=configs/eval.py --workdir=DIR --config.checkpoint=RUN_OR_MODEL
+
+Writes predictions.jsonl, one object an example, and metrics.json. A killed call goes on after the examples that are
+done. A video that cannot be read is a wrong answer, counted under "failed".
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vau_jax.common import processes, sharding
+from vau_jax.common.about import about
+from vau_jax.common.files import InputError, check_range, content_hash, dump_json, read_json, read_lines, write_text
+from vau_jax.common.metric_writer import Progress
+from vau_jax.data import pipeline
+from vau_jax.data.pipeline import Example, Loaded
+from vau_jax.datasets.vau_bench import Audit
+from vau_jax.eval import scores
+from vau_jax.models import checkpoint
+from vau_jax.rl import sampling
+from vau_jax.tasks import parsing, prompts, rewards
+from vau_jax.train import settings
+from vau_jax.vlm import VideoLM, decode_text
+
+Key = tuple[str, int]  # of an example: its name, and its rotation
+
+
+def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Evaluates config.checkpoint on config.data and returns what it wrote to metrics.json.
+
+    Raises InputError where another evaluation, or a run, is in `workdir`.
+    """
+    workdir = Path(workdir)
+    check(config)
+    examples, audit = pipeline.load_examples(config.data)
+    examples = [replace(e, rotation=r) for r in range(config.rotations) for e in examples if e.task == "qa" or not r]
+    fingerprint = _fingerprint(config, {example.path for example in examples})
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {workdir}: {error.strerror}: choose another --workdir") from error
+    with processes.alone_in(workdir):
+        return _run(config, workdir, examples, audit, fingerprint)
+
+
+def _run(config: ConfigDict, workdir: Path, examples: list[Example], audit: Audit, fingerprint: str) -> dict[str, Any]:
+    done = workdir / "metrics.json"
+    known = read_json(done) if done.exists() else {}
+    if isinstance(known, dict) and known.get("fingerprint") == fingerprint:
+        print(f"{config.name}: evaluated already ({workdir})", flush=True)
+        return known
+    predictions = predict(config, workdir, examples, fingerprint)
+    result = {
+        "fingerprint": fingerprint,
+        "name": config.name,
+        "checkpoint": str(config.checkpoint),
+        "blind": config.blind,
+        "about": about(),
+        "settings": json.loads(config.to_json_best_effort()),
+        "protocol": config.data.protocol,
+        "excluded": [vars(entry) for entry in audit.entries if entry.action == "excluded"],
+        "examples": len(predictions),
+        "failed": sum(record["failure"] is not None for record in predictions),
+        **scores.score(predictions, config.data.style in prompts.WITH_DRAFT, config.data.protocol, config.rewards),
+    }
+    if not _is_model(workdir):  # whose config.json says something else; the settings are in metrics.json too
+        write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
+    write_text(done, dump_json(result, indent=1))
+    return result
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for settings that no evaluation can have."""
+    settings.check_data(config.data)
+    check_range("seed", config.seed, 0, 2**31 - 1)
+    if config.samples < 1 or not 1 <= config.rotations <= 4:
+        raise InputError(f"samples={config.samples}, rotations={config.rotations}: expected at least 1, and 1 to 4")
+    if jax.process_count() > 1:
+        raise InputError("an evaluation is one process's, on its host's devices: leave out --distributed (ALONE=1)")
+    if config.samples > 1 and config.temperature == 0:
+        raise InputError(f"samples={config.samples} at temperature=0 would all be alike: set temperature above 0")
+    sampling.check(max_new_tokens=config.data.max_completion_tokens, temperature=config.temperature or 1.0)
+    if unknown := [name for name, weight in config.rewards.items() if weight and name not in rewards.REWARDS]:
+        raise InputError(
+            f"rewards.{unknown[0]}={config.rewards[unknown[0]]} cannot be part of an evaluation's total: expected some "
+            f"of {', '.join(rewards.REWARDS)}"
+        )
+
+
+def _fingerprint(config: ConfigDict, videos: Iterable[Path]) -> str:
+    """Changes when anything that decides the predictions does: settings, weights, annotations, words, videos.
+
+    Files of text are known by their contents, videos (of which there may be hundreds of gigabytes) by size and time.
+    """
+    texts = [config.data[name] for name in ("csv", "reflection", "templates") if config.data[name]]
+    seen = [(path.name, stat.st_size, stat.st_mtime_ns) for path in videos for stat in [path.stat()]]
+    known = [
+        json.loads(config.to_json_best_effort()),
+        [content_hash(path) for path in texts],
+        sorted(seen),
+        checkpoint.contents(config.checkpoint),
+    ]
+    return hashlib.sha256(dump_json(known, sort_keys=True).encode()).hexdigest()
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is a run, or has a model's weights."""
+    return (folder / checkpoint.MODEL_FOLDER).is_dir() or any(folder.glob("*.safetensors"))
+
+
+def predict(config: ConfigDict, workdir: Path, examples: list[Example], fingerprint: str) -> list[scores.Record]:
+    """One record an example, from predictions.jsonl where it is there, else from the model."""
+    path = workdir / "predictions.jsonl"
+    records = _finished(path, fingerprint)
+    keys = [(example.name, example.rotation) for example in examples]
+    todo = [example for example, key in zip(examples, keys, strict=True) if key not in records]
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_divisible(config.batch_size, mesh)
+    vlm = VideoLM.load(config.checkpoint, config.dtype, mesh) if todo else None
+    progress = Progress(config.name, len(examples), start=len(records))
+    with path.open("a", encoding="utf-8") as file:
+        for found in _answers(todo, vlm, config) if vlm else ():
+            if _key(found) not in records:  # the last example fills up the last batch
+                records[_key(found)] = found
+                file.write(dump_json({"fingerprint": fingerprint, **found}) + "\n")
+                file.flush()
+                progress.show(len(records))
+    return [records[key] for key in keys]
+
+
+def _key(record: scores.Record) -> Key:
+    return record["example"], record["rotation"]
+
+
+def _finished(path: Path, fingerprint: str) -> dict[Key, scores.Record]:
+    """The whole records of an earlier call with the same settings; the file keeps only those."""
+    lines = read_lines(path) if path.exists() else []
+    kept = {line: record for line in lines if (record := _record(line)).get("fingerprint") == fingerprint}
+    write_text(path, "".join(kept))
+    return {_key(record): record for record in kept.values()}
+
+
+def _record(line: str) -> scores.Record:
+    """What a line holds; nothing where a kill or damage left less than a record, which is then made again."""
+    try:
+        found = json.loads(line) if line.endswith("\n") else {}
+    except (ValueError, RecursionError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def _answers(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Iterator[scores.Record]:
+    """Decodes in padded batches, greedily at temperature 0."""
+    batches = pipeline.eval_batches(
+        examples, vlm.processor, config.data, config.batch_size, seed=config.seed, blind=config.blind
+    )
+    for host in batches:
+        out = sampling.sample(
+            vlm.variables,
+            jax.device_put(host.batch, sharding.examples(vlm.model.mesh)),
+            pipeline.sampling_keys(host.examples, config.seed),
+            config.temperature or 1.0,
+            model=vlm.model,
+            num_generations=config.samples,
+            max_new_tokens=config.data.max_completion_tokens,
+            end_tokens=vlm.processor.end_tokens,
+            greedy=config.temperature == 0,
+        )
+        texts = decode_text(vlm.processor, np.asarray(out.tokens), np.asarray(out.mask))
+        for item, completions in zip(host.examples, texts, strict=True):
+            yield record(item, completions, config.data.style)
+
+
+def record(item: Loaded, completions: list[str], style: str) -> scores.Record:
+    """What predictions.jsonl says of an example."""
+    row, task, reflection = item.example.row, item.example.task, style in prompts.WITH_DRAFT
+    found: scores.Record = {
+        "example": item.example.name,
+        "video": row.video,
+        "source": row.source,
+        "task": task,
+        "rotation": item.example.rotation,
+        "question": prompts.question(row, task, "direct", "short"),
+        "prompt_hash": hashlib.sha256(item.prompt.encode()).hexdigest()[:16],
+        "target": prompts.target(row, task),
+        "answer": row.answer,
+        "anomaly_class": row.anomaly_class,
+        "interval": row.interval,
+        "duration": _seconds(item),
+        "key_object": row.key_object,
+        "reference": prompts.facts(row) if task == "description" else "",
+        "completions": completions,
+        "failure": item.failure,
+    }
+    lenient = parsing.parse(completions, task, "lenient", reflection)
+    strict = parsing.parse(completions, task, "strict", reflection)
+    target = scores.truth([found] * len(completions))
+    found["predictions"] = scores.said(lenient.final, task)
+    found["form"] = strict.format_ok.tolist()
+    if task in parsing.VERIFIABLE:
+        found["scores"] = np.asarray(rewards.task_score(lenient.final, target)).round(4).tolist()
+    if reflection and task in parsing.VERIFIABLE:
+        found["drafts"] = scores.said(lenient.draft, task)
+        found["draft_scores"] = np.asarray(rewards.task_score(lenient.draft, target)).round(4).tolist()
+    return scores.unanswered(found) if item.failure else found
+
+
+def _seconds(item: Loaded) -> float | None:
+    """The video's length, None where neither annotation nor file tells."""
+    known = item.example.row.duration or (None if item.failure else item.seconds)
+    return None if known is None else round(known, 3)

@@ -1,0 +1,299 @@
+"""Runs to one page that works from a file: what was run, results, curves, and examples to look at.
+
+    python -m vau_jax.report DIR [DIR ...] --out=report.html [--examples=1000]
+    python -m vau_jax.report --compare A B
+
+A DIR is searched for evaluations (metrics.json) and training runs (metrics.jsonl). --compare prints the differences
+between two evaluations of the same examples, with p-values.
+"""
+
+import argparse
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from plotly.offline import get_plotlyjs
+
+from vau_jax.common.files import InputError, content_hash, dump_json, read_json, write_text
+from vau_jax.common.metric_writer import read_metrics
+from vau_jax.eval import charts, gallery, judge, metrics, scores
+from vau_jax.eval.published import PUBLISHED
+from vau_jax.eval.scores import Record
+from vau_jax.tasks import parsing
+
+SCRIPT = (Path(__file__).parents[1] / "templates" / "report.js").read_text(encoding="utf-8")
+
+# Row title, where the estimate stands in metrics.json, and the constant guess that stands beside it.
+ROWS = (
+    ("QA accuracy", ("tasks", "qa", "accuracy"), ("baselines", "qa", "majority_letter")),
+    ("Grounding mIoU", ("tasks", "grounding", "mIoU"), ("baselines", "grounding", "best_constant_interval")),
+    ("R@0.3", ("tasks", "grounding", "R@0.3"), None),
+    ("R@0.5", ("tasks", "grounding", "R@0.5"), None),
+    ("R@0.7", ("tasks", "grounding", "R@0.7"), None),
+    ("False alarms (normal videos)", ("tasks", "grounding", "false_alarms"), None),
+    (
+        "Classification, multi-class",
+        ("tasks", "classification", "multiclass"),
+        ("baselines", "classification", "majority_class"),
+    ),
+    ("Classification, normal or not", ("tasks", "classification", "binary"), None),
+    ("Description: words of key objects", ("tasks", "description", "word_overlap", "key_objects"), None),
+    ("Corrected by reflection, QA", ("reflection", "qa", "corrected"), None),
+    ("Broken by reflection, QA", ("reflection", "qa", "broken"), None),
+    ("Gain by reflection, temporal IoU", ("reflection", "grounding", "gain"), None),
+    ("QA accuracy over orders of options", ("option_order", "accuracy"), None),
+    ("Mean total reward", ("rewards", "total"), None),
+)
+
+
+def evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The metrics.json of every finished evaluation under the folders, oldest first, each with its "folder"."""
+    paths = sorted({p for f in folders for p in f.rglob("metrics.json")}, key=lambda p: p.stat().st_mtime_ns)
+    found = [{**read_json(path), "folder": path.parent} for path in paths]
+    if old := [str(result["folder"]) for result in found if "settings" not in result]:
+        raise InputError(f"{', '.join(old)}: made by another version, which report does not read: evaluate again")
+    return found
+
+
+# --- Tables -------------------------------------------------------------------------------------------------------
+
+
+def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Title row, then one row a number: an evaluation a column, and what a constant guess reaches."""
+    lines = [["", *(result["name"] for result in results), "constant guess", "n"]]
+    for title, path, guess in ROWS:
+        found = [lookup(result, path) for result in results]
+        if any(found):
+            constant = next((lookup(r, guess) for r in results if guess and lookup(r, guess)), None)
+            lines.append([title, *map(cell, found), cell(constant) if constant else "", sizes(found)])
+    failed = [str(result["failed"]) for result in results]
+    return [*lines, ["Videos that failed (examples)", *failed, "", ""]]
+
+
+def lookup(result: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:
+    """The estimate at a path of metrics.json, None where there is none."""
+    value: Any = result
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if value and value["value"] is not None else None
+
+
+def cell(estimate: dict[str, Any] | None) -> str:
+    """`0.81 [0.76, 0.86]`."""
+    known = estimate and estimate["value"] is not None
+    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]" if known else "-"
+
+
+def sizes(estimates: Sequence[dict[str, Any] | None]) -> str:
+    """Of how many examples they are: `240`, or `240, 239` where they differ."""
+    return ", ".join(dict.fromkeys(str(e["n"]) for e in estimates if e))
+
+
+def escape(text: str) -> str:
+    """Text from files as it may stand in a Markdown table."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+!|" else c for c in text.replace("\n", " "))
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Rows of text as a Markdown table, the first one its head; cells are escaped already where they must be."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    return "\n".join([rows[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *rows[1:]])
+
+
+def published(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Published numbers (percent), and beside them the evaluations of the same annotation files; empty without any."""
+    mine = [(result, charts.source_of(result)) for result in results]
+    mine = [(result, source) for result, source in mine if source]
+    if not mine:
+        return []
+    models = list(dict.fromkeys(name for numbers in PUBLISHED.values() for name in numbers))
+    lines = [["%", *(result["name"] for result, _ in mine), *models]]
+    for (source, title, path), numbers in PUBLISHED.items():
+        own = [lookup(result, path) if s == source else None for result, s in mine]
+        if any(own):
+            texts = [f"{100 * e['value']:.2f} [{100 * e['low']:.1f}, {100 * e['high']:.1f}]" if e else "" for e in own]
+            lines.append([title, *texts, *(f"{numbers[m]:.2f}" if m in numbers else "" for m in models)])
+    return lines if len(lines) > 1 else []
+
+
+def groups(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
+    """(title, table) of each task's scores by class and by source, where there is more than one; for grounding the
+    temporal IoU, in which a normal video counts 1 when nothing is found."""
+    found = []
+    for kind, title in (("by_class", "class"), ("by_source", "source")):
+        for task in parsing.VERIFIABLE:
+            names = sorted({name for result in results for name in result[kind].get(task, {})})
+            lines = [["", *(result["name"] for result in results), "n"]]
+            for name in names:
+                cells = [result[kind].get(task, {}).get(name) for result in results]
+                lines.append([name, *map(cell, cells), sizes(cells)])
+            if len(names) > 1:
+                found.append((f"{task}, by {title}", lines))
+    return found
+
+
+def judged(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Marks of descriptions (VAU-Eval): a column an evaluation and judge; empty without any."""
+    found = [
+        (r, path, read_json(path)) for r in results for path in sorted((r["folder"] / judge.FOLDER).glob("*.json"))
+    ]
+    if not found:
+        return []
+    lines = [["", *(f"{r['name']}, {path.stem} ({marks['model']}){_stale(r, marks)}" for r, path, marks in found)]]
+    lines += [[axis, *(cell(marks["axes"][axis]) for *_, marks in found)] for axis in judge.AXES]
+    lines.append(["total, of 50", *(cell(marks["total"]) for *_, marks in found)])
+    return [*lines, ["not marked", *(str(len(marks["unmarked"])) for *_, marks in found)]]
+
+
+def _stale(result: dict[str, Any], marks: dict[str, Any]) -> str:
+    """A note where the evaluation was made again after it was marked."""
+    path = result["folder"] / "predictions.jsonl"
+    return ", of earlier answers" if marks.get("predictions") and marks["predictions"] != content_hash(path) else ""
+
+
+def exclusions(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A line a row that was left out of an evaluation, and why; each once."""
+    entries = {(e["video"], e["what"], e["reason"]) for result in results for e in result["excluded"]}
+    return [f"excluded {video} ({what}): {reason}" for video, what, reason in sorted(entries)]
+
+
+# --- The page -----------------------------------------------------------------------------------------------------
+
+
+def write(folders: Sequence[Path], out: Path, examples: int = 1000) -> str:
+    """Writes the page to `out` and returns its table as text. Raises InputError when there is nothing to report."""
+    if out.suffix != ".html":
+        raise InputError(f"--out={out}: the report is one HTML page, so the name must end in .html")
+    absent = [str(folder) for folder in folders if not folder.is_dir()]
+    results = evaluations(folders)
+    runs = sorted({p.parent for folder in folders for p in folder.rglob("metrics.jsonl")})
+    if absent or not (results or runs):
+        raise InputError(f"nothing to report: {', '.join(absent) or ', '.join(map(str, folders))} has no run")
+    seen = [(result, scores.load(result["folder"])) for result in results if not result["blind"]]
+    cards, strips = _cards(seen, examples)
+    lines = table(results) if results else []
+    steps = {run.name: read_metrics(run) for run in runs}
+    drawn = [*charts.curves(steps), *charts.results(seen)]
+    library = get_plotlyjs() if drawn else ""
+    page = gallery.render(
+        "report.html.jinja",
+        policy=policy(library, SCRIPT),
+        script=SCRIPT,
+        results=results,
+        runs=[_run(run, steps[run.name]) for run in runs],
+        table=lines,
+        published=published(results),
+        judged=judged(results),
+        groups=groups(results),
+        exclusions=exclusions(results),
+        charts=drawn,
+        cards=cards,
+        total=sum(len(records) for _, records in seen),
+        strips=strips,
+        filters=_filters(cards),
+        plotly=library,
+    )
+    write_text(out, page)
+    return markdown([[escape(text) for text in lines[0]], *lines[1:]]) if lines else "no evaluation yet"
+
+
+def policy(*scripts: str) -> str:
+    """The page's content security policy: it runs these scripts and no others, and fetches nothing. Plotly writes
+    styles, which can then show only pictures that the page has."""
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts if script]
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+def _cards(
+    seen: Sequence[tuple[dict[str, Any], list[Record]]], most: int
+) -> tuple[list[gallery.Card], dict[str, gallery.Strip]]:
+    """Cards of evaluations' records, `most` at most, and their strips by style class."""
+    chosen = gallery.choose([(result, record) for result, found in seen for record in found], most)
+    classes: dict[tuple[str, str], str] = {}
+    for result, record in chosen:
+        if folder := gallery.videos_of(result):
+            classes.setdefault((str(folder), record["video"]), f"strip{len(classes)}")
+    pictures = gallery.strips([Path(folder) / video for folder, video in classes])
+    strips = {name: picture for name, picture in zip(classes.values(), pictures, strict=True) if picture}
+    cards = []
+    for result, record in chosen:
+        name = classes.get((str(gallery.videos_of(result)), record["video"]), "")
+        cards.append(gallery.card(result["name"], record, name if name in strips else ""))
+    return cards, strips
+
+
+def _filters(cards: Sequence[gallery.Card]) -> dict[str, list[str]]:
+    """What the gallery can be filtered by, and the values that occur."""
+
+    def distinct(values: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys(values))
+
+    return {
+        "evaluation": distinct(card.evaluation for card in cards),
+        "task": distinct(card.task for card in cards),
+        "class": sorted(distinct(card.label for card in cards)),
+        "outcome": sorted(distinct(state for card in cards for state in card.states)),
+    }
+
+
+def _run(run: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page says of a training run."""
+    config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    about = read_json(run / "about.json") if (run / "about.json").is_file() else {}
+    seconds = [step["seconds/step"] for step in steps if "seconds/step" in step]
+    return {
+        "name": run.name,
+        "stage": config.get("stage", ""),
+        "model": config.get("init_from") or config.get("model", ""),
+        "steps": steps[-1]["step"] if steps else 0,
+        "step_seconds": f"{np.median(seconds):.2f}" if seconds else "",
+        "about": about,
+        "config": dump_json(config, indent=1),
+    }
+
+
+# --- Two evaluations ----------------------------------------------------------------------------------------------
+
+
+def compare(a: Path, b: Path) -> str:
+    """A Markdown table of the differences, b - a, in the score of each task, over the examples that both have; a
+    video that failed has the score 0."""
+    both = [{r["example"]: r for r in scores.load(folder)} for folder in (a, b)]
+    if not all(both):
+        raise InputError(f"{a if not both[0] else b} has no predictions.jsonl: give two folders of evaluations")
+    lines = [["score", "A", "B", "B - A", "95%", "p", "n"]]
+    for task in parsing.VERIFIABLE:
+        names = [n for n, r in both[0].items() if r["task"] == task and n in both[1]]
+        first, second = (np.asarray([found[n]["scores"][0] for n in names]) for found in both)
+        if names:
+            d = metrics.paired(first, second)
+            spread = f"[{d['low']:+.3f}, {d['high']:+.3f}]"
+            means = [f"{x.mean():.3f}" for x in (first, second)]
+            lines.append([task, *means, f"{d['difference']:+.3f}", spread, f"{d['p']:.4f}", str(d["n"])])
+    if len(lines) == 1:
+        raise InputError(f"{a} and {b} have no example in common")
+    alone = [len(found) - sum(n in other for n in found) for found, other in (both, both[::-1])]
+    failed = [sum(bool(found[n]["failure"]) for n in found if n in other) for found, other in (both, both[::-1])]
+    notes = [f"Only in A: {alone[0]} examples, only in B: {alone[1]}."]
+    notes += [f"Videos that failed, whose score is 0: {failed[0]} in A, {failed[1]} in B."] * any(failed)
+    return "\n".join([markdown(lines), "", *notes])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="runs to one report")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--examples", type=int, default=1000, help="most examples on the page")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="folders of two evaluations")
+    args = parser.parse_args()
+    if not args.compare and not args.folders:
+        raise InputError("give folders of runs, or --compare A B")
+    print(compare(*args.compare) if args.compare else write(args.folders, args.out, args.examples))

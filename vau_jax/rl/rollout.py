@@ -1,0 +1,338 @@
+"""The host rim of RFT: sample on the device, read the texts, score them, and make the batch of one update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vau_jax.common.files import InputError
+from vau_jax.common.processes import Rows
+from vau_jax.data.pipeline import Example, HostBatch
+from vau_jax.data.processor import Processor
+from vau_jax.models.qwen_vl import QwenVL
+from vau_jax.rl import grpo, sampling
+from vau_jax.rl.user_rewards import UserRewards
+from vau_jax.tasks import parsing, prompts
+from vau_jax.tasks.rewards import REWARDS, task_score
+from vau_jax.types import Batch, Completions, Sampled, Target, Variables
+from vau_jax.vlm import decode_text
+
+LENGTHS = 4  # different lengths that completions are padded to: quarters of the limit
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the completions of B prompts did; N = B * G, a prompt's one after the other."""
+
+    kinds: list[str]  # B: task and class
+    rewards: np.ndarray  # float32 [N, R]; NaN where a reward is absent, or the completion does not count
+    total: np.ndarray  # float32 [N]: weighted sum, NaN where the completion does not count
+    ended: np.ndarray  # bool [N]: with an end token, not at the limit
+    draft_score: np.ndarray  # float32 [N]; NaN for descriptions, which are neither right nor wrong
+    final_score: np.ndarray  # float32 [N], likewise
+    reflect_words: np.ndarray  # int32 [N]: words of the reflection
+    lengths: np.ndarray  # int32 [N]: tokens
+    failed: np.ndarray  # bool [N]: a user's reward, or the judge's
+
+    @property
+    def counts(self) -> np.ndarray:
+        """bool [N]: completions that are compared and trained on: the video could be read, and no reward failed."""
+        return ~np.isnan(self.total)
+
+    @property
+    def varied(self) -> np.ndarray:
+        """bool [B]: groups whose rewards differ, which alone say anything about the policy."""
+        groups = self.total.reshape(len(self.kinds), -1)
+        return np.nan_to_num(np.nanmax(groups, 1, initial=-np.inf) - np.nanmin(groups, 1, initial=np.inf)) > 0
+
+    @property
+    def _by_group(self) -> dict[str, np.ndarray]:
+        """The arrays with leading axes [B, G]."""
+        arrays = {name: getattr(self, name) for name in _PER_COMPLETION}
+        return {name: x.reshape(len(self.kinds), -1, *x.shape[1:]) for name, x in arrays.items()}
+
+    def groups(self, chosen: np.ndarray) -> "Outcome":
+        """Those of the groups with these numbers."""
+        arrays = {name: x[chosen].reshape(-1, *x.shape[2:]) for name, x in self._by_group.items()}
+        return Outcome([self.kinds[i] for i in chosen], **arrays)
+
+    def gathered(self, rows: Rows) -> "Outcome":
+        """That of the whole batch, whose `rows` of this process this is."""
+        grouped = self._by_group
+        told = [[kind, *(x[i].tolist() for x in grouped.values())] for i, kind in enumerate(self.kinds)]
+        kinds, *columns = zip(*rows.gather(told), strict=True)
+        arrays = {
+            name: np.asarray(column, x.dtype).reshape(-1, *x.shape[2:])
+            for (name, x), column in zip(grouped.items(), columns, strict=True)
+        }
+        return Outcome(list(kinds), **arrays)
+
+
+def joined(outcomes: Sequence[Outcome]) -> Outcome:
+    """One after the other."""
+    arrays = {name: np.concatenate([getattr(outcome, name) for outcome in outcomes]) for name in _PER_COMPLETION}
+    return Outcome([kind for outcome in outcomes for kind in outcome.kinds], **arrays)
+
+
+_PER_COMPLETION = ("rewards", "total", "ended", "draft_score", "final_score", "reflect_words", "lengths", "failed")
+
+
+@dataclass(frozen=True)
+class RolloutBatch(Outcome):
+    """The completions themselves too, on the host: of this process's prompts."""
+
+    host: HostBatch
+    sampled: Sampled  # numpy; C is the limit
+    texts: list[str]  # N
+    errors: list[str | None]  # N: what failed in a user's reward, or in the judge's
+
+
+@dataclass(frozen=True)
+class SelectedGroups:
+    """The groups of a step's batch that are trained on."""
+
+    outcome: Outcome  # of the whole batch
+    batch: Batch  # the whole batch's prompts, on the devices
+    sampled: Sampled  # numpy, of this process's rows
+    first: list[dict[str, Any]]  # a record for each completion of the first group, for people to read
+
+
+@dataclass
+class Rollout:
+    """Draws completions and scores them."""
+
+    config: ConfigDict
+    model: QwenVL
+    processor: Processor
+    rows: Rows
+    judge_cache: Path | None = None  # JSONL of the judge's answers, so that none is paid for twice
+
+    def __post_init__(self) -> None:
+        c = self.config
+        unknown = [name for name in c.rewards if name not in (*REWARDS, "judge")]
+        if unknown:
+            raise InputError(
+                f"rewards {', '.join(unknown)} are unknown: expected some of {', '.join(REWARDS)}, judge; a function "
+                "of your own goes into config.user_rewards"
+            )
+        self.user = UserRewards(c.user_rewards, c.rollout.reward_workers, c.rollout.reward_seconds)
+        self.built_in = tuple(name for name, weight in c.rewards.items() if weight and name in REWARDS)
+        if c.rewards.get("judge") and "description" not in c.data.tasks:
+            raise InputError(
+                f"rewards.judge={c.rewards.judge} has nothing to mark: data.tasks={tuple(c.data.tasks)} lacks "
+                "description"
+            )
+        self.judge = None
+        if c.rewards.get("judge"):
+            from vau_jax.eval import judge  # noqa: PLC0415 - slow to import, with all that evaluations need
+
+            self.judge = judge.Judge(judge.Chat(c.judge, self.judge_cache))
+        weights = {name: c.rewards[name] for name in self.built_in}
+        weights |= {"overlong": 1.0} if c.grpo.overlong_buffer else {}
+        weights |= {"judge": c.rewards.judge} if self.judge else {}
+        weights |= dict(zip(self.user.names, self.user.weights, strict=True))
+        self.weights = weights  # name -> weight, in the order of the columns of RolloutBatch.rewards
+        self.compute_rewards = jax.jit(self._compute_rewards)
+        self.shown_errors = 0
+
+    def sample(self, variables: Variables, batch: Batch, key: jax.Array) -> Sampled:
+        """G completions of each prompt, on the device."""
+        c = self.config.rollout
+        return sampling.sample(
+            variables,
+            batch,
+            key,
+            c.temperature,
+            c.min_new_tokens,
+            model=self.model,
+            num_generations=c.num_generations,
+            max_new_tokens=self.config.data.max_completion_tokens,
+            end_tokens=self.processor.end_tokens,
+            top_p=c.top_p,
+            top_k=c.top_k,
+        )
+
+    def read(self, host: HostBatch, sampled: Sampled) -> RolloutBatch:
+        """Reads and scores what was sampled (numpy)."""
+        c, g = self.config, self.config.rollout.num_generations
+        texts = [text for group in decode_text(self.processor, sampled.tokens, sampled.mask) for text in group]
+        examples = [item.example for item in host.examples for _ in range(g)]
+        parsed = parsing.parse(texts, [e.task for e in examples], "strict", c.data.style in prompts.WITH_DRAFT)
+        target = jax.tree.map(lambda x: np.repeat(x, g, axis=0), host.target)
+        columns, draft_score, final_score = jax.device_get(self.compute_rewards(parsed, target))
+        if c.grpo.overlong_buffer:
+            lengths = sampled.mask.sum(-1).reshape(-1)
+            penalty = grpo.overlong_penalty(lengths, c.data.max_completion_tokens, c.grpo.overlong_buffer)
+            columns = np.column_stack([columns, np.asarray(penalty)])
+        readable = np.repeat([item.failure is None for item in host.examples], g)
+        own, errors = self.user(texts, examples)
+        if self.judge:
+            marks, errors = self._marks(texts, examples, readable, errors)
+            columns = np.column_stack([columns, marks])
+        rewards = np.column_stack([columns, own]).astype(np.float32)
+        rewards[~readable | np.asarray([error is not None for error in errors])] = np.nan
+        total = np.nan_to_num(rewards) @ np.asarray(list(self.weights.values()), np.float32)
+        self._show(errors, examples)
+        return RolloutBatch(
+            kinds=[item.example.kind for item in host.examples],
+            host=host,
+            sampled=sampled,
+            texts=texts,
+            rewards=rewards,
+            total=np.where(np.isnan(rewards).all(1), np.nan, total),
+            ended=(np.isin(sampled.tokens, self.processor.end_tokens) & sampled.mask).any(-1).reshape(-1),
+            draft_score=draft_score,
+            final_score=final_score,
+            reflect_words=parsed.reflect_words,
+            lengths=sampled.mask.sum(-1, dtype=np.int32).reshape(-1),
+            failed=np.asarray([error is not None for error in errors]),
+            errors=errors,
+        )
+
+    def _marks(
+        self, texts: list[str], examples: list[Example], readable: np.ndarray, errors: list[str | None]
+    ) -> tuple[np.ndarray, list[str | None]]:
+        """The judge's marks float32 [N] in [0, 1], NaN for all but descriptions, and what failed so far and here."""
+        marks, errors = np.full(len(texts), np.nan, np.float32), list(errors)
+        asked = [i for i, example in enumerate(examples) if example.task == "description" and readable[i]]
+        found = self.judge.totals([(examples[i].row, texts[i]) for i in asked])
+        for i, (total, error) in zip(asked, found, strict=True):
+            if total is None:
+                errors[i] = errors[i] or f"judge: {error}"
+            else:
+                marks[i] = total
+        return marks, errors
+
+    def _compute_rewards(self, parsed: parsing.Parsed, target: Target) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The built-in rewards [N, R], and the scores [N] of drafts and final answers."""
+        rewards = [REWARDS[name](parsed, target) for name in self.built_in]
+        columns = jnp.stack(rewards, axis=1) if rewards else jnp.zeros((len(parsed.task), 0))
+        known = target.task < len(parsing.VERIFIABLE)
+        scores = (jnp.where(known, task_score(a, target), jnp.nan) for a in (parsed.draft, parsed.final))
+        return columns, *scores
+
+    def _show(self, errors: Sequence[str | None], examples: Sequence[Any]) -> None:
+        """Prints the first failures of rewards; all are counted in the metrics."""
+        for error, example in zip(errors, examples, strict=True):
+            if error is not None and self.shown_errors < 5:
+                print(f"warning: a reward failed for {example.name}: {error}", flush=True)
+                self.shown_errors += 1
+
+    def completions(self, chosen: SelectedGroups) -> Completions:
+        """What is trained on, padded to the least of LENGTHS lengths that holds the longest completion of the whole
+        batch: few programs, little padding."""
+        limit, longest = chosen.sampled.tokens.shape[2], int(chosen.outcome.lengths.max())
+        step = -(-limit // LENGTHS)
+        length = min(limit, -(-max(1, longest) // step) * step)
+        return Completions(chosen.sampled.tokens[..., :length], chosen.sampled.mask[..., :length])
+
+    def advantages(self, outcome: Outcome, kl: np.ndarray | None = None) -> np.ndarray:
+        """float32 [B, G]; `kl` [B, G], summed over each completion, where it is part of the reward."""
+        c, rewards, weights = self.config, outcome.rewards, list(self.weights.values())
+        if kl is not None:
+            kl = np.where(outcome.counts, kl.reshape(-1), np.nan)
+            rewards = np.column_stack([rewards, kl]).astype(np.float32)
+            weights = [*weights, -c.grpo.beta]
+        g = c.rollout.num_generations
+        found = grpo.group_advantages(rewards, g, c.grpo.scale, weights=weights, per_reward=c.grpo.per_reward)
+        return np.asarray(found, np.float32).reshape(-1, g)
+
+    def loss_inputs(
+        self, chosen: SelectedGroups, mask: np.ndarray, kl: np.ndarray | None = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """What grpo.loss reads, but for old and reference log-probabilities, for completions with `mask` [b, G, C] in
+        this process's rows; and the advantages of the whole batch [B, G].
+
+        `kl` [b, G, C] of each token is given when it is part of the reward.
+        """
+        outcome = chosen.outcome
+        if kl is not None:
+            kl = np.asarray(self.rows.gather(np.where(mask, kl, 0.0).sum(-1).tolist()))
+        advantages = self.advantages(outcome, kl)
+        trained = outcome.counts & outcome.ended if self.config.grpo.mask_truncated else outcome.counts
+        trained = self.rows.own(trained.reshape(advantages.shape))
+        inputs = {
+            "mask": mask & trained[..., None],
+            "advantages": self.rows.own(advantages),
+            "sampler_logps": chosen.sampled.logps[..., : mask.shape[2]],
+        }
+        return inputs, advantages
+
+    def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        """What the completions of a step were like, those of replaced groups among them."""
+        every = joined(outcomes)
+        tasks = np.repeat([kind.split("/")[0] for kind in every.kinds], self.config.rollout.num_generations)
+        ended, lengths = every.ended, every.lengths
+        metrics = {
+            "reward": _mean(every.total),
+            "reward_std": _std(every.total),
+            "groups_without_variance": 1 - every.varied.mean(),
+            "length/mean": lengths.mean(),
+            "length/min": lengths.min(),
+            "length/max": lengths.max(),
+            "length/truncated": 1 - ended.mean(),
+            "length/ended_mean": _mean(lengths[ended]),
+            "draft_score": _mean(every.draft_score),
+            "final_score": _mean(every.final_score),
+            "rewards/failed": every.failed.sum(),
+        }
+        for name, column in zip(self.weights, every.rewards.T, strict=True):
+            metrics |= {f"rewards/{name}": _mean(column), f"rewards/{name}_std": _std(column)}
+        if self.judge:
+            metrics |= {"judge/tokens": self.judge.chat.tokens.total(), "judge/cost": self.judge.chat.cost}
+        for task in sorted(set(tasks) & set(parsing.VERIFIABLE)):
+            metrics[f"final_score/{task}"] = every.final_score[tasks == task].mean()
+        if self.config.data.style in prompts.WITH_DRAFT:
+            metrics |= _reflection(every, tasks)
+        return metrics
+
+    def records(self, draw: RolloutBatch, group: int) -> list[dict[str, Any]]:
+        """One for each completion of a group, for people to read."""
+        item, g = draw.host.examples[group], self.config.rollout.num_generations
+        return [
+            {
+                "example": item.example.name,
+                "task": item.example.task,
+                "prompt": item.prompt,
+                "completion": draw.texts[i],
+                "rewards": {
+                    name: None if np.isnan(value) else float(value)
+                    for name, value in zip(self.weights, draw.rewards[i], strict=True)
+                },
+                "error": draw.errors[i],
+            }
+            for i in range(group * g, (group + 1) * g)
+        ]
+
+
+def _reflection(every: Outcome, tasks: np.ndarray) -> dict[str, float]:
+    """How often the answer after reflection is better than, as good as, or worse than the draft, and its length."""
+    known = np.isin(tasks, parsing.VERIFIABLE)
+    gain, tasks = (every.final_score - every.draft_score)[known], tasks[known]
+    if not len(gain):
+        return {}
+    found = {
+        "reflection/corrected": (gain > 0).mean(),
+        "reflection/kept": (gain == 0).mean(),
+        "reflection/broken": (gain < 0).mean(),
+        "reflection/words": every.reflect_words[known].mean(),
+    }
+    if (tasks == "grounding").any():
+        found["reflection/tiou_gain"] = gain[tasks == "grounding"].mean()
+    return found
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of the entries that are there; 0 when none is."""
+    there = values[~np.isnan(values)]
+    return float(there.mean()) if there.size else 0.0
+
+
+def _std(values: np.ndarray) -> float:
+    there = values[~np.isnan(values)]
+    return float(there.std()) if there.size else 0.0

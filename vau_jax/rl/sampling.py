@@ -1,0 +1,396 @@
+"""Sampling on the device: one prefill a prompt, then G completions that all read the one prompt cache.
+
+The host runs the decoding loop in stretches. A stretch ends when all completions have ended, when the cache of their
+keys is full (it then doubles, so that short completions never read a long empty cache), or when so many have ended that
+the others fit in a quarter of the rows: those are gathered into a smaller batch, and one long straggler does not hold
+up a full one; or when somebody watches and WATCH_EVERY tokens are new. What is drawn does not depend on any of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from vau_jax.common import sharding
+from vau_jax.common.files import check_range
+from vau_jax.models import qwen_vl
+from vau_jax.models.qwen_vl import QwenVL
+from vau_jax.rl import logprobs
+from vau_jax.types import Array, Batch, KVCache, Sampled, Variables
+
+DRAW_BLOCK = 128  # tokens
+UNIFORM_STEP = 2.0**-23  # between the random numbers of float32
+FIRST_CACHE = 128  # completion tokens that the cache has room for at first
+WATCH_EVERY = 8  # tokens
+LEAST_TEMPERATURE, LEAST_TOP_P = 0.01, 1e-6  # below, logits leave the range of float32, and masses its resolution
+SHRINK = 4  # the batch is made smaller when its rows are this many times those that it needs
+
+
+@dataclass(frozen=True)
+class StaticArgs:
+    """What a program is compiled for, besides shapes."""
+
+    model: QwenVL
+    end_tokens: tuple[int, ...]
+    greedy: bool
+    top_p: float
+    top_k: int
+    mesh: Mesh | None
+
+
+class DynamicArgs(NamedTuple):
+    """What may change without another program."""
+
+    key: jax.Array  # one, or [B * G]: one for each completion
+    temperature: jax.Array
+    min_new_tokens: jax.Array
+    stop_table: Array | None
+
+
+class _Prompts(NamedTuple):
+    """What decoding needs of the prompts."""
+
+    cache: KVCache  # [L, B, K, T, H]
+    batch: Batch  # without the visual input
+
+
+class _Loop(NamedTuple):
+    """The completions that are being drawn; B and G shrink as they end."""
+
+    step: jax.Array  # int32 []: completion tokens drawn
+    number: jax.Array  # int32 [B, G]: of each completion in the whole batch
+    last: jax.Array  # int32 [B, G]: the newest token, not in the cache yet
+    own: KVCache  # [L, B, G, K, room, H]
+    tokens: jax.Array  # int32 [B, G, C]
+    logps: jax.Array  # float32 [B, G, C]
+    mask: jax.Array  # bool [B, G, C]
+    done: jax.Array  # bool [B, G]
+    stop_state: jax.Array  # int32 [B, G]: how much of a stop string has been read
+
+
+def restrict(scores: jax.Array, top_p: float, top_k: int) -> jax.Array:
+    """Sets logits outside the `top_k` best (0: all) and outside the smallest set of mass `top_p` (1: all) to -inf."""
+    if top_k:
+        kth = jax.lax.top_k(scores, min(top_k, scores.shape[-1]))[0][..., -1:]
+        scores = jnp.where(scores < kth, -jnp.inf, scores)
+    if top_p < 1.0:
+        ordered = jnp.sort(scores, axis=-1, descending=True)
+        mass_before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
+        last = jnp.min(jnp.where(mass_before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        last = jnp.minimum(last, ordered[..., :1])  # the best one stays, however its mass is rounded
+        scores = jnp.where(scores < last, -jnp.inf, scores)
+    return scores
+
+
+def draw(keys: jax.Array, scores: jax.Array) -> jax.Array:
+    """One index int32 [...] for logits float32 [..., V] and keys [...], with probability softmax(scores).
+
+    Inverts the distribution function in two steps, first to a block of the vocabulary and then inside it: two random
+    numbers a row instead of V (making those costs more than the rest of a small model's step), and sums short enough
+    that float32 loses no unlikely token. A token of logit -inf is never drawn.
+    """
+    chance = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys.reshape(-1)).reshape(*keys.shape, 2)
+    return invert(scores, chance + UNIFORM_STEP / 2)  # 0 would draw the first token, however unlikely
+
+
+def invert(scores: jax.Array, chance: jax.Array) -> jax.Array:
+    """What `draw` draws with the random numbers `chance` [..., 2] between 0 and 1."""
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    pad = -scores.shape[-1] % DRAW_BLOCK
+    weights = jnp.pad(weights, [(0, 0)] * (scores.ndim - 1) + [(0, pad)])
+    weights = weights.reshape(*scores.shape[:-1], -1, DRAW_BLOCK)
+
+    def first(mass: jax.Array, share: jax.Array) -> jax.Array:
+        """The first index with any mass whose cumulative mass exceeds `share` of the whole. Where rounding leaves none
+        (the sums are made in parallel, and may differ where no mass lies between), the one with the most."""
+        total = jnp.cumsum(mass, axis=-1)
+        reached = (mass > 0) & (total > share * total[..., -1:])
+        return jnp.argmax(jnp.where(reached, jnp.inf, mass), axis=-1)
+
+    block = first(weights.sum(-1), chance[..., :1])
+    inside = jnp.take_along_axis(weights, block[..., None, None], axis=-2)[..., 0, :]
+    return block * DRAW_BLOCK + first(inside, chance[..., 1:])
+
+
+def check(
+    prefix: str = "",
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_new_tokens: int = 0,
+    num_generations: int = 1,
+) -> None:
+    """Raises InputError for an option that `sample` cannot have, under its name after `prefix`."""
+    check_range(f"{prefix}temperature", temperature, LEAST_TEMPERATURE)
+    check_range(f"{prefix}top_p", top_p, LEAST_TOP_P, 1.0)
+    check_range(f"{prefix}top_k", top_k, 0)
+    check_range(f"{prefix}max_new_tokens", max_new_tokens, 1)
+    check_range(f"{prefix}min_new_tokens", min_new_tokens, 0, max_new_tokens)
+    check_range(f"{prefix}num_generations", num_generations, 1)
+
+
+def sample(
+    variables: Variables,
+    batch: Batch,
+    key: jax.Array,
+    temperature: float = 1.0,
+    min_new_tokens: int = 0,
+    stop_table: Array | None = None,
+    *,
+    model: QwenVL,
+    num_generations: int,
+    max_new_tokens: int,
+    end_tokens: tuple[int, ...],
+    greedy: bool = False,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    watch: Callable[[Sampled], None] | None = None,
+) -> Sampled:
+    """Draws G = num_generations completions of at most C = max_new_tokens tokens for each prompt.
+
+    A completion ends with the first of `end_tokens`, none of which is drawn among the first `min_new_tokens`, or with
+    the token that completes a stop string of `stop_table` (see stop_strings.py); that token belongs to it. Token t of
+    completion n (of all B * G) is drawn with fold_in(fold_in(key, n), t); where `key` is an array [B], a key for each
+    prompt, n counts the prompt's own completions. The log-probabilities are those of the distribution drawn from,
+    filters included; greedy ones are those at temperature 1.
+
+    `watch` is called with what there is so far every WATCH_EVERY tokens; an exception that it raises ends the sampling.
+    Raises InputError for options out of their range (see `check`).
+    """
+    check(
+        max_new_tokens=max_new_tokens,
+        temperature=1.0 if greedy else temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_new_tokens=min_new_tokens,
+        num_generations=num_generations,
+    )
+    static = StaticArgs(model, end_tokens, greedy, top_p, top_k, sharding.mesh_of(batch.tokens))
+    variables = for_reading(variables, model.dtype, static.mesh)
+    key = _for_completions(key, num_generations) if key.ndim else key
+    dynamic = DynamicArgs(key, jnp.float32(temperature), jnp.int32(min_new_tokens), stop_table)
+    size = num_generations, max_new_tokens, min(FIRST_CACHE, max_new_tokens)
+    loop, prompts = _start(variables, batch, dynamic, static=static, size=size)
+    whole = None  # completions that ended before the batch was made smaller
+    while True:
+        pause = jnp.int32(max_new_tokens) if watch is None else loop.step + WATCH_EVERY
+        loop, prompts_left, most_left = _advance(variables, prompts, loop, dynamic, pause, static=static)
+        rows = _rows_needed(int(prompts_left), int(most_left), loop.done.shape, static.mesh)
+        ended = rows == (0, 0) or int(loop.step) == max_new_tokens
+        if watch or ended or rows != loop.done.shape:
+            mine = jax.tree.map(jnp.copy, Sampled(loop.tokens, loop.logps, loop.mask))  # the loop is donated later
+            whole = mine if whole is None else _settle(whole, mine, loop.number)
+        if watch:
+            watch(whole)
+        if ended:
+            return whole
+        room = loop.own.k.shape[4]
+        room = min(2 * room, max_new_tokens) if int(loop.step) > room else room
+        loop, prompts = _resize(prompts, loop, shape=(*rows, room), mesh=static.mesh)
+
+
+@partial(jax.jit, static_argnums=1)
+def _for_completions(keys: jax.Array, generations: int) -> jax.Array:
+    """Keys [B] of prompts to keys [B * G] of their completions."""
+    return jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(generations)))(keys).reshape(-1)
+
+
+def for_reading(variables: Variables, dtype: Any, mesh: Mesh | None) -> Variables:
+    """The parameters as every token reads them: matrices in the model's dtype, and on a mesh no longer split over
+    fsdp, which would gather them again for each token. What is not so already takes as much memory more."""
+    split = mesh is not None and mesh.shape["fsdp"] > 1
+
+    def one(path: tuple[Any, ...], x: jax.Array, place: NamedSharding | None = None) -> jax.Array:
+        wanted = jnp.dtype(dtype) if path[-1].key in ("kernel", "embedding", "lm_head") else x.dtype
+        if not split and x.dtype == wanted:
+            return x
+        return _cast(wanted, place)(x)  # one by one: together they need twice the memory
+
+    places = () if mesh is None else (sharding.gathered(variables, mesh),)
+    return jax.tree_util.tree_map_with_path(one, variables, *places)
+
+
+@lru_cache(maxsize=64)
+def _cast(dtype: Any, place: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
+    """A program that casts an array, and then lays it out like that."""
+    return jax.jit(lambda x: jax.lax.optimization_barrier(x.astype(dtype)), out_shardings=place)
+
+
+def compiled_programs() -> int:
+    """How many programs sampling has compiled so far."""
+    return sum(program._cache_size() for program in (_start, _advance, _settle, _resize))
+
+
+def _rows_needed(prompts: int, most: int, shape: tuple[int, int], mesh: Mesh | None) -> tuple[int, int]:
+    """The prompts and completions of each that a batch [B, G] needs for those not ended: `shape` itself unless powers
+    of two that are SHRINK times fewer rows will do. A prompt takes as many rows as the one with `most`."""
+    if prompts == 0:
+        return 0, 0
+    least = 1 if mesh is None else sharding.example_parts(mesh)
+    needed = min(shape[0], max(least, _power_of_two(prompts))), min(shape[1], _power_of_two(most))
+    return needed if SHRINK * needed[0] * needed[1] <= shape[0] * shape[1] else shape
+
+
+def _power_of_two(count: int) -> int:
+    """The least power of two that is not below count."""
+    return 1 << (count - 1).bit_length()
+
+
+@partial(jax.jit, static_argnames=("static", "size"))
+def _start(
+    variables: Variables,
+    batch: Batch,
+    dynamic: DynamicArgs,
+    *,
+    static: StaticArgs,
+    size: tuple[int, int, int],
+) -> tuple[_Loop, _Prompts]:
+    """Reads the prompts and draws the first token of each completion; `size` is (G, C, room)."""
+    hidden, prompt = static.model.apply(variables, batch, method="prefill")
+    prompt = _pin(prompt, static.mesh)
+    b, (g, c, room) = batch.tokens.shape[0], size
+    layers, _, kv_heads, _, dim = prompt.k.shape
+    blank = jnp.zeros((layers, b, g, kv_heads, room, dim), prompt.k.dtype)
+    loop = _Loop(
+        step=jnp.int32(0),
+        number=jnp.arange(b * g, dtype=jnp.int32).reshape(b, g),
+        last=jnp.zeros((b, g), jnp.int32),
+        own=_pin(KVCache(blank, blank), static.mesh),
+        tokens=jnp.zeros((b, g, c), jnp.int32),
+        logps=jnp.zeros((b, g, c)),
+        mask=jnp.zeros((b, g, c), bool),
+        done=jnp.zeros((b, g), bool),
+        stop_state=jnp.zeros((b, g), jnp.int32),
+    )
+    first = jnp.broadcast_to(logprobs.last_token(hidden, batch.mask)[:, None], (b, g, hidden.shape[-1]))
+    return _add(loop, first, variables, dynamic, static), _Prompts(prompt, replace(batch, vision=None))
+
+
+@partial(jax.jit, static_argnames=("static",), donate_argnames=("loop",))
+def _advance(
+    variables: Variables,
+    prompts: _Prompts,
+    loop: _Loop,
+    dynamic: DynamicArgs,
+    pause: jax.Array,
+    *,
+    static: StaticArgs,
+) -> tuple[_Loop, jax.Array, jax.Array]:
+    """Draws tokens until a stretch ends, at the latest when there are `pause`; how many prompts have completions left
+    then, and how many the most."""
+    c, room = loop.tokens.shape[2], loop.own.k.shape[4]
+    shape = loop.done.shape
+    enough = np.asarray(  # [B + 1, G + 1]: whether a smaller batch would do
+        [[_rows_needed(p, m, shape, static.mesh) != shape for m in range(shape[1] + 1)] for p in range(shape[0] + 1)]
+    )
+
+    def left(loop: _Loop) -> tuple[jax.Array, jax.Array]:
+        each = jnp.sum(~loop.done, axis=1)
+        return jnp.sum(each > 0), jnp.max(each)
+
+    def goes_on(loop: _Loop) -> jax.Array:
+        return (loop.step < jnp.minimum(c, pause)) & (loop.step <= room) & ~jnp.asarray(enough)[left(loop)]
+
+    def body(loop: _Loop) -> _Loop:
+        at = loop.step - 1  # of the newest token
+        caches = prompts.cache, loop.own
+        hidden, new = static.model.apply(variables, loop.last, prompts.batch, at, caches, method="decode")
+        own = KVCache(*(_write(old, x, at) for old, x in ((loop.own.k, new.k), (loop.own.v, new.v))))
+        return _add(loop._replace(own=own), hidden, variables, dynamic, static)
+
+    loop = jax.lax.while_loop(goes_on, body, loop)
+    return loop, *left(loop)
+
+
+def _add(loop: _Loop, hidden: jax.Array, variables: Variables, dynamic: DynamicArgs, static: StaticArgs) -> _Loop:
+    """The loop after one more token, predicted by hidden [B, G, D]."""
+    token, logp = _pick(loop, hidden, variables, dynamic, static)
+    at, alive = (0, 0, loop.step), ~loop.done
+    table = dynamic.stop_table
+    state = loop.stop_state if table is None else jnp.asarray(table)[loop.stop_state, token]
+    done = loop.done | jnp.isin(token, jnp.asarray(static.end_tokens, jnp.int32))
+    return loop._replace(
+        step=loop.step + 1,
+        last=token,
+        tokens=jax.lax.dynamic_update_slice(loop.tokens, jnp.where(alive, token, 0)[..., None], at),
+        logps=jax.lax.dynamic_update_slice(loop.logps, jnp.where(alive, logp, 0.0)[..., None], at),
+        mask=jax.lax.dynamic_update_slice(loop.mask, alive[..., None], at),
+        done=done if table is None else done | (state == len(table) - 1),
+        stop_state=state,
+    )
+
+
+def _pick(
+    loop: _Loop, hidden: jax.Array, variables: Variables, dynamic: DynamicArgs, static: StaticArgs
+) -> tuple[jax.Array, jax.Array]:
+    """One token [B, G] and its log-probability."""
+    config = static.model.config
+    head = qwen_vl.unembedding(variables, config)
+    temperature = 1.0 if static.greedy else dynamic.temperature
+    scores = logprobs.sampling_logits(hidden, head, temperature, config.never_sampled)  # [B, G, V]
+    ends = jnp.asarray(static.end_tokens, jnp.int32)
+    scores = scores.at[..., ends].add(jnp.where(loop.step < dynamic.min_new_tokens, -jnp.inf, 0.0))
+    if static.greedy:
+        token = jnp.argmax(scores, axis=-1)
+    else:
+        scores = restrict(scores, static.top_p, static.top_k)
+        own = partial(jax.random.fold_in, dynamic.key) if dynamic.key.ndim == 0 else dynamic.key.__getitem__
+        keys = jax.vmap(lambda n: jax.random.fold_in(own(n), loop.step))
+        token = draw(keys(loop.number.reshape(-1)).reshape(loop.number.shape), scores)
+    logp = jnp.take_along_axis(scores, token[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(scores, axis=-1)
+    return token.astype(jnp.int32), logp
+
+
+def _write(cache: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
+    """Puts new [L, B, G, K, H] at completion position `step` of cache [L, B, G, K, room, H]."""
+    return jax.lax.dynamic_update_slice(cache, new[..., None, :], (0, 0, 0, 0, step, 0))
+
+
+@jax.jit
+def _settle(whole: Sampled, part: Sampled, number: jax.Array) -> Sampled:
+    """Writes completions to their places in the whole batch."""
+
+    def write(all_rows: jax.Array, rows: jax.Array) -> jax.Array:
+        flat = all_rows.reshape(-1, all_rows.shape[-1])
+        return flat.at[number.reshape(-1)].set(rows.reshape(-1, rows.shape[-1])).reshape(all_rows.shape)
+
+    return jax.tree.map(write, whole, part)
+
+
+@partial(jax.jit, static_argnames=("shape", "mesh"))
+def _resize(
+    prompts: _Prompts, loop: _Loop, *, shape: tuple[int, int, int], mesh: Mesh | None
+) -> tuple[_Loop, _Prompts]:
+    """Gathers the completions that have not ended into [B, G] = shape[:2], with room for shape[2] tokens each."""
+    b, g, room = shape
+    if (b, g) != loop.done.shape:
+        chosen = jnp.argsort(jnp.all(loop.done, axis=1), stable=True)[:b]  # prompts with completions left come first
+        order = jnp.argsort(loop.done[chosen], axis=1, stable=True)[:, :g]
+
+        def rows(x: jax.Array, axis: int) -> jax.Array:
+            """x [..., B, G, ...] with the chosen rows; `axis` is that of B."""
+            x = jnp.take(x, chosen, axis=axis)
+            index = jnp.expand_dims(order, [i for i in range(x.ndim) if i not in (axis, axis + 1)])
+            return jnp.take_along_axis(x, index, axis=axis + 1)
+
+        own = KVCache(rows(loop.own.k, 1), rows(loop.own.v, 1))
+        rest = {name: rows(value, 0) for name, value in loop._asdict().items() if name not in ("step", "own")}
+        loop = _Loop(step=loop.step, own=own, **rest)
+        cache = jax.tree.map(lambda x: jnp.take(x, chosen, axis=1), prompts.cache)
+        prompts = _Prompts(_pin(cache, mesh), jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), prompts.batch))
+    more = ((0, 0),) * 4 + ((0, room - loop.own.k.shape[4]), (0, 0))
+    return loop._replace(own=_pin(jax.tree.map(lambda x: jnp.pad(x, more), loop.own), mesh)), prompts
+
+
+def _pin(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    """The cache laid out on the mesh by rule."""
+    if mesh is None:
+        return cache
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding.cache(mesh, x.shape)), cache)

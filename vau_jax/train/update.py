@@ -1,0 +1,171 @@
+"""One update: log-probabilities of a batch's completions, the loss of its stage, gradients, the optimiser's step."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vau_jax.common import sharding
+from vau_jax.models import motion_prompt, qwen_vl
+from vau_jax.models.qwen_vl import QwenVL
+from vau_jax.rl import grpo, logprobs
+from vau_jax.train import optim, sft
+from vau_jax.types import Array, Batch, Completions, Params, State, TrainBatch, Variables
+
+STAGES = {"sft": sft, "rft": grpo}
+SHARES = ("motion/variation",)  # metrics that a part gives its share of
+DROPOUT_STREAM = 2**31 - 1  # no step number: dropout's keys and the sampler's never meet
+
+Metrics = dict[str, jax.Array]
+Update = Callable[[State, Params | None, TrainBatch], tuple[State, Metrics]]
+
+
+def policy_logps(
+    variables: Variables,
+    batch: Batch,
+    completions: Completions,
+    model: QwenVL,
+    temperature: float,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of the completions' tokens and entropies, float32 [B, G, C], prompts read once a group.
+
+    With a `dropout_key`, LoRA's dropout is on.
+    """
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    hidden = model.apply(variables, batch, completions, method="hidden", rngs=rngs)
+    predicting = logprobs.completion_hidden(hidden, batch.mask, completions.tokens.shape[1])
+    head = qwen_vl.unembedding(variables, model.config)
+    never = model.config.never_sampled
+    return logprobs.token_logps(predicting, head, completions.tokens, temperature, never, model.mesh)
+
+
+def policy(trained: Params, base: Params | None) -> Variables:
+    """The model that is trained: all parameters, or adapters `trained` on the parameters `base`."""
+    return qwen_vl.with_adapters(trained, None) if base is None else qwen_vl.with_adapters(base, trained)
+
+
+def make(
+    config: ConfigDict, model: QwenVL, optimiser: optax.GradientTransformation, shardings: State, mesh: Mesh
+) -> Update:
+    """The compiled update: State, frozen parameters (LoRA's base, or None) and TrainBatch to State and metrics.
+
+    The batch is computed in config.micro_batches parts, one after the other, whose losses and gradients add up to those
+    of the whole: the result does not depend on their number. The old state's memory is given up.
+    """
+    stage, settings = STAGES[config.stage], loss_settings(config)
+    temperature = config.rollout.temperature if config.stage == "rft" else 1.0
+
+    def objective(
+        trained: Params, base: Params | None, part: TrainBatch, whole: Metrics, key: jax.Array | None
+    ) -> tuple[jax.Array, Metrics]:
+        """The part's share of the loss, and its metrics. `whole` are sums over the whole batch."""
+        variables = policy(optim.stop_frozen(config.optim, trained), base)
+        logps, entropies = policy_logps(variables, part.batch, part.completions, model, temperature, key)
+        inputs = _by_completion(part.loss_inputs)
+        logps, entropies = (x.reshape(-1, x.shape[-1]) for x in (logps, entropies))
+        loss, metrics = stage.loss(logps, {**inputs, "entropies": entropies, **whole}, settings)
+        if model.config.vision.motion:
+            variation = model.apply(variables, part.batch, whole["motion_pairs"], method="motion_variation")
+            loss += config.motion.weight * variation
+            metrics["motion/variation"] = variation
+        if "sampler_logps" in inputs:
+            metrics |= _token_metrics(logps, entropies, inputs)
+        return loss, metrics
+
+    def gradient(state: State, base: Params | None, train: TrainBatch) -> tuple[jax.Array, Metrics, Params]:
+        key = None
+        if model.lora is not None and model.lora.dropout:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT_STREAM), state.step)
+        whole = stage.totals(_by_completion(train.loss_inputs))
+        if model.config.vision.motion:
+            whole["motion_pairs"] = motion_prompt.pairs_of(train.batch.vision, model.config.vision)
+        differentiate = jax.value_and_grad(objective, has_aux=True)
+        if config.micro_batches == 1:
+            (loss, metrics), grads = differentiate(state.params, base, train, whole, key)
+            return loss, metrics, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+
+        def add(sums: tuple[jax.Array, Params], numbered: tuple[jax.Array, TrainBatch]) -> tuple[Any, Metrics]:
+            number, part = numbered
+            part_key = None if key is None else jax.random.fold_in(key, number)
+            (loss, metrics), grads = differentiate(state.params, base, part, whole, part_key)
+            share = stage.totals(_by_completion(part.loss_inputs))["num_tokens"] / whole["num_tokens"]
+            return (sums[0] + loss, jax.tree.map(jnp.add, sums[1], grads)), {**metrics, "share": share}
+
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
+        parts = jnp.arange(config.micro_batches), _split(train, config.micro_batches)
+        (loss, grads), metrics = jax.lax.scan(add, (jnp.float32(0), blank), parts)
+        return loss, _combine(metrics), grads
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    def update(state: State, base: Params | None, train: TrainBatch) -> tuple[State, Metrics]:
+        loss, metrics, grads = gradient(state, base, train)
+        changes, opt_state = optimiser.update(grads, state.opt_state, state.params)
+        # The optimiser computes in float32; what it keeps has the dtypes that it began with: one program for all steps.
+        opt_state = jax.tree.map(lambda new, old: new.astype(old.dtype), opt_state, state.opt_state)
+        new = State(state.step + 1, optax.apply_updates(state.params, changes), opt_state, state.reference)
+        metrics = {**metrics, "loss": loss, "grad_norm": optax.global_norm(grads)}
+        if model.config.vision.motion:
+            metrics |= {f"motion/{name}": value for name, value in new.params["motion_prompt"].items()}
+        if config.skip_nonfinite:
+            good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+            new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+            metrics["skipped"] = 1.0 - good
+        return new, metrics
+
+    return update
+
+
+def loss_settings(config: ConfigDict) -> Any:
+    """What the loss reads: config.grpo with the completion length, the group size, and the cap of the correction."""
+    grpo_config, c = config.grpo, config.rollout
+    restricted = c.top_p < 1 or c.top_k > 0 or c.min_new_tokens > 0  # the sampler alone leaves tokens out
+    corrected = grpo_config.importance == "always" or (grpo_config.importance == "auto" and restricted)
+    return ConfigDict(
+        {
+            **grpo_config,
+            "importance_cap": grpo_config.importance_cap if corrected else 0.0,
+            "max_completion_length": config.data.max_completion_tokens,
+            "num_generations": c.num_generations,
+        }
+    )
+
+
+def _by_completion(inputs: dict[str, Array]) -> dict[str, Array]:
+    """[B, G, ...] -> [N, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), inputs)
+
+
+def _token_metrics(logps: jax.Array, entropies: jax.Array, inputs: dict[str, Array]) -> Metrics:
+    """Entropy, and how far the sampler's log-probabilities are from the trainer's."""
+    mask = inputs["mask"].astype(jnp.float32)
+    gap = jnp.where(mask > 0, jnp.abs(inputs["sampler_logps"] - logps), 0.0)
+    return {
+        "entropy": grpo.masked_mean(entropies, mask),
+        "sampler_logp_gap/mean": grpo.masked_mean(gap, mask),
+        "sampler_logp_gap/max": gap.max(),
+    }
+
+
+def _split(train: TrainBatch, parts: int) -> TrainBatch:
+    """[B, ...] -> [parts, B / parts, ...]. A part takes every parts-th prompt, so that each device has its share of it
+    without anything moving."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), train)
+
+
+def _combine(metrics: Metrics) -> Metrics:
+    """Metrics of the parts [parts] as those of the whole: maxima of maxima, the sum of SHARES, the others mean by
+    tokens."""
+    share = metrics.pop("share")
+
+    def one(name: str, values: jax.Array) -> jax.Array:
+        if name.endswith("/max"):
+            return values.max()
+        return values.sum() if name in SHARES else jnp.sum(share * values)
+
+    return {name: one(name, values) for name, values in metrics.items()}
