@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from vau_jax.tasks import parsing, prompts
+from vau_jax.tasks import TASKS, prompts
 
 
 def get_config() -> ConfigDict:
@@ -48,13 +48,14 @@ def get_config() -> ConfigDict:
     c.mesh.tensor = 1  # heads and hidden units split
 
     c.data = ConfigDict()
+    c.data.dataset = "vau_bench"  # reader of the annotations, a name in vau_jax/datasets/__init__.py
     c.data.csv = ""  # annotations: CSV or JSONL with VAU-Bench's columns
     c.data.videos = ""  # folder with the video files that the annotations name
     c.data.reflection = ""  # JSONL of reflection records; empty: reasoning from the annotations
     c.data.source = "auto"  # rules for times: msad, ucf, ecva, or auto by file name
     c.data.protocol = "clean"  # clean: dirt mended; paper: as the published denominators
     c.data.tasks = ("qa", "grounding", "classification")  # what is asked of each video; also: description
-    c.data.task_weights = ConfigDict({task: 1.0 for task in parsing.TASKS})  # share in the mix
+    c.data.task_weights = ConfigDict({task: 1.0 for task in TASKS})  # share in the mix
     c.data.style = "think"  # completions: direct (not in rft), think, two_pass (think, draft, think again), reflection
     c.data.wording = "full"  # prompts: full says the grammar, short asks only
     c.data.templates = ""  # JSON with prompts in your words, see data_prep/README.md

@@ -93,17 +93,6 @@ class KVCache:
 
 
 @pytree
-class Target:
-    """What is true of N examples, as the rewards read it."""
-
-    task: Array  # int32 [N]: index into parsing.TASKS
-    choice: Array  # int32 [N]: 0..3, -1 where there is no question
-    label: Array  # int32 [N]: index into annotations.LABELS, -1 unknown
-    kind: Array  # int32 [N]: 0 interval unknown, 1 no anomaly, 2 interval known
-    interval: Array  # float32 [N, 2]: start and end in seconds, zeros unless kind is 2
-
-
-@pytree
 class Sampled:
     """What `sampling.sample` returns."""
 

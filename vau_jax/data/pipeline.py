@@ -26,10 +26,12 @@ from vau_jax.data.video.clips import Clip, VideoOptions
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
 from vau_jax.data.video.frame_cache import FrameCache
-from vau_jax.datasets import vau_bench
-from vau_jax.datasets.example import Example
-from vau_jax.tasks import parsing, prompts
-from vau_jax.types import Batch, Completions, Target
+from vau_jax.datasets import DATASETS, reflections
+from vau_jax.datasets.audit import Audit
+from vau_jax.tasks import TASKS, parsing, prompts
+from vau_jax.tasks.columns import Columns
+from vau_jax.tasks.example import Example
+from vau_jax.types import Batch, Completions
 
 GREY = 128
 EPOCHS = 10**9  # without end; grain fails on batches of one from a truly endless source
@@ -67,38 +69,23 @@ class HostBatch:
     batch: Batch
     completions: Completions  # the right answers, G = 1
     weights: np.ndarray  # float32 [B, 1, C]
-    target: Target  # [B]
+    target: Columns  # [B]
     examples: list[Loaded]
 
 
-def load_examples(config: ConfigDict) -> tuple[list[Example], vau_bench.Audit]:
-    """All (row, task) pairs of a config.data that can be used, no two of the same name; what cannot is in the audit.
+def load_examples(config: ConfigDict) -> tuple[list[Example], Audit]:
+    """All examples of a config.data that can be used; what cannot is in the audit.
 
     Raises InputError for a missing file or folder, an unknown task, and when nothing usable is left.
     """
-    unknown = [task for task in config.tasks if task not in parsing.TASKS]
-    if unknown or not config.tasks:
-        raise InputError(f"data.tasks={tuple(config.tasks)}: expected some of {', '.join(parsing.TASKS)}")
-    for name, value, known in (
-        ("style", config.style, prompts.STYLES),
-        ("wording", config.wording, prompts.WORDINGS),
-        ("budget", config.budget, tuple(clips.BUDGETS)),
-    ):
-        if value not in known:
-            raise InputError(f"data.{name}={value!r} is unknown: expected one of {', '.join(known)}")
-    rows, audit = vau_bench.load(config.csv, config.source, config.protocol)
+    check(config)
     folder = Path(config.videos)
     if not folder.is_dir():
         raise InputError(f"video folder {folder} does not exist (config.data.videos)")
-    there = []
-    for row in rows:
-        if os.path.isfile(folder / row.video):  # False too where no file can have such a name
-            there.append(row)
-        else:
-            audit.note(row, "excluded", "row", f"no such video: {folder / row.video}")
-    examples = distinct(there, config.tasks, folder, audit)
+    examples, audit = DATASETS[config.dataset](config)
+    examples = _with_media(examples, audit)
     if config.reflection:
-        examples = _with_reflections(examples, prompts.load_reflections(config.reflection), audit)
+        examples = reflections.attach(examples, reflections.load(config.reflection), audit)
     if not examples:
         why = "; ".join(f"{n} {reason}" for (action, reason), n in audit.counts().most_common() if action == "excluded")
         raise InputError(
@@ -107,37 +94,32 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], vau_bench.Audit]:
     return examples[: config.max_examples or None], audit
 
 
-def distinct(
-    rows: Iterable[vau_bench.Row], tasks: Sequence[str], folder: Path, audit: vau_bench.Audit
-) -> list[Example]:
-    """The examples of rows, each name once: rows that differ in their question alone share the other tasks."""
-    found: dict[str, Example] = {}
-    for row in rows:
-        for task in (task for task in tasks if task in row.tasks):
-            example = Example(row, task, folder / row.video)
-            if example.name in found:
-                audit.note(row, "excluded", task, "asked by an earlier row, with the same answer")
-            found.setdefault(example.name, example)
-    return list(found.values())
+def check(config: ConfigDict) -> None:
+    """Raises InputError for names that config.data may not have."""
+    unknown = [task for task in config.tasks if task not in TASKS]
+    if unknown or not config.tasks:
+        raise InputError(f"data.tasks={tuple(config.tasks)}: expected some of {', '.join(TASKS)}")
+    for name, value, known in (
+        ("dataset", config.dataset, tuple(DATASETS)),
+        ("style", config.style, prompts.STYLES),
+        ("wording", config.wording, prompts.WORDINGS),
+        ("budget", config.budget, tuple(clips.BUDGETS)),
+    ):
+        if value not in known:
+            raise InputError(f"data.{name}={value!r} is unknown: expected one of {', '.join(known)}")
 
 
-def _with_reflections(
-    examples: list[Example], reflections: dict[str, prompts.Reflection], audit: vau_bench.Audit
-) -> list[Example]:
-    """The examples with their reflection records; those that need one and have none are left out."""
-    count = Counter((example.row.video, example.task) for example in examples)
-    found = []
+def _with_media(examples: Sequence[Example], audit: Audit) -> list[Example]:
+    """The examples whose files are there; rows that lack one are noted once."""
+    usable, noted = [], set()
     for example in examples:
-        video, task = example.row.video, example.task
-        record, shared = reflections.get(example.name), reflections.get(f"{video}/{task}")
-        if record is None and count[video, task] == 1:
-            record = shared
-        if record is None and task in parsing.VERIFIABLE:
-            several = 'its reflection record names a video with several questions: add "example"'
-            audit.note(example.row, "excluded", task, several if shared else "no reflection record")
-            continue
-        found.append(replace(example, reflection=record))
-    return found
+        missing = next((path for path in example.media if not os.path.isfile(path)), None)
+        if missing is None:
+            usable.append(example)
+        elif (row := (example.meta.get("line"), example.video)) not in noted:
+            noted.add(row)
+            audit.note(example.meta.get("line", 0), example.video, "excluded", "row", f"no such video: {missing}")
+    return usable
 
 
 def video_options(config: ConfigDict, default: VideoOptions) -> VideoOptions:
@@ -161,19 +143,17 @@ class Loader:
     blind: bool = False
 
     def __post_init__(self) -> None:
-        self.words = prompts.load_words(self.config.templates)
+        self.templates = prompts.load_templates(self.config.templates)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Loaded:
-        clip, cached, failure = self._clip(example)
-        order = tuple(rng.permutation(4)) if self.config.shuffle_options else (0, 1, 2, 3)
-        order = order[example.rotation :] + order[: example.rotation]
-        example = replace(example, row=prompts.shuffle_options(example.row, order))
+        videos, cached, failure = self._clips(example)
+        example = self._shuffled(example, rng)
         if self.augment and not failure:
-            clip = augment(clip, rng)
+            videos = [augment(clip, rng) for clip in videos]
         if self.blind:
-            clip = replace(clip, frames=np.full_like(clip.frames, GREY))
-        prompt, encoded = self._prompt(example, clip)
-        tokens, weights = self._target(example, order)
+            videos = [replace(clip, frames=np.full_like(clip.frames, GREY)) for clip in videos]
+        prompt, encoded = self._prompt(example, videos)
+        tokens, weights = self._target(example)
         return Loaded(
             example=example,
             prompt=prompt,
@@ -182,42 +162,51 @@ class Loader:
             target_weights=weights * (failure is None),
             failure=str(failure) if failure else None,
             reason=failure.reason if failure else "",
-            damage=clip.damage,
+            damage="; ".join(clip.damage for clip in videos if clip.damage),
             cached=cached,
-            seconds=clip.duration,
-            variants=self._variants(example, clip, rng) if self.config.difficulty.enabled else {},
+            seconds=sum(clip.duration for clip in videos),
+            variants=self._variants(example, videos, rng) if self.config.difficulty.enabled else {},
         )
 
-    def _prompt(self, example: Example, clip: Clip, hint: str = "") -> Prompt:
+    def _shuffled(self, example: Example, rng: np.random.Generator) -> Example:
+        """The example with its choices in another order, where that means nothing."""
+        task = TASKS[example.task]
+        # Where nothing is shuffled four numbers are drawn too, so that augmentation does not depend on the task.
+        count = len(example.choices) if task.shuffles else 4
+        order = tuple(rng.permutation(count)) if self.config.shuffle_options else tuple(range(count))
+        return task.shuffled(example, order[example.rotation :] + order[: example.rotation])
+
+    def _prompt(self, example: Example, videos: Sequence[Clip], hint: str = "") -> Prompt:
         c = self.config
-        text = prompts.question(example.row, example.task, c.style, c.wording, self.words) + hint
-        content = [{"type": "video"}, {"type": "text", "text": text}]
-        messages = [{"role": "user", "content": content}]
-        prompt = self.processor.chat_text(messages)
-        return Prompt(prompt, self.processor.encode_text(prompt, [self.processor.encode_clip(clip)]))
+        text = prompts.question(example, c.style, c.wording, self.templates) + hint
+        content = [*[{"type": "video"}] * len(videos), {"type": "text", "text": text}]
+        prompt = self.processor.chat_text([{"role": "user", "content": content}])
+        return Prompt(prompt, self.processor.encode_text(prompt, [self.processor.encode_clip(clip) for clip in videos]))
 
-    def _variants(self, example: Example, clip: Clip, rng: np.random.Generator) -> dict[str, Prompt]:
-        """For those the policy is good at, and for those it fails at; see difficulty.py."""
+    def _variants(self, example: Example, videos: Sequence[Clip], rng: np.random.Generator) -> dict[str, Prompt]:
+        """Prompts for examples that the policy is good at, and for those it fails at; see rl/difficulty.py."""
         c = self.config.difficulty
-        worse = replace(clip, frames=harder(clip.frames, rng, c.noise, c.drop))
-        hint = prompts.hint(example.row, example.task)
-        return {EASY: self._prompt(example, worse), HARD: self._prompt(example, clip, f"\nHint: {hint}")}
+        worse = [replace(clip, frames=harder(clip.frames, rng, c.noise, c.drop)) for clip in videos]
+        hint = TASKS[example.task].hint(example)
+        return {EASY: self._prompt(example, worse), HARD: self._prompt(example, videos, f"\nHint: {hint}")}
 
-    def _clip(self, example: Example) -> tuple[Clip, bool, VideoError | None]:
-        """The frames and whether they were cached; grey ones where the video cannot be used."""
+    def _clips(self, example: Example) -> tuple[list[Clip], bool, VideoError | None]:
+        """The frames of each video and whether all were cached; grey ones where a video cannot be used."""
         options = video_options(self.config, self.processor.video_options)
         sampling = self.processor.sampling(options)
         try:
-            return *self.cache.read(example.path, sampling), None
+            read = [self.cache.read(path, sampling) for path in example.media]
+            return [clip for clip, _ in read], all(cached for _, cached in read), None
         except VideoError as error:
             side = 2 * sampling.factor
             count = sampling.multiple + sampling.options.lead
-            return Clip(np.full((count, side, side, 3), GREY, np.uint8), 1.0 / options.fps), False, error
+            grey = Clip(np.full((count, side, side, 3), GREY, np.uint8), 1.0 / options.fps)
+            return [grey] * len(example.media), False, error
 
-    def _target(self, example: Example, order: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _target(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of the right completion, end token last, and the weight of each in the SFT loss."""
         c = self.config
-        spans = prompts.completion(example.row, example.task, c.style, example.reflection, order, c.section_weights)
+        spans = prompts.completion(example, c.style, c.section_weights)
         weight_of_character = np.concatenate([np.full(len(span.text), span.weight) for span in spans])
         encoded = self.processor.tokenizer(
             "".join(span.text for span in spans), add_special_tokens=False, return_offsets_mapping=True
@@ -284,8 +273,7 @@ class Collator:
             tokens[b, 0, :count] = item.target_tokens[:count]
             weights[b, 0, :count] = item.target_weights[:count]
         mask = np.arange(length) < np.asarray([len(i.target_tokens) for i in items])[:, None, None]
-        rows = [(i.example.task, i.example.row) for i in items]
-        target = parsing.targets([(task, row.answer, row.anomaly_class, row.interval) for task, row in rows])
+        target = parsing.targets_of([item.example for item in items])
         return HostBatch(batch, Completions(tokens, mask), weights, target, list(items))
 
 
@@ -311,7 +299,7 @@ def summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return dict(total)
 
 
-def excluded(audit: vau_bench.Audit) -> dict[str, int]:
+def excluded(audit: Audit) -> dict[str, int]:
     """How many rows `load_examples` left out of a task or of all, by reason, for the run's metrics."""
     found = {reason: n for (action, reason), n in audit.counts().items() if action == "excluded"}
     return {f"data/excluded/{re.sub(r'[^a-z0-9]+', '_', reason.lower()).strip('_')}": n for reason, n in found.items()}
@@ -372,15 +360,18 @@ class SimilarLengths(grain.MapDataset):
 
 
 def expected_tokens(example: Example, sampling: clips.Sampling) -> float:
-    """About how many tokens the prompt has; where the row does not know its video's length, of the text alone."""
-    row = example.row
-    text = len(row.question) + sum(map(len, row.options))
-    if not (row.duration and row.fps and row.width and row.height):
+    """About how many tokens the prompt has; where the length of its video is not known, of the text alone.
+
+    The annotation's question and options stand for the text of every task, which differs little within one.
+    """
+    text = len(example.question) + sum(map(len, example.meta.get("options", example.choices)))
+    duration, fps, width, height = (example.meta.get(name) for name in ("duration", "fps", "width", "height"))
+    if not (duration and fps and width and height):
         return text / 4
     options, multiple = sampling.options, sampling.multiple
-    count = clips.frame_count(row.duration, int(row.duration * row.fps), options, multiple)
+    count = clips.frame_count(duration, int(duration * fps), options, multiple)
     try:
-        height, width = clips.frame_size(row.height, row.width, count, options, sampling.factor, multiple)
+        height, width = clips.frame_size(height, width, count, options, sampling.factor, multiple)
     except VideoError:
         return text / 4
     return text / 4 + count // multiple * (height // sampling.factor) * (width // sampling.factor)
@@ -433,7 +424,7 @@ def eval_batches(
     loader = make_loader(processor, config, augment=False, blind=blind)
 
     def load(example: Example) -> Loaded:
-        return loader(example, np.random.default_rng([seed, *hashlib.sha256(example.name.encode()).digest()]))
+        return loader(example, np.random.default_rng([seed, *hashlib.sha256(example.id.encode()).digest()]))
 
     padded = examples + examples[-1:] * (-len(examples) % batch_size)  # one shape, one program
     batches = grain.MapDataset.source(padded).map(load).batch(batch_size, batch_fn=Collator(processor, config))
@@ -443,7 +434,7 @@ def eval_batches(
 def sampling_keys(items: Sequence[Loaded], seed: int) -> jax.Array:
     """A key for each example [B], to sample its completions with: by the seed, the example's name and its rotation
     alone, so that they do not depend on which others stand in its batch, and where."""
-    names = [f"{item.example.name}/{item.example.rotation}".encode() for item in items]
+    names = [f"{item.example.id}/{item.example.rotation}".encode() for item in items]
     numbers = [int.from_bytes(hashlib.sha256(name).digest()[:4]) for name in names]
     return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.asarray(numbers, np.uint32))
 

@@ -1,0 +1,15 @@
+"""Readers of datasets, one file each: annotation files to examples."""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from vau_jax.datasets import vau_bench
+from vau_jax.datasets.audit import Audit
+from vau_jax.tasks.example import Example
+
+Reader = Callable[[ConfigDict], tuple[list[Example], Audit]]  # config.data to examples, each id once, and an account
+
+DATASETS: dict[str, Reader] = {  # by config.data.dataset
+    "vau_bench": vau_bench.read,
+}

@@ -10,18 +10,26 @@ It also reads the JSONL that `data_prep.vau_bench import` writes: rows that are 
 """
 
 import ast
+import hashlib
 import math
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from vau_jax.common.files import InputError
+from ml_collections import ConfigDict
+
+from vau_jax.common.files import InputError, dump_json
 from vau_jax.datasets import tables
+from vau_jax.datasets.audit import Action, Audit, AuditEntry
+from vau_jax.tasks import TASKS
+from vau_jax.tasks.classification import LABELS
+from vau_jax.tasks.description import SECTIONS
+from vau_jax.tasks.example import Annotation, Example
 
 COLUMNS = (
     "Video Name",
@@ -39,38 +47,6 @@ COLUMNS = (
     "End Time",
 )
 OPTION_COLUMNS = COLUMNS[2:6]
-
-LABELS = (
-    "Abuse",
-    "Agriculture",
-    "Arrest",
-    "Arson",
-    "Assault",
-    "Explosion",
-    "Fighting",
-    "Fire",
-    "Food Safety",
-    "Medical Abnormality",
-    "Natural Hazard",
-    "Normal",
-    "Object_falling",
-    "People_falling",
-    "Robbery",
-    "Shooting",
-    "Stealing",
-    "Traffic_accident",
-    "Vandalism",
-    "Water_incident",
-)
-
-SECTIONS = (
-    "Specific Anomaly Type",
-    "Location",
-    "Key Evidence",
-    "Detailed Explanation",
-    "Cause and Effect",
-    "Conclusion",
-)
 
 MISSING = "-1"
 MAX_SECONDS = 2**20  # of a video: 12 days
@@ -111,47 +87,9 @@ class Row:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks this row can serve: "qa", "grounding", "classification", "description"."""
-        usable = {
-            "qa": self.answer is not None and bool(self.options),
-            "grounding": self.interval is not None,
-            "classification": self.anomaly_class is not None,
-            "description": bool(self.description and self.reasoning),
-        }
-        return tuple(task for task, yes in usable.items() if yes)
-
-
-@dataclass(frozen=True)
-class AuditEntry:
-    line: int  # number of the row in the file, 1 for the first after the header
-    video: str
-    action: Literal["changed", "excluded", "flagged"]
-    what: str  # the tasks or field concerned
-    reason: str
-
-
-@dataclass
-class Audit:
-    """What `load` changed, excluded or found doubtful, row by row."""
-
-    path: str
-    protocol: str
-    rows: int = 0
-    entries: list[AuditEntry] = field(default_factory=list)
-
-    def note(self, row: Row, action: Literal["changed", "excluded", "flagged"], what: str, reason: str) -> None:
-        """Adds an entry about a row that was read."""
-        self.entries.append(AuditEntry(row.line, row.video, action, what, reason))
-
-    def counts(self) -> Counter[tuple[str, str]]:
-        """(action, reason) -> number of rows; reasons are cut at the first colon, where the value begins."""
-        return Counter((entry.action, entry.reason.split(":")[0]) for entry in self.entries)
-
-    def table(self) -> str:
-        """The counts as lines of text, the most frequent first."""
-        lines = [f"{self.path}: {self.rows} rows, protocol {self.protocol}"]
-        lines += [f"  {n:5d}  {action:9s} {reason}" for (action, reason), n in self.counts().most_common()]
-        return "\n".join(lines)
+        """The names of the tasks that this row can serve."""
+        known = annotation_of(self)
+        return tuple(name for name, task in TASKS.items() if task.truth(known) is not None)
 
 
 def load(
@@ -223,16 +161,78 @@ def _stays_inside(video: str, line: int, audit: Audit) -> bool:
         reason = f"the video's name leads out of the folder of videos: {video}"
     else:
         return True
-    audit.entries.append(AuditEntry(line, CONTROL.sub("?", video), "excluded", "row", reason))
+    audit.note(line, CONTROL.sub("?", video), "excluded", "row", reason)
     return False
+
+
+# --- Rows to examples ---------------------------------------------------------------------------------------------
+
+
+def read(config: ConfigDict) -> tuple[list[Example], Audit]:
+    """The examples of a config.data whose `csv` has VAU-Bench's schema: one for each task that a row can serve.
+
+    Rows that differ in their question alone share the other tasks, which are asked once.
+    """
+    rows, audit = load(config.csv, config.source, config.protocol)
+    return examples_of(rows, config.tasks, Path(config.videos), audit), audit
+
+
+def examples_of(rows: Iterable[Row], tasks: Sequence[str], folder: Path, audit: Audit) -> list[Example]:
+    """The examples of rows whose videos are in `folder`, each id once."""
+    examples: dict[str, Example] = {}
+    for row in rows:
+        for example in filter(None, (example_of(row, task, folder) for task in tasks)):
+            if example.id in examples:
+                audit.exclude(example, "asked by an earlier row, with the same answer")
+            examples.setdefault(example.id, example)
+    return list(examples.values())
+
+
+def example_of(row: Row, name: str, folder: Path = Path()) -> Example | None:
+    """A row as an example of a task; None where the row has no answer to it.
+
+    The id is `video/task/digest`. The digest is of what is asked and of the truth, in whatever order the options are:
+    questions about the same video have different ids, and a row keeps its id wherever it stands, and in other files.
+    """
+    task, known = TASKS[name], annotation_of(row)
+    truth = task.truth(known)
+    if truth is None:
+        return None
+    digest = hashlib.sha256(dump_json(task.identity(known)).encode()).hexdigest()[:10]
+    choices = task.choices(known)
+    return Example(
+        f"{row.video}/{name}/{digest}", name, (folder / row.video,), row.question, choices, truth, meta_of(row)
+    )
+
+
+def annotation_of(row: Row) -> Annotation:
+    """A row in the terms that tasks read."""
+    interval = row.interval
+    return Annotation(
+        question=row.question,
+        options=row.options,
+        answer=None if row.answer is None else "ABCD".index(row.answer),
+        label=row.anomaly_class,
+        labels=LABELS,
+        intervals=None if interval is None else () if interval == "normal" else (interval,),
+        description=row.description,
+        reasoning=row.reasoning,
+        key_object=row.key_object,
+    )
+
+
+def meta_of(row: Row) -> dict[str, Any]:
+    """What `Example.meta` holds of a row: all but what is asked and answered; the options, for other tasks too."""
+    asked = ("question", "answer", "interval")
+    return {name: value for name, value in vars(row).items() if name not in asked}
 
 
 def denominators(rows: Sequence[Row]) -> dict[str, int]:
     """How many rows each published score is a mean of; grounding's is of abnormal videos with an interval."""
     return {
-        "qa": sum("qa" in row.tasks for row in rows),
+        "qa": sum(row.answer is not None and bool(row.options) for row in rows),
         "grounding": sum(isinstance(row.interval, tuple) for row in rows),
-        "classification": sum("classification" in row.tasks for row in rows),
+        "classification": sum(row.anomaly_class is not None for row in rows),
     }
 
 
@@ -316,8 +316,8 @@ class _RowReader:
     protocol: str
     audit: Audit
 
-    def note(self, action: Literal["changed", "excluded", "flagged"], what: str, reason: str) -> None:
-        self.audit.entries.append(AuditEntry(self.line, self.record["Video Name"], action, what, reason))
+    def note(self, action: Action, what: str, reason: str) -> None:
+        self.audit.note(self.line, self.record["Video Name"], action, what, reason)
 
     def text(self, column: str) -> str:
         value = self.record[column].strip()

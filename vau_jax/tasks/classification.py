@@ -1,0 +1,176 @@
+"""Anomaly classification: which class of a label set a video shows, VAU-Bench's unless the example brings its own."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from vau_jax.tasks import statistics
+from vau_jax.tasks.base import ReportRow, Task, same_value, stripped
+from vau_jax.tasks.columns import Column, Columns, Values
+from vau_jax.tasks.example import Annotation, Example
+from vau_jax.tasks.grammar import STATES
+from vau_jax.tasks.record import Record
+
+LABELS = (  # of VAU-Bench
+    "Abuse",
+    "Agriculture",
+    "Arrest",
+    "Arson",
+    "Assault",
+    "Explosion",
+    "Fighting",
+    "Fire",
+    "Food Safety",
+    "Medical Abnormality",
+    "Natural Hazard",
+    "Normal",
+    "Object_falling",
+    "People_falling",
+    "Robbery",
+    "Shooting",
+    "Stealing",
+    "Traffic_accident",
+    "Vandalism",
+    "Water_incident",
+)
+NORMAL = "Normal"  # the label of a video without anomaly, in any label set
+
+
+class Classification(Task):
+    """The answer is a label; case and underscores do not matter."""
+
+    name = "classification"
+    columns: ClassVar = {"label": Column((), np.int32, -1)}  # index into the example's choices
+    default_choices = LABELS
+
+    question = "Which kind of abnormal event does this surveillance video show, if any?"
+    short_question = "Which kind is it?"
+    answer_instruction = "The answer is one of these: {labels}."
+
+    command = "classify"
+    title = "Which kind?"
+    report_rows = (
+        ReportRow(
+            "Classification, all classes",
+            ("tasks", "classification", "multiclass"),
+            ("baselines", "classification", "majority_class"),
+        ),
+        ReportRow("Classification, normal or not", ("tasks", "classification", "binary")),
+    )
+
+    # --- Truth ---
+
+    def truth(self, annotation: Annotation) -> Mapping[str, Any] | None:
+        """{"label": the class}."""
+        return None if annotation.label is None else {"label": annotation.label}
+
+    def truth_values(self, truth: Mapping[str, Any], choices: Sequence[str]) -> Values:
+        return {"label": list(choices).index(truth["label"])}
+
+    def choices(self, annotation: Annotation) -> tuple[str, ...]:
+        return annotation.labels or self.default_choices
+
+    def identity(self, annotation: Annotation) -> Any:
+        return annotation.label
+
+    # --- Text ---
+
+    def answer(self, example: Example) -> str:
+        return example.truth["label"]
+
+    # --- Drafts: {"label": class} ---
+
+    draft_format = 'expected {"label": "Fire"}, a class'
+
+    def check_draft(self, draft: Mapping[str, Any]) -> bool:
+        return set(draft) == {"label"} and isinstance(draft["label"], str)
+
+    def draft_text(self, draft: Mapping[str, Any], example: Example) -> str:
+        return draft["label"]
+
+    def draft_of(self, answers: Columns, index: int, example: Example) -> dict[str, Any] | None:
+        label = int(answers.label[index])
+        return {"label": example.choices[label]} if label >= 0 else None
+
+    def true_draft(self, example: Example) -> dict[str, Any]:
+        return {"label": example.truth["label"]}
+
+    def wrong_draft(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
+        return {"label": str(rng.choice([k for k in example.choices if k != example.truth["label"]]))}
+
+    # --- Reading ---
+
+    def value(self, text: str, choices: Sequence[str]) -> Values:
+        text = stripped(text)
+        index = _index_of(tuple(choices)).get(_fold(text)) if text else None
+        return {} if index is None else {"label": index}
+
+    def loose_value(self, text: str, choices: Sequence[str]) -> Values:
+        """The one label that is named in the text."""
+        if exact := self.value(text, choices):
+            return exact
+        folded = f" {re.sub(r'[^a-z ]', ' ', _fold(text))} "
+        named = {index for name, index in _index_of(tuple(choices)).items() if f" {name} " in folded}
+        return {"label": named.pop()} if len(named) == 1 else {}
+
+    def conclusion(self, choices: Sequence[str]) -> re.Pattern[str] | None:
+        return _stated(tuple(choices))
+
+    # --- Rewards and metrics ---
+
+    def correct(self, answers: Columns, target: Columns) -> jax.Array:
+        return (answers.label == target.label) & (answers.label >= 0)
+
+    def metrics(self, final: Columns, target: Columns, records: Sequence[Record], protocol: str) -> dict[str, Any]:
+        """Binary (normal or not) and multi-class accuracy, macro-F1 over the classes that occur in truth, and which
+        class was answered for which, over all label sets that the records have."""
+        names = sorted({name for record in records for name in record.choices})
+        label, truth = (_renumbered(np.asarray(x), records, names) for x in (final.label, target.label))
+        normal = names.index(NORMAL) if NORMAL in names else len(names)
+        binary = ((label == normal) == (truth == normal)) & (label >= 0)
+        return {
+            "multiclass": statistics.estimate(label == truth),
+            "binary": statistics.estimate(binary),
+            "macro_f1": statistics.macro_f1(label, truth),
+            "confusion": statistics.confusion(label, truth, names),
+            "unparsed": int((label < 0).sum()),
+        }
+
+    def baselines(self, target: Columns) -> dict[str, Any]:
+        return {"majority_class": statistics.majority(np.asarray(target.label))}
+
+    def agreement(self, answers: Columns) -> np.ndarray:
+        return same_value(np.asarray(answers.label))
+
+    # --- Display ---
+
+    def show(self, values: Mapping[str, Any], choices: Sequence[str]) -> str | None:
+        return choices[values["label"]] if values["label"] >= 0 else None
+
+
+def _fold(text: str) -> str:
+    return re.sub(r"[\s_]+", " ", text.strip()).casefold()
+
+
+@cache
+def _index_of(choices: tuple[str, ...]) -> dict[str, int]:
+    return {_fold(label): index for index, label in enumerate(choices)}
+
+
+@cache
+def _stated(choices: tuple[str, ...]) -> re.Pattern[str]:
+    names = "|".join(re.escape(label).replace("_", "[ _]") for label in choices)
+    return re.compile(rf"{STATES}[\s*]{{0,4}}((?i:{names}))\b")
+
+
+def _renumbered(label: np.ndarray, records: Sequence[Record], names: Sequence[str]) -> np.ndarray:
+    """Indices [N] into each record's own choices as indices into `names`; -1 stays."""
+    index = {name: number for number, name in enumerate(names)}
+    return np.asarray([index[r.choices[i]] if i >= 0 else -1 for i, r in zip(label, records, strict=True)], np.int32)
+
+
+TASK = Classification()
