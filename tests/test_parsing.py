@@ -24,9 +24,9 @@ def test_strict_reads_every_field() -> None:
     )
     parsed = parsing.parse([text], "grounding", "strict", reflection=True)
     assert parsed.format_ok.tolist() == [True]
-    assert parsed.draft.interval.tolist() == [[12.0, 30.5]]
-    assert parsed.final.interval.tolist() == [[1.5, 3.0]]
-    assert parsed.final.kind.tolist() == parsed.draft.kind.tolist() == [parsing.INTERVAL]
+    assert parsed.draft.intervals[:, 0].tolist() == [[12.0, 30.5]]
+    assert parsed.final.intervals[:, 0].tolist() == [[1.5, 3.0]]
+    assert parsed.final.interval_count.tolist() == parsed.draft.interval_count.tolist() == [1]
     assert parsed.reflect_words.tolist() == [3]
 
 
@@ -88,7 +88,7 @@ def test_lenient_letter(text: str, choice: int) -> None:
 )
 def test_lenient_interval(text: str, interval: tuple[float, float] | None) -> None:
     final = parsing.parse([f"<think>at [1, 2]</think>Anomaly {text}"], "grounding", "lenient").final
-    assert (tuple(final.interval[0].tolist()) if final.kind[0] == parsing.INTERVAL else None) == interval
+    assert (tuple(final.intervals[0, 0].tolist()) if final.interval_count[0] == 1 else None) == interval
 
 
 def test_a_reversed_interval_is_flagged() -> None:
@@ -98,7 +98,7 @@ def test_a_reversed_interval_is_flagged() -> None:
 
 def test_lenient_reads_normal_without_an_interval() -> None:
     final = parsing.parse(["<answer>Normal</answer>"], "grounding", "lenient").final
-    assert (final.anomaly[0], final.kind[0]) == (0, parsing.NORMAL)
+    assert (final.anomaly[0], final.interval_count[0]) == (0, 0)
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -115,7 +115,7 @@ def test_tasks_can_be_mixed() -> None:
 
 def test_no_texts_give_empty_arrays() -> None:
     parsed = parsing.parse([], "qa")
-    assert parsed.final.interval.shape == (0, 2)
+    assert parsed.final.intervals.shape == (0, 1, 2)
     assert parsed.format_ok.shape == (0,)
 
 
@@ -123,9 +123,9 @@ def test_targets_tell_the_three_codes_apart() -> None:
     target = parsing.targets(
         [("grounding", None, "Fire", None), ("grounding", None, "Normal", "normal"), ("qa", "D", None, (1.0, 2.0))]
     )
-    assert target.kind.tolist() == [parsing.UNKNOWN, parsing.NORMAL, parsing.INTERVAL]
+    assert target.interval_count.tolist() == [-1, 0, 1]
     assert target.choice.tolist() == [-1, -1, 3]
-    np.testing.assert_array_equal(target.interval, [[0, 0], [0, 0], [1, 2]])
+    np.testing.assert_array_equal(target.intervals[:, 0], [[0, 0], [0, 0], [1, 2]])
 
 
 @pytest.mark.parametrize("interval", [(1e39, 2e39), (0.0, float("inf")), (0.0, float("nan")), (6.0, 2.0), (-1.0, 2.0)])
@@ -142,44 +142,44 @@ def test_an_unknown_task_is_named() -> None:
 @pytest.mark.parametrize(
     ("text", "read"),
     [
-        ("<answer>Anomaly</answer><glue>[-1, -1]</glue>", (-1, parsing.UNKNOWN)),
-        ("<answer>Normal</answer><glue>[2, 6]</glue>", (-1, parsing.UNKNOWN)),
-        ("<think>t</think><answer>Normal</answer><glue>[2, 6]</glue>", (-1, parsing.UNKNOWN)),
-        ("<answer>Normal</answer><glue>from 2 to 6 s</glue>", (-1, parsing.UNKNOWN)),
-        ("An anomaly, [-1.0, -1.0]", (-1, parsing.UNKNOWN)),
-        ("<answer>?</answer><glue>[2, 6]</glue>", (1, parsing.INTERVAL)),
-        ("<answer>Normal</answer><glue>?</glue>", (0, parsing.NORMAL)),
-        ("<answer>Anomaly</answer><glue>?</glue>", (1, parsing.UNKNOWN)),
-        ("The video is normal. From 0 to 10 s people walk.", (0, parsing.NORMAL)),
-        ("There is no anomaly: [-1, -1]", (0, parsing.NORMAL)),
-        ("I see no signs of any abnormality.", (0, parsing.NORMAL)),
-        ("Nothing abnormal from 0 to 10 s", (0, parsing.NORMAL)),
-        ("This is not normal: 2 to 6 s", (1, parsing.INTERVAL)),
-        ("It is not normal and not abnormal", (-1, parsing.UNKNOWN)),
+        ("<answer>Anomaly</answer><glue>[-1, -1]</glue>", (-1, -1)),
+        ("<answer>Normal</answer><glue>[2, 6]</glue>", (-1, -1)),
+        ("<think>t</think><answer>Normal</answer><glue>[2, 6]</glue>", (-1, -1)),
+        ("<answer>Normal</answer><glue>from 2 to 6 s</glue>", (-1, -1)),
+        ("An anomaly, [-1.0, -1.0]", (-1, -1)),
+        ("<answer>?</answer><glue>[2, 6]</glue>", (1, 1)),
+        ("<answer>Normal</answer><glue>?</glue>", (0, 0)),
+        ("<answer>Anomaly</answer><glue>?</glue>", (1, -1)),
+        ("The video is normal. From 0 to 10 s people walk.", (0, 0)),
+        ("There is no anomaly: [-1, -1]", (0, 0)),
+        ("I see no signs of any abnormality.", (0, 0)),
+        ("Nothing abnormal from 0 to 10 s", (0, 0)),
+        ("This is not normal: 2 to 6 s", (1, 1)),
+        ("It is not normal and not abnormal", (-1, -1)),
     ],
 )
 def test_lenient_reads_no_answer_that_contradicts_its_time(text: str, read: tuple[int, int]) -> None:
     """In a final answer and, but for the tags, in a draft; what reads as an answer and a time never disagrees."""
     final = parsing.parse([text], "grounding", "lenient").final
-    assert (final.anomaly[0], final.kind[0]) == read
+    assert (final.anomaly[0], final.interval_count[0]) == read
 
 
 @pytest.mark.parametrize("text", ["Normal [2, 6]", "Anomaly [-1, -1]"])
 def test_lenient_reads_no_draft_that_contradicts_its_time(text: str) -> None:
     draft = parsing.parse([f"<draft>{text}</draft>"], "grounding", "lenient", reflection=True).draft
-    assert (draft.anomaly[0], draft.kind[0]) == (-1, parsing.UNKNOWN)
+    assert (draft.anomaly[0], draft.interval_count[0]) == (-1, -1)
 
 
 @pytest.mark.parametrize("number", ["9" * 39, "9" * 5000, f"{'9' * 40}:10", f"1:{'9' * 40}:10", f"{'9' * 38}:00:00"])
 @pytest.mark.parametrize("form", ["<glue>[2, {}]</glue>", "<glue>[{0}, {0}1]</glue>", "from 2 until {} s"])
 def test_a_time_that_float32_does_not_hold_is_no_time(form: str, number: str) -> None:
     final = parsing.parse([f"Anomaly {form.format(number)}"], "grounding", "lenient").final
-    assert (final.kind[0], final.interval.tolist()) == (parsing.UNKNOWN, [[0.0, 0.0]])
+    assert (final.interval_count[0], final.intervals.tolist()) == (-1, [[[0.0, 0.0]]])
 
 
 def test_a_colon_behind_a_time_is_punctuation() -> None:
     final = parsing.parse(["From 2 to 6.5: smoke rises"], "grounding", "lenient").final
-    assert final.interval.tolist() == [[2.0, 6.5]]
+    assert final.intervals[:, 0].tolist() == [[2.0, 6.5]]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from vau_jax.datasets.vau_bench import load
 from vau_jax.tasks import parsing, rewards
-from vau_jax.types import Target
+from vau_jax.tasks.columns import Columns
 
 TRUTHS = {
     "C": ("qa", "C", None, None),
@@ -235,7 +236,7 @@ HONEST_DRAFTS = ("Normal", *(f"{answer} {time}" for answer, time in sorted(COHER
 OTHER_DRAFTS = ("Anomaly", f"Anomaly {NONE}", "Anomaly [6, 2]", "Normal [2, 8]", "Normal [0, 0]", "")
 
 
-def mean_reward(texts: list[str], target: Target, reflection: bool) -> np.ndarray:
+def mean_reward(texts: list[str], target: Columns, reflection: bool) -> np.ndarray:
     """The mean over all targets of the sum of rewards of each constant completion."""
     parsed = parsing.parse(texts, "grounding", "strict", reflection)
     names = ("format", "accuracy", "tiou", *(["reflection"] if reflection else []))
@@ -249,7 +250,7 @@ def mean_reward(texts: list[str], target: Target, reflection: bool) -> np.ndarra
 @pytest.mark.parametrize("file", ["val.csv", "test_msad.csv", "test_ucf_crime.csv", "test_ecva.csv"])
 def test_no_constant_that_contradicts_itself_earns_what_a_coherent_one_does(vau_bench: Path, file: str) -> None:
     """Over a grid of answers, times and drafts, on every example of a real annotation file that has an interval."""
-    rows, _ = vau_bench.load(vau_bench / file)
+    rows, _ = load(vau_bench / file)
     truths = [("grounding", None, r.anomaly_class, r.interval) for r in rows if "grounding" in r.tasks]
     target = parsing.targets(truths)
     coherent = np.asarray([pair in COHERENT for pair in PAIRS])

@@ -6,14 +6,14 @@ import pytest
 
 from vau_jax.datasets.vau_bench import LABELS
 from vau_jax.tasks import parsing, rewards
-from vau_jax.types import Target
+from vau_jax.tasks.columns import Columns
 
 
-def truth(task: str, answer: str | None = None, label: str | None = None, interval: object = None) -> Target:
+def truth(task: str, answer: str | None = None, label: str | None = None, interval: object = None) -> Columns:
     return parsing.targets([(task, answer, label, interval)])
 
 
-def reward(name: str, text: str, target: Target, reflection: bool = False, rule: str = "strict") -> float:
+def reward(name: str, text: str, target: Columns, reflection: bool = False, rule: str = "strict") -> float:
     parsed = parsing.parse([text], parsing.TASKS[int(target.task[0])], rule, reflection)
     return float(rewards.REWARDS[name](parsed, target)[0])
 
@@ -86,7 +86,7 @@ FLAWS = [
 
 
 @pytest.mark.parametrize(("name", "text", "target", "rule", "value"), [f[1:] for f in FLAWS], ids=[f[0] for f in FLAWS])
-def test_flaw_of_the_reference(name: str, text: str, target: Target, rule: str, value: float) -> None:
+def test_flaw_of_the_reference(name: str, text: str, target: Columns, rule: str, value: float) -> None:
     assert reward(name, text, target, rule=rule) == value
 
 
@@ -201,23 +201,23 @@ def test_for_any_final_interval_the_best_draft_is_one_as_good() -> None:
         assert int(np.argmax(values)) == (3.0, 4.0, 6.0).index(end)
 
 
-def random_batch(rng: np.random.Generator, n: int) -> tuple[parsing.Parsed, Target]:
+def random_batch(rng: np.random.Generator, n: int) -> tuple[parsing.Parsed, Columns]:
     """Arrays as they could come out of any n completions."""
 
-    def answers() -> parsing.Answers:
+    def answers() -> Columns:
         start = rng.uniform(0, 10, n)
-        return parsing.Answers(
+        return Columns(
             choice=rng.integers(-1, 4, n),
             label=rng.integers(-1, len(LABELS), n),
             anomaly=rng.integers(-1, 2, n),
-            kind=rng.integers(0, 3, n),
-            interval=np.stack([start, start + rng.uniform(0, 5, n)], -1).astype(np.float32),
+            interval_count=rng.integers(-1, 2, n),
+            intervals=np.stack([start, start + rng.uniform(0, 5, n)], -1).astype(np.float32)[:, None],
             swapped=np.zeros(n, bool),
         )
 
     parsed = parsing.Parsed(
         task=rng.integers(0, 3, n),
-        form=rng.random(n) < 0.7,
+        format_ok=rng.random(n) < 0.7,
         final=answers(),
         draft=answers(),
         reflect_words=rng.integers(0, 200, n),
@@ -226,8 +226,7 @@ def random_batch(rng: np.random.Generator, n: int) -> tuple[parsing.Parsed, Targ
         revise_words=rng.integers(0, 3, n),
         contradicted=rng.random(n) < 0.3,
     )
-    final = answers()
-    return parsed, Target(parsed.task, final.choice, final.label, final.kind, final.interval)
+    return parsed, Columns(task=parsed.task, **answers())
 
 
 RANGES = {"format": (0, 1), "accuracy": (0, 1), "tiou": (0, 1), "reflection": (0, 0.75)}
@@ -257,4 +256,4 @@ def test_tiou_equals_brute_force(rng: np.random.Generator) -> None:
     expected = (inside[0] & inside[1]).sum(1) / (inside[0] | inside[1]).sum(1)
     texts = [plain("Anomaly", f"<glue>[{s / 100}, {e / 100}]</glue>") for s, e in a]
     target = parsing.targets([("grounding", None, "Fire", (s / 100, e / 100)) for s, e in b])
-    np.testing.assert_allclose(rewards.tiou_reward(parsing.parse(texts, "grounding"), target), expected, atol=1e-5)
+    np.testing.assert_allclose(rewards.REWARDS["tiou"](parsing.parse(texts, "grounding"), target), expected, atol=1e-5)
