@@ -30,7 +30,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     examples, audit = pipeline.load_examples(config.data)
     print(audit.table(), flush=True)
     sampling = processor.sampling(pipeline.video_options(config.data, processor.video_options))
-    videos = list(dict.fromkeys(example.path for example in examples))
+    videos = list(dict.fromkeys(path for example in examples for path in example.media))
     progress = Progress("frames", len(videos))
     pool = DecoderPool(config.data.workers, config.data.video_seconds)
     counts = frame_cache.build(workdir, videos, sampling, pool.read, config.data.workers, progress.show)

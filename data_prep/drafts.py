@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from vau_jax.common.chat import Chat, Message, Reply, frames_content
 from vau_jax.common.files import dump_json
 from vau_jax.common.metric_writer import Progress
 from vau_jax.data import pipeline
-from vau_jax.data.pipeline import Example
 from vau_jax.data.video import clips
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
 from vau_jax.datasets import tables
-from vau_jax.datasets.vau_bench import LABELS, Row
 from vau_jax.rl import sampling
-from vau_jax.tasks import parsing, prompts, rewards
+from vau_jax.tasks import TASKS, grammar, parsing, prompts, rewards
+from vau_jax.tasks.example import Example
 from vau_jax.vlm import VideoLM, decode_text
 
 
@@ -49,19 +48,19 @@ def make(config: ConfigDict, workdir: Path, examples: list[Example]) -> list[Dra
     whole = [line for line in files.read_lines(path) if line.endswith("\n")] if path.exists() else []
     records = [record for _, record in tables.json_lines(path, "".join(whole))]
     known = {record["example"]: record for record in records if record.get("settings") == settings}
-    todo = [example for example in examples if example.name not in known]
+    todo = [example for example in examples if example.id not in known]
     progress = Progress("drafts", len(examples), start=len(known))
     files.write_text(path, "".join(dump_json(record) + "\n" for record in known.values()))
     asked = (by_model if student.checkpoint else by_endpoint)(config, workdir, todo) if todo else ()
     with path.open("a", encoding="utf-8") as file:
         for example, drafts, reason in asked:
-            record = {"settings": settings, "example": example.name, "drafts": [asdict(d) for d in drafts]}
-            known[example.name] = record | {"reason": reason}
+            record = {"settings": settings, "example": example.id, "drafts": [asdict(d) for d in drafts]}
+            known[example.id] = record | {"reason": reason}
             if not reason.startswith(UNANSWERED):  # such a question is asked again by the next call
-                file.write(dump_json(known[example.name]) + "\n")
+                file.write(dump_json(known[example.id]) + "\n")
                 file.flush()
             progress.show(len(known))
-    found = [known[example.name] for example in examples]
+    found = [known[example.id] for example in examples]
     return [(e, [Draft(**d) for d in r["drafts"]], r["reason"]) for e, r in zip(examples, found, strict=True)]
 
 
@@ -95,7 +94,7 @@ def by_model(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iter
 def by_endpoint(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iterator[Drafted]:
     """The answers of the model behind config.student.url, student.samples to a question; texts are kept in
     student.jsonl, so that none is paid for twice."""
-    s, words = config.student, prompts.load_words(config.data.templates)
+    s, templates = config.student, prompts.load_templates(config.data.templates)
     student = Chat(s, workdir / "student.jsonl")
     pool = DecoderPool(1, config.data.video_seconds)
     asked: list[Example] = []
@@ -109,7 +108,7 @@ def by_endpoint(config: ConfigDict, workdir: Path, examples: list[Example]) -> I
                 unread.append((example, [], f"the video cannot be read: {error}"))
                 continue
             asked.append(example)
-            text = prompts.question(example.row, example.task, config.data.style, config.data.wording, words)
+            text = prompts.question(example, config.data.style, config.data.wording, templates)
             yield [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
     replies: defaultdict[int, list[Reply]] = defaultdict(list)
@@ -132,10 +131,10 @@ def _read(example: Example, texts: Sequence[str], reason: str) -> Drafted:
 def pictures(example: Example, count: int, pool: DecoderPool) -> list[Message]:
     """`count` frames of a video, decoded by `pool`, as content of a message, and when they were taken; nothing for 0.
     Raises VideoError."""
-    if not count:
+    if not count or not example.media:
         return []
     options = clips.VideoOptions(nframes=count, min_pixels=64 * 64, max_pixels=512 * 512)
-    clip = pool.read(example.path, options, factor=2, multiple=1)
+    clip = pool.read(example.media[0], options, factor=2, multiple=1)
     times = ", ".join(f"{time:.1f}" for time in clip.times)
     return [
         *frames_content(clip.frames),
@@ -145,19 +144,12 @@ def pictures(example: Example, count: int, pool: DecoderPool) -> list[Message]:
 
 def read(text: str, example: Example) -> Draft | None:
     """A completion as a draft; None where no answer can be read."""
-    row, task = example.row, example.task
-    final = parsing.parse([text], task, "lenient").final
-    if task == "qa" and final.choice[0] >= 0:
-        value = {"choice": "ABCD"[final.choice[0]]}
-    elif task == "classification" and final.label[0] >= 0:
-        value = {"label": LABELS[final.label[0]]}
-    elif task == "grounding" and final.kind[0] != parsing.UNKNOWN:
-        found = final.kind[0] == parsing.INTERVAL
-        value = {"interval": tuple(round(float(t), 3) for t in final.interval[0]) if found else None}
-    else:
+    final = parsing.parse([text], example.task, "lenient", choices=[example.choices]).final
+    value = TASKS[example.task].draft_of(final, 0, example)
+    if value is None:
         return None
-    think = parsing.loose_sections(text).get("think", "").strip()
-    return Draft(parsing.prose(think), value, score(row, task, value))
+    think = grammar.loose_sections(text).get("think", "").strip()
+    return Draft(grammar.prose(think), value, score(example, value))
 
 
 # --- By rule ------------------------------------------------------------------------------------------------------
@@ -165,39 +157,18 @@ def read(text: str, example: Example) -> Draft | None:
 
 def by_rule(example: Example, wrong_share: float, seed: int) -> list[Draft]:
     """One draft, wrong in `wrong_share` of cases, reasoned from what the annotation says of the place and the event."""
-    row, task = example.row, example.task
-    rng = np.random.default_rng([seed, *hashlib.sha256(example.name.encode()).digest()])
+    task, meta = TASKS[example.task], example.meta
+    rng = np.random.default_rng([seed, *hashlib.sha256(example.id.encode()).digest()])
     wrong = rng.random() < wrong_share
-    think = first_sentence(row.reasoning.get("Location") or row.description or "The video has been watched.")
-    if task == "qa":
-        value = {"choice": str(rng.choice([c for c in "ABCD" if c != row.answer])) if wrong else row.answer}
-    elif task == "classification":
-        value = {
-            "label": str(rng.choice([k for k in LABELS if k != row.anomaly_class])) if wrong else row.anomaly_class
-        }
-    elif not wrong:
-        value = {"interval": None if row.interval == "normal" else row.interval}
-    else:
-        value = {"interval": _other_interval(row, rng)}
-    return [Draft(think, value, score(row, task, value))]
-
-
-def _other_interval(row: Row, rng: np.random.Generator) -> tuple[float, float] | None:
-    """An interval that overlaps the true one too little, or "no anomaly" for an abnormal video."""
-    if row.interval == "normal":
-        start = round(float(rng.uniform(0, 10)), 1)
-        return start, round(start + float(rng.uniform(2, 8)), 1)
-    start, end = row.interval
-    length = end - start
-    if rng.random() < 0.3:
-        return None
-    moved = start - 0.8 * length if start > 0.8 * length and rng.random() < 0.5 else start + 0.8 * length
-    return round(moved, 1), round(moved + length, 1)
+    location = meta.get("reasoning", {}).get("Location")
+    think = first_sentence(location or meta.get("description") or "The video has been watched.")
+    value = task.wrong_draft(example, rng) if wrong else task.true_draft(example)
+    return [Draft(think, value, score(example, value))]
 
 
 def first_sentence(text: str) -> str:
     """Up to the first full stop that ends a sentence, tags taken out."""
-    text = " ".join(parsing.prose(text).split())
+    text = " ".join(grammar.prose(text).split())
     match = re.match(r".+?[.!?](?=\s|$)", text)
     found = match[0] if match else text
     return found if found.endswith((".", "!", "?")) or not found else f"{found}."
@@ -206,12 +177,12 @@ def first_sentence(text: str) -> str:
 # --- Scores -------------------------------------------------------------------------------------------------------
 
 
-def score(row: Row, task: str, value: dict[str, Any]) -> float:
+def score(example: Example, value: Mapping[str, Any]) -> float:
     """A draft's task score, by the parser and the reward of training."""
-    answer = prompts.draft_answer(value, range(4))
+    answer = TASKS[example.task].draft_text(value, example)
     text = f"<think></think><draft>{answer}</draft><reflect></reflect><revise></revise><answer></answer><glue></glue>"
-    parsed = parsing.parse([text], task, "lenient", reflection=True)
-    target = parsing.targets([(task, row.answer, row.anomaly_class, row.interval)])
+    parsed = parsing.parse([text], example.task, "lenient", reflection=True, choices=[example.choices])
+    target = parsing.targets_of([example])
     return float(rewards.task_score(parsed.draft, target)[0])
 
 

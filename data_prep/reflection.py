@@ -18,7 +18,7 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,9 @@ from data_prep.drafts import Draft
 from vau_jax.common import cli, files
 from vau_jax.common.files import InputError, dump_json
 from vau_jax.data import pipeline
-from vau_jax.data.pipeline import Example
 from vau_jax.datasets import vau_bench
-from vau_jax.tasks import parsing, prompts, rewards
-from vau_jax.tasks.prompts import Reflection
+from vau_jax.tasks import TASKS, grammar, parsing, prompts, rewards
+from vau_jax.tasks.example import Example, Reflection
 
 DOUBT = re.compile(
     r"\b(wrong|incorrect|mistaken|mistake|error|inaccurate|overlook\w*|miss(?:ed|es)?|not|however|instead|contradict\w*|"
@@ -62,7 +61,7 @@ COMMON = frozenset(  # longer words that say nothing about a video
 
 def fault(example: Example, record: Reflection, keep: ConfigDict) -> str:
     """Why a record is not kept; empty where it is."""
-    row, task = example.row, example.task
+    task = TASKS[example.task]
     low, high = keep.words
     for name in ("reflect", "revise"):
         text = getattr(record, name)
@@ -70,14 +69,14 @@ def fault(example: Example, record: Reflection, keep: ConfigDict) -> str:
             return f"{name} has too few or too many words"
         if LEAK.search(text):
             return f"{name} gives away that the answer was known"
-    if any(parsing.TAG.search(text) for text in (record.think, record.reflect, record.revise)):
+    if any(grammar.TAG.search(text) for text in (record.think, record.reflect, record.revise)):
         return "a text holds a tag"
-    whole = "".join(span.text for span in prompts.completion(row, task, "reflection", record))
-    parsed = parsing.parse([whole], task, "strict", reflection=True)
-    target = parsing.targets([(task, row.answer, row.anomaly_class, row.interval)])
+    whole = "".join(span.text for span in prompts.completion(replace(example, reflection=record), "reflection"))
+    parsed = parsing.parse([whole], example.task, "strict", reflection=True, choices=[example.choices])
+    target = parsing.targets_of([example])
     if not parsed.format_ok[0]:
         return "the completion breaks the grammar"
-    if float(rewards.task_score(parsed.final, target)[0]) < 1.0 - 0.05 * (task == "grounding"):
+    if float(rewards.task_score(parsed.final, target)[0]) < task.exact_from:
         return "the final answer is not the truth"
     if parsed.contradicted[0]:
         return "revise states another answer"
@@ -89,7 +88,7 @@ def fault(example: Example, record: Reflection, keep: ConfigDict) -> str:
         return "the reflection rejects a right draft"
     if not record.draft_is_right and not DOUBT.search(record.reflect):
         return "the reflection finds nothing wrong in a wrong draft"
-    if not _words(record.reflect) & _words(f"{prompts.facts(row)} {row.key_object}"):
+    if not _words(record.reflect) & _words(f"{prompts.facts(example)} {example.meta.get('key_object', '')}"):
         return "the reflection names no evidence"
     return ""
 
@@ -139,8 +138,9 @@ def _in_turn(records: list[tuple[Example, Reflection]], wrong: bool, seed: int) 
     for number in np.random.default_rng(seed).permutation(len(records)):
         example, record = records[number]
         if record.draft_is_right != wrong:
-            row = example.row
-            groups[example.task, row.source, row.anomaly_class or ""].append(int(number))
+            groups[example.task, example.meta.get("source", ""), example.meta.get("anomaly_class") or ""].append(
+                int(number)
+            )
     ranked = [(rank, name, number) for name, members in groups.items() for rank, number in enumerate(members)]
     return [number for _, _, number in sorted(ranked)]
 
@@ -154,10 +154,11 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     config = config.copy_and_resolve_references()
     config.data.shuffle_options, config.data.reflection = False, ""
-    if unfit := [task for task in config.data.tasks if task not in parsing.VERIFIABLE]:
+    verifiable = [name for name, task in TASKS.items() if task.verifiable]
+    if unfit := [name for name in config.data.tasks if name not in verifiable]:
         raise InputError(
             f"data.tasks has {unfit[0]}: reflection needs tasks with an answer to check, expected some of "
-            f"{', '.join(parsing.VERIFIABLE)}"
+            f"{', '.join(verifiable)}"
         )
     examples = _examples(config)
     drafted = drafts.make(config, workdir, examples)
@@ -167,7 +168,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
             print("\n".join(f"--- {m['role']}\n{m['content']}" for m in teacher.messages(*one, [])), flush=True)
         return {}
     written, teacher_card = teacher.reflect(config, workdir, chosen)
-    accepted, likeness = [], {task: Likeness(config.keep.likeness) for task in parsing.VERIFIABLE}
+    accepted, likeness = [], {name: Likeness(config.keep.likeness) for name in verifiable}
     rejected = [(example, reason) for example, found, reason in drafted if not found]
     for (example, draft, right), (texts, error) in zip(chosen, written, strict=True):
         reason, record = error, None
@@ -183,7 +184,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     kept = [accepted[i] for i in mix(accepted, config.keep.wrong_share, config.keep.most, config.seed)]
     files.write_text(workdir / "reflection.jsonl", "".join(dump_json(_record(e, r)) + "\n" for e, r in kept))
     files.write_text(
-        workdir / "rejected.jsonl", "".join(dump_json({"example": e.name, "reason": r}) + "\n" for e, r in rejected)
+        workdir / "rejected.jsonl", "".join(dump_json({"example": e.id, "reason": r}) + "\n" for e, r in rejected)
     )
     counts = {"questions": len(examples), "with_a_draft": len(chosen), "accepted": len(accepted)}
     card = counts | _card(config, counts, [reason for _, reason in rejected], kept, teacher_card)
@@ -200,7 +201,7 @@ def _examples(config: ConfigDict) -> list[Example]:
         raise InputError("a student, and a teacher with frames, must see the videos: set config.data.videos")
     else:
         rows, audit = vau_bench.load(config.data.csv, config.data.source, config.data.protocol)
-        examples = pipeline.distinct(rows, config.data.tasks, Path(), audit)[: config.data.max_examples or None]
+        examples = vau_bench.examples_of(rows, config.data.tasks, Path(), audit)[: config.data.max_examples or None]
     print(audit.table(), flush=True)
     return examples
 
@@ -208,14 +209,14 @@ def _examples(config: ConfigDict) -> list[Example]:
 def _choose(config: ConfigDict, example: Example, found: list[Draft]) -> tuple[Example, Draft, bool]:
     """One of a question's drafts and whether it is right: a wrong one in about keep.wrong_share of the questions that
     have both kinds."""
-    right_from = config.keep.tiou if example.task == "grounding" else 1.0
-    rng = np.random.default_rng([config.seed, 1, *hashlib.sha256(example.name.encode()).digest()])
+    right_from = config.keep.tiou if TASKS[example.task].timed else 1.0
+    rng = np.random.default_rng([config.seed, 1, *hashlib.sha256(example.id.encode()).digest()])
     draft = drafts.pick(found, right_from, bool(rng.random() < config.keep.wrong_share))
     return example, draft, draft.score >= right_from
 
 
 def _record(example: Example, record: Reflection) -> dict[str, Any]:
-    return {"example": example.name, "video": example.row.video, "task": example.task, **asdict(record)}
+    return {"example": example.id, "video": example.video, "task": example.task, **asdict(record)}
 
 
 def _card(
@@ -240,8 +241,8 @@ def _card(
         "records": len(kept),
         "wrong_drafts": sum(not record.draft_is_right for _, record in kept),
         "tasks": count(example.task for example, _ in kept),
-        "sources": count(example.row.source for example, _ in kept),
-        "classes": count(example.row.anomaly_class or "none" for example, _ in kept),
+        "sources": count(example.meta.get("source", "") for example, _ in kept),
+        "classes": count(example.meta.get("anomaly_class") or "none" for example, _ in kept),
         "words": {name: lengths(name) for name in ("think", "reflect", "revise")},
         "student": config.student.checkpoint
         or config.student.model

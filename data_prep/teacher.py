@@ -11,11 +11,10 @@ from data_prep.drafts import Draft, first_sentence, pictures
 from vau_jax.common.chat import Chat, Message, json_object
 from vau_jax.common.files import dump_json
 from vau_jax.common.metric_writer import Progress
-from vau_jax.data.pipeline import Example
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
-from vau_jax.datasets.vau_bench import Row
-from vau_jax.tasks import prompts
+from vau_jax.tasks import TASKS, grammar, prompts
+from vau_jax.tasks.example import Example
 
 Written = tuple[tuple[str, str] | None, str]  # texts, or why there are none
 
@@ -63,18 +62,16 @@ def reflect(
 
 def _blank() -> tuple[Example, Draft, bool]:
     """An example without words, so that the prompt around it can be told from others."""
-    row = Row("", "msad", "", ("",) * 4, "A", None, None, "", "", {})
-    return Example(row, "qa", Path()), Draft("", {"choice": "B"}, 0.0), False
+    return Example("", "qa", (), "", ("",) * 4, {"choice": 0}), Draft("", {"choice": "B"}, 0.0), False
 
 
 def messages(example: Example, draft: Draft, right: bool, shown: list[Message]) -> list[Message]:
     """The teacher's prompt: what is known of the video, the question, the draft, and whether it is right;
     after the pictures `shown`."""
-    row, task = example.row, example.task
-    asked = prompts.question(row, task, "direct", "short")
-    drafted, truth = prompts.draft_answer(draft.value, range(4)), prompts.final_answer(row, task)
-    if task == "grounding":
-        truth = f"{truth} {prompts.format_interval(row.interval)}"
+    task = TASKS[example.task]
+    asked = prompts.question(example, "direct", "short")
+    drafted = task.draft_text(draft.value, example)
+    truth = " ".join(grammar.TAG.sub(" ", task.answer(example) + task.closing(example)).split())
     system = (
         "You train a model of surveillance videos to check its own first answers. Write as that model, in the first "
         "person, as someone who has seen the video and nothing else. Never mention an annotation, a label, a hint or "
@@ -84,7 +81,7 @@ def messages(example: Example, draft: Draft, right: bool, shown: list[Message]) 
     )
     verdict = "The first answer is right." if right else f"The first answer is wrong; the right one is: {truth}"
     text = (
-        f"What can be seen:\n{prompts.facts(row)}\n\nQuestion:\n{asked}\n\n"
+        f"What can be seen:\n{prompts.facts(example)}\n\nQuestion:\n{asked}\n\n"
         f"First reasoning:\n{draft.think or '(none)'}\n\nFirst answer: {drafted}\n{verdict}"
     )
     content = [*shown, {"type": "text", "text": text}] if shown else text
@@ -104,19 +101,11 @@ def _complaint(answer: str) -> str:
 
 def by_rule(example: Example, draft: Draft, right: bool) -> tuple[str, str]:
     """(reflect, revise) composed from the annotation's sections."""
-    row = example.row
-    evidence = first_sentence(row.reasoning.get("Key Evidence") or row.description or row.key_object)
-    why = first_sentence(row.reasoning.get("Detailed Explanation") or row.description)
-    end = first_sentence(row.reasoning.get("Conclusion") or row.description)
-    said = _in_words(row, draft.value)
+    reasoning, description = example.meta.get("reasoning", {}), example.meta.get("description", "")
+    evidence = first_sentence(reasoning.get("Key Evidence") or description or example.meta.get("key_object", ""))
+    why = first_sentence(reasoning.get("Detailed Explanation") or description)
+    end = first_sentence(reasoning.get("Conclusion") or description)
+    answered = TASKS[example.task].draft_prose(draft.value, example)
     if right:
-        return f"I answered {said}. What can be seen agrees with it: {evidence}", f"{why} {end}"
-    return f"I answered {said}, but that does not fit what can be seen: {evidence}", f"{why} {end}"
-
-
-def _in_words(row: Row, value: dict[str, Any]) -> str:
-    if "choice" in value:
-        return f'"{row.options["ABCD".index(value["choice"])]}"'
-    if "label" in value:
-        return value["label"]
-    return "that nothing is abnormal" if value["interval"] is None else "{:.1f} to {:.1f} s".format(*value["interval"])
+        return f"I answered {answered}. What can be seen agrees with it: {evidence}", f"{why} {end}"
+    return f"I answered {answered}, but that does not fit what can be seen: {evidence}", f"{why} {end}"

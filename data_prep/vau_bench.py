@@ -30,7 +30,6 @@ from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
 from vau_jax.datasets import vau_bench
 from vau_jax.datasets.vau_bench import Row
-from vau_jax.tasks import prompts
 
 SPLITS = ("train", "val", "test")
 ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts", ".flv", ".wmv", ".mpg")
@@ -151,7 +150,7 @@ def _without_leaks(splits: dict[str, list[Row]], found: Found) -> dict[str, list
 def _shuffled(row: Row, seed: int) -> Row:
     """Options in an order that depends on the seed and the video alone."""
     rng = np.random.default_rng([seed, *hashlib.sha256(vau_bench.plain_name(row.video).encode()).digest()])
-    return prompts.shuffle_options(row, rng.permutation(4))
+    return vau_bench.shuffle_options(row, rng.permutation(4))
 
 
 def _joined(splits: dict[str, list[Row]], folders: dict[str, Path], workers: int, found: Found) -> dict[str, list[Row]]:

@@ -23,7 +23,8 @@ import tensorflow_datasets as tfds
 from data_prep.vau_bench import SPLITS
 from vau_jax.common.files import InputError
 from vau_jax.datasets import vau_bench
-from vau_jax.datasets.vau_bench import SECTIONS, SOURCES, Row
+from vau_jax.datasets.vau_bench import SOURCES, Row
+from vau_jax.tasks.description import SECTIONS
 
 
 class VauBench(tfds.core.GeneratorBasedBuilder):

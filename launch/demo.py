@@ -18,9 +18,9 @@ from configs import eval as eval_config
 from data_prep import cache_frames, random_model
 from vau_jax.common import cli
 from vau_jax.common.files import InputError, dump_json, locked, read_json, write_text
-from vau_jax.datasets import synthetic, vau_bench
+from vau_jax.datasets import reflections, synthetic, vau_bench
 from vau_jax.eval import evaluate, report
-from vau_jax.tasks import parsing, prompts
+from vau_jax.tasks import TASKS, prompts
 from vau_jax.train import loop
 
 
@@ -86,9 +86,10 @@ def make_model(config: ConfigDict, workdir: Path) -> None:
 def demo_texts(data: Path) -> list[str]:
     """What the tokenizer learns from: questions, options, answers and reasoning of the training split."""
     rows, _ = vau_bench.load(data / "train.csv")
-    reflections = prompts.load_reflections(data / "train_reflection.jsonl")
-    texts = [prompts.question(row, task, "reflection", "short") for row in rows for task in parsing.VERIFIABLE]
-    for reflection in reflections.values():
+    asked = [name for name, task in TASKS.items() if task.verifiable]
+    examples = [example for row in rows for name in asked if (example := vau_bench.example_of(row, name))]
+    texts = [prompts.question(example, "reflection", "short") for example in examples]
+    for reflection in reflections.load(data / "train_reflection.jsonl").values():
         texts += [reflection.think, reflection.reflect, reflection.revise]
     return texts
 

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # called by its path, this file's folder stands there instead
 
 from vau_jax.common.files import InputError, dump_json, exit_on_input_error, locked, read_json, write_text  # noqa: E402
-from vau_jax.eval.report import ROWS, escape, lookup, markdown  # noqa: E402
+from vau_jax.eval.report import escape, lookup, markdown, rows  # noqa: E402
 from vau_jax.train.loop import PREEMPTED  # noqa: E402
 
 
@@ -165,18 +165,19 @@ def _text(value: Any, workdir: Path) -> str:
 
 def table(found: Sequence[tuple[str, Path]]) -> str:
     """Of (group, folder) pairs: a row for every group and evaluation, mean ± standard deviation (ddof 1) over its
-    folders of each number of `report.ROWS`, and how many folders there are."""
+    folders of each number of `report.rows`, and how many folders there are."""
     groups: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    every = rows()
     for group, folder in found:
         for path in sorted(folder.glob("eval/*/metrics.json"), key=lambda p: p.stat().st_mtime_ns):
             result = read_json(path)
             groups[group, result["name"]].append(result)
     cells = {
-        key: [[e["value"] for r in results if (e := lookup(r, path))] for _, path, _ in ROWS]
+        key: [[e["value"] for r in results if (e := lookup(r, one.path))] for one in every]
         for key, results in groups.items()
     }
-    shown = [i for i in range(len(ROWS)) if any(row[i] for row in cells.values())]
-    lines = [["trials", "evaluation", "n", *(ROWS[i][0] for i in shown)]]
+    shown = [i for i in range(len(every)) if any(row[i] for row in cells.values())]
+    lines = [["trials", "evaluation", "n", *(every[i].title for i in shown)]]
     for (group, name), row in cells.items():
         n = str(len(groups[group, name]))
         lines.append([escape(group), escape(name), n, *(_cell(row[i]) for i in shown)])
@@ -184,19 +185,19 @@ def table(found: Sequence[tuple[str, Path]]) -> str:
 
 
 def plot(found: Sequence[tuple[str, Path]]) -> str:
-    """A page with a chart of each number of `report.ROWS`: a point a trial, its group along the axis, a colour for each
+    """A page with a chart of each number of `report.rows`: a point a trial, its group along the axis, a colour for each
     evaluation."""
     points: defaultdict[tuple[str, str], tuple[list[str], list[float], list[str]]] = defaultdict(lambda: ([], [], []))
     for group, folder in found:
         for path in sorted(folder.glob("eval/*/metrics.json")):
             result = read_json(path)
-            for title, place, _ in ROWS:
-                if estimate := lookup(result, place):
-                    x, y, names = points[title, result["name"]]
+            for one in rows():
+                if estimate := lookup(result, one.path):
+                    x, y, names = points[one.title, result["name"]]
                     x.append(group)
                     y.append(estimate["value"])
                     names.append(folder.name)
-    titles = [title for title, _, _ in ROWS if any(title == shown for shown, _ in points)]
+    titles = [one.title for one in rows() if any(one.title == shown for shown, _ in points)]
     figure = make_subplots(rows=max(1, len(titles)), cols=1, subplot_titles=titles)
     evaluations = list(dict.fromkeys(name for _, name in points))
     for (title, name), (x, y, names) in points.items():

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from vau_jax.datasets.example import Example
+from vau_jax.tasks.example import Example
 
 
 def vowels(completion: str, example: Example) -> float:

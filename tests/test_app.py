@@ -158,9 +158,9 @@ def test_without_a_video_the_page_asks_for_one(page: Page) -> None:
 
 def test_four_options_are_asked_for_with_that_task_alone(page: Page, clip: Path) -> None:
     assert not page.get_by_label("Option A").is_visible()
-    page.get_by_role("radio", name="Four options").check()
+    page.get_by_role("radio", name="Multiple choice").check()
     page.get_by_label("Option A").wait_for()
-    assert "wants a question and four options" in ask(page, clip)
+    assert "wants a question and two options or more" in ask(page, clip)
 
 
 def test_the_text_arrives_while_it_is_written(asker: Asker, clip: Path) -> None:

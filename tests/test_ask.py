@@ -34,7 +34,7 @@ def test_a_model_is_asked(model_folder: Path, dataset: Path) -> None:
         ("<think>x</think><answer>Normal</answer><glue>[-1.0, -1.0]</glue>", "ground", "Normal"),
         ("<think>x</think><answer>Fire</answer>", "classify", "Fire"),
         ("A man falls. ", "describe", "A man falls."),
-        ("hm", "qa", "no answer in the expected form; the model wrote:\nhm"),
+        ("hm", "qa", "no answer in the expected format; the model wrote:\nhm"),
     ],
 )
 def test_what_is_printed(completion: str, task: str, expected: str) -> None:
@@ -61,7 +61,7 @@ def test_a_question_that_no_model_should_read_is_named(text: str, options: tuple
     [
         (["--model=/none", "--video={clip}", "--task=ground"], "model folder /none does not exist"),
         (["--model={model}", "--video=/none.mp4", "--task=ground"], "video /none.mp4 does not exist"),
-        (["--model={model}", "--video={clip}", "--task=qa", "Why?"], "four options"),
+        (["--model={model}", "--video={clip}", "--task=qa", "Why?"], "two options or more"),
         (["--model={model}", "--video={model}/config.json", "--task=classify"], "cannot open"),
     ],
     ids=["model", "video", "options", "not a video"],

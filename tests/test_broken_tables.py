@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from data_prep import vau_bench as vau_bench_tool
+from tests.records import example
 from tests.test_annotations import BASE
 from vau_jax.common import files
 from vau_jax.common.files import InputError
-from vau_jax.datasets import vau_bench
+from vau_jax.datasets import reflections, vau_bench
+from vau_jax.datasets.audit import Audit
 from vau_jax.datasets.vau_bench import COLUMNS
-from vau_jax.tasks import prompts
+from vau_jax.tasks.example import Reflection
 
 ROWS = 200
 SECONDS = 20.0  # far more than any of them takes
@@ -246,7 +248,7 @@ def test_a_video_folder_may_have_folders(tmp_path: Path) -> None:
     [
         {"think": 3},
         {"draft": []},
-        {"draft": {"choice": "E"}},
+        {"draft": {"choice": "AB"}},
         {"draft": {"label": "Dancing"}},
         {"draft": {"interval": [1.0]}},
         {"draft": {"interval": "long"}},
@@ -261,7 +263,15 @@ def test_a_reflection_record_of_other_types_is_named(change: dict[str, object], 
     good |= {"reflect": "one\u2028line", "revise": ""}
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(good, ensure_ascii=False) + "\n")
-    assert len(prompts.load_reflections(path)) == 1
+    assert len(reflections.load(path)) == 1
     path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
     with pytest.raises(InputError, match="line 2 is no reflection record"):
-        prompts.load_reflections(path)
+        reflections.load(path)
+
+
+@pytest.mark.parametrize(("task", "draft"), [("qa", {"choice": "E"}), ("classification", {"label": "Dancing"})])
+def test_a_draft_that_is_none_of_the_choices_is_named(task: str, draft: dict[str, str]) -> None:
+    record = Reflection("t", draft, False, "r", "v")
+    asked = example(task)
+    with pytest.raises(InputError, match=rf"record of a\.mp4/{task}.* has the draft .*none of the answers"):
+        reflections.attach([asked], {asked.id: record}, Audit("", "clean"))

@@ -18,8 +18,9 @@ from tests.test_train import small
 from vau_jax.common.files import InputError
 from vau_jax.data import pipeline
 from vau_jax.data.processor import Processor
-from vau_jax.eval import evaluate, scores
+from vau_jax.eval import evaluate, records, scores
 from vau_jax.models import checkpoint
+from vau_jax.tasks import TASKS, prompts
 from vau_jax.types import State
 from vau_jax.vlm import VideoLM
 
@@ -70,9 +71,9 @@ def test_questions_about_one_video_are_scored_each(tiny: ConfigDict, tmp_path: P
     rows = tables.read(tiny.data.csv)
     tables.write(tiny.data.csv, [*rows, {**rows[0], "Question": "Who comes last?"}])
     result = evaluate.run(tiny, tmp_path / "eval")
-    found = scores.load(tmp_path / "eval")
-    asked = [(r["video"], r["question"].splitlines()[0]) for r in found]
-    assert result["examples"] == 5 == len({r["example"] for r in found})
+    found = records.load(tmp_path / "eval")
+    asked = [(r.video, r.question.splitlines()[0]) for r in found]
+    assert result["examples"] == 5 == len({r.example for r in found})
     assert asked[4] == (asked[0][0], "Who comes last?")
 
 
@@ -124,12 +125,12 @@ def test_an_evaluation_inside_its_run_is_resumed(
 def test_damaged_results_are_made_again(tiny: ConfigDict, trained: Path, tmp_path: Path) -> None:
     tiny.checkpoint = str(trained)
     whole = evaluate.run(tiny, tmp_path / "eval")
-    records = (tmp_path / "eval" / "predictions.jsonl").read_text()
-    (tmp_path / "eval" / "predictions.jsonl").write_text('x\n[1]\n{"fingerprint": 1}\n' + records)
+    lines = (tmp_path / "eval" / "predictions.jsonl").read_text()
+    (tmp_path / "eval" / "predictions.jsonl").write_text('x\n[1]\n{"fingerprint": 1}\n' + lines)
     (tmp_path / "eval" / "metrics.json").write_text("[]")
     again = evaluate.run(tiny, tmp_path / "eval")
     assert again["tasks"] == whole["tasks"]
-    assert (tmp_path / "eval" / "predictions.jsonl").read_text() == records
+    assert (tmp_path / "eval" / "predictions.jsonl").read_text() == lines
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tiny: ConfigDict, trained: Path) -> None:
@@ -169,15 +170,15 @@ def test_samples_do_not_depend_on_the_others_of_a_batch(tiny: ConfigDict, tmp_pa
     for name, order in (("there", rows), ("back", rows[::-1])):
         tables.write(tiny.data.csv, order)
         evaluate.run(tiny, tmp_path / name)
-        found.append({r["example"]: r["completions"] for r in scores.load(tmp_path / name)})
+        found.append({r.example: r.completions for r in records.load(tmp_path / name)})
     assert found[0] == found[1]
     assert len({text for texts in found[0].values() for text in texts}) == 8
 
 
 def test_the_total_is_weighted_as_in_training(loaded: dict[str, pipeline.Loaded]) -> None:
-    records = [evaluate.record(loaded["grounding"], [right(loaded["grounding"])], "think")]
+    record = records.of_loaded(loaded["grounding"], [right(loaded["grounding"])], "think")
     weights = {"format": 0.5, "accuracy": 0.0, "tiou": 2.0, "judge": 0.0}
-    found = scores.score(records, reflection=False, weights=weights)["rewards"]
+    found = scores.score([record], weights=weights)["rewards"]
     assert found["accuracy"]["value"] == 1.0 and found["total"]["value"] == 0.5 + 2.0
 
 
@@ -196,84 +197,87 @@ def loaded(model_folder: Path, dataset: Path) -> dict[str, pipeline.Loaded]:
     c = small("eval", model_folder, dataset, "test")
     c.data.tasks = ("qa", "grounding", "classification", "description")
     examples, _ = pipeline.load_examples(c.data)
-    video = next(e.row.video for e in examples if isinstance(e.row.interval, tuple))
-    chosen = [e for e in examples if e.row.video == video]
+    video = next(e.video for e in examples if e.truth.get("intervals"))
+    chosen = [e for e in examples if e.video == video]
     batch = next(pipeline.eval_batches(chosen, Processor(model_folder), c.data, 4, seed=0, blind=False))
     return {item.example.task: item for item in batch.examples}
 
 
 def right(item: pipeline.Loaded) -> str:
     """A completion with the truth."""
-    row, task = item.example.row, item.example.task
-    value = {"qa": row.answer, "classification": row.anomaly_class, "grounding": "Anomaly"}.get(task, "It burns.")
-    glue = f"<glue>{list(row.interval)}</glue>" if task == "grounding" else ""
-    return f"<think>x</think><answer>{value}</answer>{glue}"
+    task = TASKS[item.example.task]
+    answer = task.answer(item.example) if task.verifiable else "It burns."
+    return f"<think>x</think><answer>{answer}</answer>{task.closing(item.example)}"
 
 
 @pytest.mark.parametrize("task", ["qa", "grounding", "classification"])
 def test_a_record_says_what_was_asked_answered_and_worth(task: str, loaded: dict[str, pipeline.Loaded]) -> None:
     item = loaded[task]
-    found = evaluate.record(item, [right(item), "hm"], "think")
-    assert found["scores"] == [1.0, 0.0] and found["form"] == [True, False]
-    assert found["predictions"] == [found["target"], None]
-    assert 4 <= found["duration"] <= 12 and len(found["prompt_hash"]) == 16
-    assert json.loads(json.dumps(found)) == found | {"interval": list(found["interval"])}
-    options = item.example.row.options
-    assert all(f"{letter}. {text}" in found["question"] for letter, text in zip("ABCD", options, strict=True)) == (
-        task == "qa"
-    )
+    found = records.of_loaded(item, [right(item), "hm"], "think")
+    assert [round(score, 4) for score in found.scores] == [1.0, 0.0] and found.format_ok == [True, False]
+    assert found.predictions == [found.target, None]
+    assert 4 <= found.duration <= 12 and len(found.prompt_hash) == 16
+    assert records.of_line(records.to_line(found, "f")) == found
+    options = item.example.choices
+    shown = all(f"{letter}. {text}" in found.question for letter, text in zip("ABCD", options, strict=False))
+    assert shown == (task != "classification")
 
 
 def test_a_record_with_reflection_has_the_draft_too(loaded: dict[str, pipeline.Loaded]) -> None:
     item = loaded["grounding"]
-    start, end = item.example.row.interval
+    ((start, end),) = item.example.truth["intervals"]
     text = right(item).replace(
         "<answer>", f"<draft>Anomaly [{start}, {end + 1}]</draft><reflect>a b c</reflect><revise>r</revise><answer>"
     )
-    found = evaluate.record(item, [text], "reflection")
-    assert found["drafts"] == [f"Anomaly [{start:.1f}, {end + 1:.1f}]"]
-    assert found["draft_scores"] == [pytest.approx((end - start) / (end + 1 - start), abs=1e-4)]
-    assert found["form"] == [True]
+    found = records.of_loaded(item, [text], "reflection")
+    assert found.draft_predictions == [f"Anomaly [{start:.1f}, {end + 1:.1f}]"]
+    assert found.draft_scores == [pytest.approx((end - start) / (end + 1 - start), abs=1e-4)]
+    assert found.format_ok == [True]
+
+
+def test_a_line_of_another_format_is_no_record(loaded: dict[str, pipeline.Loaded]) -> None:
+    line = records.to_line(records.of_loaded(loaded["qa"], ["hm"], "think"), "f")
+    raw = json.loads(line)
+    others = [line[:-1], line[:-9] + "\n", "[]\n", json.dumps({**raw, "format": 1}) + "\n"]
+    others += [json.dumps({**raw, "more": 1}) + "\n", json.dumps({k: raw[k] for k in list(raw)[:-1]}) + "\n"]
+    assert [records.of_line(other) for other in others] == [None] * 6
+    assert records.of_line(line, "g") is None and records.of_line(line, "f") is not None
 
 
 def test_a_description_has_its_reference_and_no_score(loaded: dict[str, pipeline.Loaded]) -> None:
     item = loaded["description"]
-    found = evaluate.record(item, [right(item)], "think")
-    assert "scores" not in found and found["predictions"] == [None]
-    assert item.example.row.description in found["reference"]
+    found = records.of_loaded(item, [right(item)], "think")
+    assert found.scores == [] and found.predictions == [None]
+    assert item.example.truth["description"] in found.reference
 
 
 def test_a_description_is_compared_by_words_with_the_annotation(loaded: dict[str, pipeline.Loaded]) -> None:
     """The annotation's own text has every word; another has few."""
     item = loaded["description"]
-    row = item.example.row
-    own = evaluate.record(item, [f"{evaluate.prompts.facts(row)} {row.key_object}"], "think")
-    other = evaluate.record(item, ["A dog sleeps."], "think")
-    high, low = (scores.score([r], reflection=False)["tasks"]["description"]["word_overlap"] for r in (own, other))
+    own = records.of_loaded(item, [f"{prompts.facts(item.example)} {item.example.meta['key_object']}"], "think")
+    other = records.of_loaded(item, ["A dog sleeps."], "think")
+    high, low = (scores.score([r])["tasks"]["description"]["word_overlap"] for r in (own, other))
     assert high["key_objects"]["value"] == 1.0 and high["rouge_l"]["value"] > 0.9
     assert low["key_objects"]["value"] == 0.0 and low["rouge_l"]["value"] < 0.1
-
-
-TASKS = ["qa", "grounding", "classification", "description"]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_what_is_said_of_grey_frames_is_no_answer(task: str, loaded: dict[str, pipeline.Loaded]) -> None:
     failed = replace(loaded[task], failure="damaged")
-    found = evaluate.record(failed, [right(failed)] * 2, "think")
-    assert found["predictions"] == [None, None] and found["completions"] == ["", ""] and found["form"] == [False, False]
-    assert found.get("scores", [0.0, 0.0]) == [0.0, 0.0] and found["failure"] == "damaged"
+    found = records.of_loaded(failed, [right(failed)] * 2, "think")
+    assert found.predictions == [None, None] and found.completions == ["", ""] and found.format_ok == [False, False]
+    assert found.scores in ([0.0, 0.0], []) and found.failure == "damaged"
 
 
 def test_frames_of_a_failed_video_count_as_wrong(loaded: dict[str, pipeline.Loaded]) -> None:
     """Its length is in the annotations: what is abnormal is missed, and a normal video is a false alarm."""
     item = loaded["grounding"]
-    seen = evaluate.record(item, [right(item)], "think")
-    item = replace(item, example=replace(item.example, row=replace(item.example.row, duration=8.0)), failure="damaged")
-    missed = evaluate.record(item, [right(item)], "think")
-    normal = {**missed, "interval": "normal"}
-    assert missed["duration"] == 8.0
-    values = [scores.score([seen, one], reflection=False)["frames"] for one in (seen, missed, normal)]
+    seen = records.of_loaded(item, [right(item)], "think")
+    example = replace(item.example, meta={**item.example.meta, "duration": 8.0})
+    missed = records.of_loaded(replace(item, example=example, failure="damaged"), [right(item)], "think")
+    normal = replace(missed, truth={"intervals": []})
+    assert missed.duration == 8.0
+    values = [scores.score([seen, one])["frames"] for one in (seen, missed, normal)]
     assert [v["videos"] for v in values] == [2, 2, 2] and values[0]["auc"] == 1.0
     assert values[1]["auc"] < 1.0 and values[2]["auc"] < 1.0
 
@@ -301,18 +305,19 @@ def test_samples_and_rotations(model_folder: Path, dataset: Path, tmp_path: Path
         orders = [[line[3:] for line in r["question"].splitlines()[-4:]] for r in group]
         assert [r["rotation"] for r in group] == [0, 1, 2, 3]
         assert all(order == orders[0][i:] + orders[0][:i] for i, order in enumerate(orders))
-        answers = [order["ABCD".index(r["answer"])] for order, r in zip(orders, group, strict=True)]
+        answers = [order[r["truth"]["choice"]] for order, r in zip(orders, group, strict=True)]
         assert len(set(answers)) == 1
 
 
 def test_votes_and_orders_are_counted_from_the_records(loaded: dict[str, pipeline.Loaded]) -> None:
     item = loaded["qa"]
-    wrong = right(item).replace(f">{item.example.row.answer}<", f">{'ABCD'.replace(item.example.row.answer, '')[0]}<")
-    records = []
+    answer = TASKS["qa"].answer(item.example)
+    wrong = right(item).replace(f">{answer}<", f">{'ABCD'.replace(answer, '')[0]}<")
+    found = []
     for rotation, texts in enumerate([[right(item), right(item), wrong], [wrong, wrong, right(item)]]):
         turned = replace(item, example=replace(item.example, rotation=rotation))
-        records.append(evaluate.record(turned, texts, "think"))
-    result = scores.score(records, reflection=False)
+        found.append(records.of_loaded(turned, texts, "think"))
+    result = scores.score(found)
     qa = result["samples"]["qa"]
     assert (qa["vote"]["value"], qa["pass"]["1"]["value"], qa["pass"]["2"]["value"]) == (1.0, pytest.approx(2 / 3), 1.0)
     assert result["option_order"]["by_order"] == [1.0, 0.0]
@@ -321,10 +326,10 @@ def test_votes_and_orders_are_counted_from_the_records(loaded: dict[str, pipelin
 
 def test_grounding_has_frame_level_scores(loaded: dict[str, pipeline.Loaded]) -> None:
     item = loaded["grounding"]
-    perfect = scores.score([evaluate.record(item, [right(item)], "think")], reflection=False)["frames"]
+    perfect = scores.score([records.of_loaded(item, [right(item)], "think")])["frames"]
     assert perfect["auc"] == 1.0 and perfect["ap"] == 1.0 and perfect["left_out"] == 0
-    unseen = {**evaluate.record(item, [right(item)], "think"), "duration": None}
-    assert "frames" not in scores.score([unseen], reflection=False)
+    unseen = replace(records.of_loaded(item, [right(item)], "think"), duration=None)
+    assert "frames" not in scores.score([unseen])
 
 
 @pytest.mark.parametrize(

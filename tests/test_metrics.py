@@ -10,38 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from vau_jax.datasets.vau_bench import LABELS
+from tests.records import record
+from vau_jax.datasets.vau_bench import LABELS, load
 from vau_jax.eval import metrics
 from vau_jax.eval.scores import score
-from vau_jax.tasks import parsing
+from vau_jax.tasks import TASKS, grounding, parsing, statistics
+from vau_jax.tasks.intervals import temporal_iou
+from vau_jax.tasks.record import Record
 
 
-def record(
-    task: str,
-    completion: str,
-    answer: str = "A",
+def grounded(
+    glue: str,
+    interval: object = (2.0, 6.0),
     label: str = "Fire",
-    interval: object = None,
+    answer: str = "Anomaly",
+    style: str = "think",
     failure: str | None = None,
-) -> dict:
-    return {
-        "task": task,
-        "completions": [completion],
-        "source": "msad",
-        "rotation": 0,
-        "video": "a.mp4",
-        "duration": 10.0,
-        "answer": answer,
-        "anomaly_class": label,
-        "interval": interval,
-        "failure": failure,
-    }
-
-
-def grounded(glue: str, interval: object = (2.0, 6.0), label: str = "Fire", answer: str = "Anomaly") -> dict:
-    return record(
-        "grounding", f"<think>t</think><answer>{answer}</answer><glue>{glue}</glue>", label=label, interval=interval
-    )
+) -> Record:
+    text = f"<think>t</think><answer>{answer}</answer><glue>{glue}</glue>"
+    return record("grounding", text, style, failure, anomaly_class=label, interval=interval)
 
 
 def test_hand_worked_grounding() -> None:
@@ -49,12 +36,11 @@ def test_hand_worked_grounding() -> None:
         grounded("[2.0, 6.0]"),
         grounded("[4.0, 8.0]"),
         grounded("[-1.0, -1.0]", answer="Normal"),
-        {**grounded("[2.0, 6.0]"), "failure": "no such file"},
-        grounded("[2.0, 6.0]", None),
+        grounded("[2.0, 6.0]", failure="no such file"),
         grounded("[-1.0, -1.0]", "normal", "Normal", "Normal"),
         grounded("[1.0, 2.0]", "normal", "Normal"),
     ]
-    result = score(records, reflection=False)["tasks"]["grounding"]
+    result = score(records)["tasks"]["grounding"]
     assert result["mIoU"]["value"] == pytest.approx((1 + 1 / 3 + 0 + 0) / 4)
     assert (result["R@0.3"]["value"], result["R@0.5"]["value"]) == (0.5, 0.25)
     assert result["mIoU"]["n"] == 4
@@ -64,13 +50,13 @@ def test_hand_worked_grounding() -> None:
 
 def test_an_unreadable_answer_on_a_normal_video_is_a_false_alarm() -> None:
     records = [grounded("?", "normal", "Normal", "")]
-    assert score(records, reflection=False)["tasks"]["grounding"]["false_alarms"]["value"] == 1.0
+    assert score(records)["tasks"]["grounding"]["false_alarms"]["value"] == 1.0
 
 
 @pytest.mark.parametrize(("answer", "glue"), [("Anomaly", "[-1, -1]"), ("Normal", "[2, 6]")])
 def test_an_answer_that_contradicts_its_time_is_wrong_on_every_video_and_counted(answer: str, glue: str) -> None:
     records = [grounded(glue, answer=answer), grounded(glue, "normal", "Normal", answer)]
-    result = score(records, reflection=False)
+    result = score(records)
     found = result["tasks"]["grounding"]
     assert (found["mIoU"]["value"], found["false_alarms"]["value"], found["unparsed"]) == (0.0, 1.0, 2)
     assert [estimate["value"] for estimate in result["by_class"]["grounding"].values()] == [0.0, 0.0]
@@ -80,23 +66,24 @@ def test_no_number_that_a_model_writes_makes_a_score_that_is_none() -> None:
     """Strict JSON has neither Infinity nor NaN."""
     numbers = ("9" * 38, "9" * 39, "9" * 400, "9" * 5000, "0." + "0" * 400 + "1")
     records = [grounded(f"[{a}, {b}]") for a, b in itertools.product(("0", *numbers), numbers)]
-    records = [{**r, "completions": [r["completions"][0], f"from {'9' * 39}:00 to 5"]} for r in records]
-    json.dumps(score(records, reflection=True), allow_nan=False)
+    texts = [[r.completions[0], f"from {'9' * 39}:00 to 5"] for r in records]
+    json.dumps(score([record("grounding", pair, "reflection") for pair in texts]), allow_nan=False)
 
 
 def test_the_best_constant_interval_scores_what_the_baseline_says(vau_bench: Path) -> None:
-    rows, _ = vau_bench.load(vau_bench / "test_msad.csv")
+    rows, _ = load(vau_bench / "test_msad.csv")
     target = parsing.targets([("grounding", None, r.anomaly_class, r.interval) for r in rows if "grounding" in r.tasks])
-    best = metrics.baselines(target, "grounding")["best_constant_interval"]
+    best = grounding.TASK.baselines(target)["best_constant_interval"]
     text = f"<think>t</think><answer>Anomaly</answer><glue>{best['answer']}</glue>"
-    parsed = parsing.parse([text] * len(target.kind), "grounding", "lenient")
-    assert metrics.grounding(parsed, target)["mIoU"] == pytest.approx({k: v for k, v in best.items() if k != "answer"})
+    final = parsing.parse([text] * len(target.task), "grounding", "lenient").final
+    expected = {name: value for name, value in best.items() if name != "answer"}
+    assert grounding.TASK.metrics(final, target, [], "clean")["mIoU"] == pytest.approx(expected)
 
 
 def test_hand_worked_classification() -> None:
     texts = [("Fire", "Fire"), ("Normal", "Normal"), ("Explosion", "Fire"), ("???", "Fire"), ("Fire", "Normal")]
-    records = [record("classification", f"<answer>{said}</answer>", label=label) for said, label in texts]
-    result = score(records, reflection=False)["tasks"]["classification"]
+    records = [record("classification", f"<answer>{said}</answer>", anomaly_class=label) for said, label in texts]
+    result = score(records)["tasks"]["classification"]
     assert result["multiclass"]["value"] == 0.4
     assert result["binary"]["value"] == 0.6
     assert result["unparsed"] == 1
@@ -105,8 +92,8 @@ def test_hand_worked_classification() -> None:
 
 
 def test_failed_videos_count_as_wrong() -> None:
-    records = [record("qa", "<answer>A</answer>"), record("qa", "<answer>A</answer>", failure="no such file")]
-    result = score(records, reflection=False)["tasks"]["qa"]
+    records = [record("qa", "<answer>B</answer>"), record("qa", "<answer>B</answer>", failure="no such file")]
+    result = score(records)["tasks"]["qa"]
     assert (result["accuracy"]["value"], result["accuracy"]["n"], result["unparsed"]) == (0.5, 2, 1)
 
 
@@ -114,24 +101,28 @@ def test_macro_f1_equals_scikit_learn(rng: np.random.Generator) -> None:
     from sklearn.metrics import f1_score
 
     truth, said = rng.integers(0, 5, 300), rng.integers(0, 5, 300)
-    assert metrics.macro_f1(said, truth) == pytest.approx(f1_score(truth, said, average="macro"))
+    assert statistics.macro_f1(said, truth) == pytest.approx(f1_score(truth, said, average="macro"))
 
 
 def test_interval_covers_the_mean_about_as_often_as_it_says(rng: np.random.Generator) -> None:
     """95% intervals of 80 draws hold the true mean in 90 to 99% of 300 repetitions."""
-    found = [metrics.estimate(rng.random(80) < 0.3, resamples=400) for _ in range(300)]
+    found = [statistics.estimate(rng.random(80) < 0.3, resamples=400) for _ in range(300)]
     assert 0.90 <= np.mean([e["low"] <= 0.3 <= e["high"] for e in found]) <= 0.99
 
 
 def test_interval_width_is_the_textbooks(rng: np.random.Generator) -> None:
     values = rng.normal(size=400)
-    found = metrics.estimate(values)
+    found = statistics.estimate(values)
     half = stats.norm.ppf(0.975) * values.std() / 20
     assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.1)
 
 
 def test_no_examples_have_no_value() -> None:
-    assert metrics.estimate(np.zeros(0)) == {"value": None, "n": 0, "low": None, "high": None}
+    assert statistics.estimate(np.zeros(0)) == {"value": None, "n": 0, "low": None, "high": None}
+
+
+def iou(a: list[float], b: list[float]) -> float:
+    return float(temporal_iou(np.asarray([a]), np.asarray([b])))
 
 
 intervals = st.tuples(st.floats(0, 100), st.floats(0, 100)).map(sorted)
@@ -143,24 +134,24 @@ def test_the_hull_that_vau_r1_divides_by_gives_the_same(a: list[float], b: list[
     inner = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
     hull = max(a[1], b[1]) - min(a[0], b[0])
     expected = inner / hull if hull > 0 else 0.0
-    assert float(metrics.temporal_iou(np.asarray(a), np.asarray(b))) == pytest.approx(expected, abs=1e-9)
+    assert iou(a, b) == pytest.approx(expected, abs=1e-9)
 
 
 @settings(max_examples=200, deadline=None)
 @given(intervals, intervals)
 def test_temporal_iou_is_symmetric_and_bounded(a: list[float], b: list[float]) -> None:
-    forth, back = (float(metrics.temporal_iou(np.asarray(x), np.asarray(y))) for x, y in ((a, b), (b, a)))
+    forth, back = (iou(x, y) for x, y in ((a, b), (b, a)))
     assert forth == pytest.approx(back)
     assert 0 <= forth <= 1 + 1e-9
-    assert float(metrics.temporal_iou(np.asarray(a), np.asarray(a))) == pytest.approx(float(a[1] > a[0]))
+    assert iou(a, a) == pytest.approx(float(a[1] > a[0]))
 
 
 def test_best_constant_interval_beats_every_other(rng: np.random.Generator) -> None:
     truth = np.sort(rng.uniform(0, 12, (60, 2)), axis=1)
-    best = metrics.best_constant_interval(truth)
+    best = grounding.best_constant_interval(truth[:, None])
     for guess in np.sort(rng.integers(0, 24, (200, 2)) / 2, axis=1):
-        assert metrics.temporal_iou(guess[None].astype(float), truth).mean() <= best["value"] + 1e-9
-    assert metrics.temporal_iou(np.asarray([best["answer"]]), truth).mean() == pytest.approx(best["value"])
+        assert temporal_iou(guess[None, None].astype(float), truth[:, None]).mean() <= best["value"] + 1e-9
+    assert temporal_iou(np.asarray([[best["answer"]]]), truth[:, None]).mean() == pytest.approx(best["value"])
 
 
 # --- Several answers, orders, frames, runs ------------------------------------------------------------------------
@@ -189,7 +180,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one(rng: np.random.Generat
 def test_the_vote_goes_to_the_answer_that_others_agree_with(task: str, texts: list[str], winner: int) -> None:
     form = "<answer>Anomaly</answer><glue>{}</glue>" if task == "grounding" else "<answer>{}</answer>"
     parsed = parsing.parse([form.format(t).replace("Anomaly", "") for t in texts] * 2, task, "lenient")
-    assert metrics.vote(parsed.final, task, 3).tolist() == [winner, winner]
+    assert metrics.vote(parsed.final, TASKS[task], 3).tolist() == [winner, winner]
 
 
 def test_sensitivity_to_the_order_of_options() -> None:
@@ -203,7 +194,7 @@ def test_confusion_equals_scikit_learn(rng: np.random.Generator) -> None:
     from sklearn.metrics import confusion_matrix
 
     truth, said = rng.integers(0, 5, 300), rng.integers(-1, 5, 300)
-    found = metrics.confusion(said, truth)
+    found = statistics.confusion(said, truth, LABELS)
     assert found["labels"] == list(LABELS[:5])
     expected = confusion_matrix(truth, np.where(said < 0, 5, said), labels=range(6))[:5]
     assert found["counts"] == expected.tolist()
@@ -211,16 +202,16 @@ def test_confusion_equals_scikit_learn(rng: np.random.Generator) -> None:
 
 def test_frame_scores_and_their_area(rng: np.random.Generator) -> None:
     """Of one answer, and of several, which give scores between; beside counting pairs of instants."""
-    assert metrics.frame_scores([(1.0, 2.0)], 3.0, rate=2.0).tolist() == [0, 0, 1, 1, 0, 0]
-    assert metrics.frame_scores([(1.0, 2.0), None], 2.0, rate=2.0).tolist() == [0, 0, 0.5, 0.5]
+    assert statistics.frame_scores([[(1.0, 2.0)]], 3.0, rate=2.0).tolist() == [0, 0, 1, 1, 0, 0]
+    assert statistics.frame_scores([[(1.0, 2.0)], []], 2.0, rate=2.0).tolist() == [0, 0, 0.5, 0.5]
     scores = [rng.integers(0, 4, 30) / 3 for _ in range(4)]
     labels = [rng.random(30) < 0.3 for _ in range(4)]
-    found = metrics.frame_level(scores, labels)
+    found = statistics.frame_level(scores, labels)
     s, y = np.concatenate(scores), np.concatenate(labels)
     pairs = s[y][:, None] - s[~y][None]
     assert found["auc"] == pytest.approx(np.mean((pairs > 0) + 0.5 * (pairs == 0)))
     assert (found["instants"], found["videos"]) == (120, 4) and 0 < found["ap"] < 1
-    assert metrics.frame_level(scores, [np.zeros(30)] * 4)["auc"] is None
+    assert statistics.frame_level(scores, [np.zeros(30)] * 4)["auc"] is None
 
 
 def test_paired_differences_find_what_is_there_and_nothing_else(rng: np.random.Generator) -> None:
@@ -242,9 +233,9 @@ def test_the_paired_p_value_is_that_of_scipys_permutation_test(rng: np.random.Ge
 def test_the_papers_grounding_is_over_readable_answers() -> None:
     """By hand: [4, 8] beside [2, 6] is 2 of 6; "?" is left out, and in the clean protocol 0."""
     texts = ["[2.0, 6.0]", "[4.0, 8.0]", "?"]
-    parsed = parsing.parse([grounded(t)["completions"][0] for t in texts], "grounding", "lenient")
+    final = parsing.parse([grounded(t).completions[0] for t in texts], "grounding", "lenient").final
     target = parsing.targets([("grounding", None, "Fire", (2.0, 6.0))] * 3)
-    paper, clean = (metrics.grounding(parsed, target, protocol) for protocol in ("paper", "clean"))
+    paper, clean = (grounding.TASK.metrics(final, target, [], protocol) for protocol in ("paper", "clean"))
     assert paper["mIoU"]["n"] == 2 and paper["mIoU"]["value"] == pytest.approx((1 + 1 / 3) / 2)
     assert clean["mIoU"]["n"] == 3 and clean["mIoU"]["value"] == pytest.approx((1 + 1 / 3) / 3)
     assert (clean["start_error"]["value"], clean["end_error"]["value"], clean["start_error"]["n"]) == (1.0, 1.0, 2)
@@ -252,8 +243,8 @@ def test_the_papers_grounding_is_over_readable_answers() -> None:
 
 def test_majority_is_the_commonest_answer() -> None:
     target = parsing.targets([("classification", None, label, None) for label in ("Fire", "Fire", "Normal")])
-    assert metrics.majority(target.label)["value"] == pytest.approx(2 / 3)
-    assert metrics.majority(target.label)["answer"] == LABELS.index("Fire")
+    assert statistics.majority(target.label)["value"] == pytest.approx(2 / 3)
+    assert statistics.majority(target.label)["answer"] == LABELS.index("Fire")
 
 
 def test_reflection_counts_corrections_and_damage() -> None:

@@ -11,7 +11,7 @@ from vau_jax.common.files import InputError
 from vau_jax.datasets import vau_bench
 from vau_jax.datasets.vau_bench import LABELS
 from vau_jax.eval import gallery
-from vau_jax.tasks import parsing
+from vau_jax.tasks import grammar, parsing
 
 QA = "<think>t</think><answer>B</answer>"
 GROUNDING = "<think>t</think><answer>Anomaly</answer><glue>[1.5, 3.0]</glue>"
@@ -202,8 +202,8 @@ def test_what_is_copied(text: str, copied: float) -> None:
 
 def test_prose_keeps_what_may_stand_inside_a_tag() -> None:
     text = "a <answer>B</answer> <|im_end|>c" + "\n" * 30 + "d"
-    assert parsing.prose(text) == "a B c d"
-    assert parsing.prose("x < y\n\nz") == "x < y\n\nz"
+    assert grammar.prose(text) == "a B c d"
+    assert grammar.prose("x < y\n\nz") == "x < y\n\nz"
 
 
 # --- Time ---------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_a_text_of_any_kind_is_read_in_time_that_grows_with_its_length(unit: str
 
 
 OTHER_READERS = {
-    "prose": parsing.prose,
+    "prose": grammar.prose,
     "gallery": gallery.sections,
     "first sentence": drafts.first_sentence,
     "sections of an annotation": vau_bench.parse_reasoning,

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import demo
 from tests import tables
+from tests.records import example
 from vau_jax.common.files import InputError
 from vau_jax.data import pipeline
 from vau_jax.data.pipeline import HostBatch, Loader
@@ -21,7 +22,7 @@ from vau_jax.data.processor import Processor
 from vau_jax.data.video import clips, frame_cache
 from vau_jax.data.video.clips import Clip
 from vau_jax.data.video.frame_cache import FrameCache
-from vau_jax.datasets.vau_bench import Row
+from vau_jax.datasets import reflections
 from vau_jax.tasks import parsing, prompts
 
 
@@ -83,14 +84,14 @@ def test_wrong_drafts_carry_no_loss_and_all_else_does(config: ConfigDict, proces
 
 def test_options_move_with_their_letters(config: ConfigDict, processor: Processor) -> None:
     config.tasks = ("qa",)
-    originals = {e.name: e.row for e in pipeline.load_examples(config)[0]}
+    originals = {e.id: e for e in pipeline.load_examples(config)[0]}
     orders = set()
     for host in batches(config, processor, 8)[0]:
         for item in host.examples:
-            row, original = item.example.row, originals[item.example.name]
-            assert row.options["ABCD".index(row.answer)] == original.options["ABCD".index(original.answer)]
-            assert all(f"{letter}. {option}" in item.prompt for letter, option in zip("ABCD", row.options, strict=True))
-            orders.add(tuple(original.options.index(option) for option in row.options))
+            choices, original = item.example.choices, originals[item.example.id]
+            assert choices[item.example.truth["choice"]] == original.choices[original.truth["choice"]]
+            assert all(f"{letter}. {text}" in item.prompt for letter, text in zip("ABCD", choices, strict=True))
+            orders.add(tuple(original.choices.index(text) for text in choices))
     assert len(orders) > 4
 
 
@@ -111,7 +112,7 @@ def test_resuming_gives_the_batches_that_were_left(config: ConfigDict, processor
 def items(host: HostBatch) -> list[tuple]:
     """What makes an example what it is: name, prompt (options' order), pixels, target."""
     return [
-        (i.example.name, i.prompt, i.encoded.visuals[0].patches.tobytes(), i.target_tokens.tobytes())
+        (i.example.id, i.prompt, i.encoded.visuals[0].patches.tobytes(), i.target_tokens.tobytes())
         for i in host.examples
     ]
 
@@ -145,7 +146,7 @@ def test_resuming_with_another_number_of_processes(config: ConfigDict, processor
 def test_batches_hold_examples_of_similar_length(config: ConfigDict, processor: Processor) -> None:
     """Rows that know their videos' durations, as imported ones do; nothing is lost and nothing doubled."""
     examples = [
-        replace(e, row=replace(e.row, duration=4.0 + 4 * (i % 3), fps=10.0, width=96, height=64))
+        replace(e, meta={**e.meta, "duration": 4.0 + 4 * (i % 3), "fps": 10.0, "width": 96, "height": 64})
         for i, e in enumerate(pipeline.load_examples(config)[0])
     ]
 
@@ -153,8 +154,8 @@ def test_batches_hold_examples_of_similar_length(config: ConfigDict, processor: 
         config.length_window = window
         iterator = pipeline.train_iterator(examples, processor, config, batch_size=4, seed=3)
         hosts = [next(iterator) for _ in range(18)]
-        durations = [[item.example.row.duration for item in host.examples] for host in hosts]
-        return np.mean([max(d) - min(d) for d in durations]), [i.example.name for host in hosts for i in host.examples]
+        durations = [[item.example.meta["duration"] for item in host.examples] for host in hosts]
+        return np.mean([max(d) - min(d) for d in durations]), [i.example.id for host in hosts for i in host.examples]
 
     (plain, names), (sorted_, same_names) = spread(1), spread(18)
     assert sorted_ < 1.5 < plain
@@ -178,7 +179,7 @@ def test_batches_of_one_example(config: ConfigDict, processor: Processor) -> Non
     config.max_examples = 1
     iterator = pipeline.train_iterator(pipeline.load_examples(config)[0], processor, config, 1, seed=0)
     found = [next(iterator).examples[0].example for _ in range(3)]
-    assert {(e.row.video, e.task) for e in found} == {("train_00000.mp4", "qa")}
+    assert {(e.video, e.task) for e in found} == {("train_00000.mp4", "qa")}
 
 
 def test_the_next_batches_are_loaded_during_a_step(
@@ -248,13 +249,13 @@ def test_frames_come_from_the_cache_and_others_are_counted(
 ) -> None:
     straight, _ = batches(config, processor, 2)
     sampling = processor.sampling(pipeline.video_options(config, processor.video_options))
-    videos = sorted({item.example.path for item in straight[0].examples})
+    videos = sorted({item.example.media[0] for item in straight[0].examples})
     frame_cache.build(tmp_path, videos, sampling, clips.read, 1, show=lambda done, note: None)
     config.cache = str(tmp_path)
     found, _ = batches(config, processor, 2)
     assert all(same(a, b) for a, b in zip(straight, found, strict=True))
     assert [counts(host, config)["data/not_cached"] for host in found] == [
-        sum(item.example.path not in videos for item in host.examples) for host in straight
+        sum(item.example.media[0] not in videos for item in host.examples) for host in straight
     ]
 
 
@@ -304,7 +305,7 @@ def test_the_loss_is_on_the_assistants_tokens_alone(config: ConfigDict, processo
 def test_prompts_in_a_users_words(config: ConfigDict, processor: Processor, tmp_path: Path) -> None:
     words = {
         "questions": {"classification": "Which of {labels}?", "qa": "{options}|{question}"},
-        "forms": {"reflection": "FORM"},
+        "formats": {"reflection": "FORM"},
     }
     config.templates, config.wording = str(tmp_path / "words.json"), "full"
     Path(config.templates).write_text(json.dumps(words))
@@ -313,29 +314,29 @@ def test_prompts_in_a_users_words(config: ConfigDict, processor: Processor, tmp_
         if item.example.task == "classification":
             assert "Which of Abuse, Agriculture, " in item.prompt
         if item.example.task == "qa":
-            row = item.example.row
-            assert f"A. {row.options[0]}" in item.prompt and f"|{row.question}" in item.prompt
+            example = item.example
+            assert f"A. {example.choices[0]}" in item.prompt and f"|{example.question}" in item.prompt
 
 
 def test_what_a_row_says_is_no_template() -> None:
-    row = Row("a", "msad", "What is {labels}?", tuple("wxyz"), "A", None, None, "", "", {})
-    assert prompts.question(row, "qa", "think", "short").startswith("What is {labels}?")
+    asked = example("qa", question="What is {labels}?")
+    assert prompts.question(asked, "think", "short").startswith("What is {labels}?")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[]", "expected an object"),
-        ('{"moods": {}}', "'moods' is unknown: expected some of forms, asks"),
-        ('{"forms": {"loud": "x"}}', r"forms\.loud is unknown: expected some of reflection"),
-        ('{"forms": {"think": 1}}', "forms must be an object of texts"),
+        ('{"moods": {}}', "'moods' is unknown: expected some of formats, answer_instructions"),
+        ('{"formats": {"loud": "x"}}', r"formats\.loud is unknown: expected some of reflection"),
+        ('{"formats": {"think": 1}}', "formats must be an object of texts"),
     ],
 )
 def test_a_bad_file_of_words_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "words.json"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        prompts.load_words(path)
+        prompts.load_templates(path)
 
 
 def test_a_missing_video_is_excluded_and_listed(config: ConfigDict, tmp_path: Path, dataset: Path) -> None:
@@ -345,7 +346,7 @@ def test_a_missing_video_is_excluded_and_listed(config: ConfigDict, tmp_path: Pa
     (tmp_path / "videos" / "train_00003.mp4").unlink()
     config.videos = str(tmp_path / "videos")
     examples, audit = pipeline.load_examples(config)
-    assert "train_00003.mp4" not in {e.row.video for e in examples}
+    assert "train_00003.mp4" not in {e.video for e in examples}
     assert [e.video for e in audit.entries if e.reason.startswith("no such video")] == ["train_00003.mp4"]
 
 
@@ -386,9 +387,9 @@ def several(config: ConfigDict, tmp_path: Path) -> ConfigDict:
 
 def test_questions_about_one_video_are_examples_of_their_own(several: ConfigDict) -> None:
     examples, _ = pipeline.load_examples(several)
-    asked = [(e.task, e.row.question if e.task == "qa" else "") for e in examples]
-    assert asked == [("qa", examples[0].row.question), ("grounding", ""), ("qa", "Who comes last?")]
-    assert len({e.name for e in examples}) == 3
+    asked = [(e.task, e.question if e.task == "qa" else "") for e in examples]
+    assert asked == [("qa", examples[0].question), ("grounding", ""), ("qa", "Who comes last?")]
+    assert len({e.id for e in examples}) == 3
 
 
 def test_what_is_asked_twice_is_left_out_and_listed(several: ConfigDict) -> None:
@@ -401,14 +402,14 @@ def test_a_name_does_not_depend_on_the_order_of_options(several: ConfigDict, pro
     examples, _ = pipeline.load_examples(several)
     loader = Loader(processor, several, FrameCache(None), augment=False, blind=True)
     shown = [loader(examples[0], np.random.default_rng(seed)).example for seed in range(4)]
-    assert len({e.row.options for e in shown}) > 1 and {e.name for e in shown} == {examples[0].name}
+    assert len({e.choices for e in shown}) > 1 and {e.id for e in shown} == {examples[0].id}
 
 
 @pytest.fixture
 def record(several: ConfigDict, dataset: Path) -> dict[str, Any]:
     """A reflection record of the first video's question, which names no example; grounding is not asked."""
     several.tasks = ("qa",)
-    video = pipeline.load_examples(several)[0][0].row.video
+    video = pipeline.load_examples(several)[0][0].video
     records = map(json.loads, (dataset / "train_reflection.jsonl").read_text().splitlines())
     return next(r for r in records if (r["video"], r["task"]) == (video, "qa"))
 
@@ -421,7 +422,7 @@ def write_records(path: Path, *records: dict[str, Any]) -> str:
 def test_a_reflection_record_goes_to_the_question_it_names(
     several: ConfigDict, record: dict[str, Any], tmp_path: Path
 ) -> None:
-    names = [e.name for e in pipeline.load_examples(several)[0]]
+    names = [e.id for e in pipeline.load_examples(several)[0]]
     records = [{**record, "example": name, "reflect": name} for name in reversed(names)]
     several.reflection = write_records(tmp_path / "r.jsonl", *records)
     assert [e.reflection.reflect for e in pipeline.load_examples(several)[0]] == names
@@ -430,16 +431,16 @@ def test_a_reflection_record_goes_to_the_question_it_names(
 def test_a_reflection_record_that_could_be_of_two_questions_is_of_none(
     several: ConfigDict, record: dict[str, Any], tmp_path: Path
 ) -> None:
-    names = [e.name for e in pipeline.load_examples(several)[0]]
+    names = [e.id for e in pipeline.load_examples(several)[0]]
     several.reflection = write_records(tmp_path / "r.jsonl", record, {**record, "example": names[1]})
     examples, audit = pipeline.load_examples(several)
-    assert [e.name for e in examples] == names[1:]
+    assert [e.id for e in examples] == names[1:]
     assert [e.line for e in audit.entries if "a video with several questions" in e.reason] == [1]
 
 
 def test_a_second_reflection_record_of_an_example_is_refused(record: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"line 2 is a second record of train_00000\.mp4/qa"):
-        prompts.load_reflections(write_records(tmp_path / "r.jsonl", record, record))
+        reflections.load(write_records(tmp_path / "r.jsonl", record, record))
 
 
 def test_no_usable_example_is_an_error(config: ConfigDict, tmp_path: Path) -> None:
@@ -467,7 +468,7 @@ def test_a_bad_reflection_record_is_named(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text('{"video": "a.mp4", "task": "qa"}\n')
     with pytest.raises(InputError, match="line 1"):
-        prompts.load_reflections(path)
+        reflections.load(path)
 
 
 def test_section_weights_reach_their_tokens(config: ConfigDict, processor: Processor) -> None:

@@ -22,11 +22,10 @@ from tests import video_files
 from tests.chat_server import Answer, pictures, serve
 from vau_jax.common.files import InputError
 from vau_jax.data import pipeline
-from vau_jax.data.pipeline import Example
-from vau_jax.datasets import vau_bench
-from vau_jax.datasets.vau_bench import SECTIONS, Row
+from vau_jax.datasets.vau_bench import Row, example_of, load
 from vau_jax.tasks import parsing, prompts, rewards
-from vau_jax.tasks.prompts import Reflection
+from vau_jax.tasks.description import SECTIONS
+from vau_jax.tasks.example import Reflection
 
 ROOT = Path(__file__).parents[1]
 ROW = Row(
@@ -41,7 +40,7 @@ ROW = Row(
     description="Flames rise from a parked truck near the gate.",
     reasoning=dict.fromkeys(SECTIONS, "Flames and smoke rise from the truck."),
 )
-QA = Example(ROW, "qa", Path("a.mp4"))
+QA = example_of(ROW, "qa")
 GOOD = "I said a fight, but flames and smoke rise from the truck, and nobody fights."
 REVISED = "The truck burns, people step back, smoke fills the yard. So a fire is what happens."
 
@@ -79,12 +78,12 @@ def reply(reflect: str = GOOD, revise: str = REVISED) -> Answer:
     ],
 )
 def test_drafts_are_scored_as_training_scores_them(task: str, value: dict[str, Any], expected: float) -> None:
-    assert drafts.score(ROW, task, value) == pytest.approx(expected, abs=1e-6)
+    assert drafts.score(example_of(ROW, task), value) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("task", parsing.VERIFIABLE)
 def test_drafts_by_rule_are_wrong_as_often_as_asked(task: str) -> None:
-    made = [drafts.by_rule(Example(replace(ROW, video=f"{i}.mp4"), task, Path()), 0.7, 0)[0] for i in range(400)]
+    made = [drafts.by_rule(example_of(replace(ROW, video=f"{i}.mp4"), task), 0.7, 0)[0] for i in range(400)]
     wrong = np.mean([draft.score < 0.5 for draft in made])
     assert abs(wrong - 0.7) < 0.07
     assert all(draft.score in (0.0, 1.0) or 0 < draft.score < 0.5 for draft in made)
@@ -100,7 +99,7 @@ def test_drafts_by_rule_are_wrong_as_often_as_asked(task: str) -> None:
     ],
 )
 def test_a_students_completion_becomes_a_draft(task: str, text: str, value: dict[str, Any]) -> None:
-    draft = drafts.read(text, replace(QA, task=task))
+    draft = drafts.read(text, example_of(ROW, task))
     assert (draft.think, draft.value) == ("smoke", value)
 
 
@@ -157,8 +156,7 @@ def test_a_student_behind_an_endpoint(config: ConfigDict, tmp_path: Path) -> Non
 def test_a_row_without_an_answer_to_a_task_has_no_target_for_it(task: str) -> None:
     """Neither a contradiction, as an anomaly whose time is not known, nor an empty answer."""
     row = replace(ROW, answer=None, anomaly_class=None, interval=None, reasoning={})
-    with pytest.raises(InputError, match=f"a.mp4 has no right answer for {task}: its annotation serves no task"):
-        prompts.completion(row, task, "think", None)
+    assert example_of(row, task) is None and row.tasks == ()
 
 
 def test_words_of_an_annotation_cannot_break_a_target() -> None:
@@ -167,16 +165,17 @@ def test_words_of_an_annotation_cannot_break_a_target() -> None:
     record_ = Reflection(text, {"choice": "A"}, False, f"{GOOD} {text}", f"{REVISED} {text} {{check}}")
     for task, style in itertools.product(parsing.TASKS, ("think", "reflection", "two_pass")):
         reflected = record_ if task == "qa" else None
-        whole = "".join(span.text for span in prompts.completion(row, task, style, reflected))
+        example = replace(example_of(row, task), reflection=reflected)
+        whole = "".join(span.text for span in prompts.completion(example, style))
         assert parsing.parse([whole], task, "strict", reflected is not None and style != "think").format_ok.all()
 
 
 @pytest.mark.parametrize("interval", [(12.02, 12.04), (0.0, 0.04), (1.25, 1.250002), (0.05, 0.15), (12.0, 30.5)])
 def test_a_short_interval_is_written_with_the_digits_that_it_needs(interval: tuple[float, float]) -> None:
-    row = replace(ROW, interval=interval)
-    whole = "".join(span.text for span in prompts.completion(row, "grounding", "think", None))
+    example = example_of(replace(ROW, interval=interval), "grounding")
+    whole = "".join(span.text for span in prompts.completion(example, "think"))
     found = parsing.parse([whole], "grounding").final
-    assert found.kind[0] == parsing.INTERVAL and found.interval[0] == pytest.approx(interval)
+    assert found.interval_count[0] == 1 and found.intervals[0, 0] == pytest.approx(interval)
 
 
 def test_a_video_that_hangs_its_decoder_costs_its_question_alone(
@@ -185,7 +184,7 @@ def test_a_video_that_hangs_its_decoder_costs_its_question_alone(
     """A transport stream that goes on with nothing for 100 GB: shown to a student, and to a teacher."""
     videos = tmp_path / "videos"
     shutil.copytree(dataset / "videos", videos)
-    rows, _ = vau_bench.load(config.data.csv)
+    rows, _ = load(config.data.csv)
     sparse = video_files.write(tmp_path / "a.ts", count=4).rename(videos / rows[0].video)
     os.truncate(sparse, 100 * 2**30)  # without taking any room
     config.data.update({"videos": str(videos), "tasks": ("classification",), "max_examples": 2, "video_seconds": 1.0})
@@ -249,14 +248,14 @@ def test_texts_that_share_most_of_their_words_are_alike() -> None:
 
 def test_the_mix_has_its_share_and_spreads_over_classes() -> None:
     made = [
-        (replace(QA, row=replace(ROW, anomaly_class=label)), record(draft_is_right=right))
+        (example_of(replace(ROW, anomaly_class=label), "qa"), record(draft_is_right=right))
         for label, count in (("Fire", 90), ("Abuse", 10))
         for right in (True, False)
         for _ in range(count)
     ]
     kept = [made[i] for i in reflection.mix(made, 0.7, 40, seed=0)]
     assert len(kept) == 40 and sum(not r.draft_is_right for _, r in kept) == 28
-    assert Counter(e.row.anomaly_class for e, _ in kept)["Abuse"] == 16  # all 10 wrong ones, 6 of 12 right ones
+    assert Counter(e.meta["anomaly_class"] for e, _ in kept)["Abuse"] == 16  # all 10 wrong ones, 6 of 12 right ones
     assert len(reflection.mix(made, 0.7, 0, seed=0)) == 142  # all 100 wrong ones, and right ones to go with them
 
 
@@ -277,13 +276,12 @@ def test_records_are_what_training_reads(config: ConfigDict, tmp_path: Path) -> 
     examples, _ = pipeline.load_examples(config.data)
     assert len(examples) == len(records(tmp_path))
     for example in examples:
-        row, task = example.row, example.task
-        text = "".join(span.text for span in prompts.completion(row, task, "reflection", example.reflection))
-        parsed = parsing.parse([text], task, "strict", reflection=True)
-        target = parsing.targets([(task, row.answer, row.anomaly_class, row.interval)])
+        text = "".join(span.text for span in prompts.completion(example, "reflection"))
+        parsed = parsing.parse([text], example.task, "strict", reflection=True)
+        target = parsing.targets_of([example])
         assert parsed.format_ok[0] and float(rewards.task_score(parsed.final, target)[0]) > 0.95
         draft = float(rewards.task_score(parsed.draft, target)[0])
-        assert (draft >= (0.5 if task == "grounding" else 1.0)) == example.reflection.draft_is_right
+        assert (draft >= (0.5 if example.task == "grounding" else 1.0)) == example.reflection.draft_is_right
 
 
 def test_annotations_alone_are_enough_without_student_and_frames(vau_bench: Path, tmp_path: Path) -> None:
@@ -305,23 +303,24 @@ STYLES_IN_TURN = ("reflection", "reflection", "two_pass", *["think"] * 8)  # 11:
 def test_every_target_made_from_the_published_annotations_keeps_the_strict_rule(vau_bench: Path, file: str) -> None:
     """Of every row and task, in one of the styles in turn, its drafts and reflections by rule: the form is whole, the
     answer right (times are written to a tenth of a second), and a record that is kept earns for its reflection."""
-    rows, _ = vau_bench.load(vau_bench / file)
+    rows, _ = load(vau_bench / file)
     keep, made = reflection_config.get_config().keep, []
-    for number, (row, task) in enumerate((r, task) for r in rows for task in r.tasks):
+    for number, example in enumerate(example_of(row, task) for row in rows for task in row.tasks):
         style, record, kept = STYLES_IN_TURN[number % len(STYLES_IN_TURN)], None, False
+        task = example.task
         if style != "think" and task in parsing.VERIFIABLE:
-            example = Example(row, task, Path())
             draft = drafts.by_rule(example, keep.wrong_share, number)[0]
             right = draft.score >= (keep.tiou if task == "grounding" else 1.0)
             record = Reflection(draft.think, draft.value, right, *teacher.by_rule(example, draft, right))
             kept = style == "reflection" and number % 2 == 0 and not reflection.fault(example, record, keep)
-        made.append((row, task, record is not None, kept, prompts.completion(row, task, style, record)))
+        example = replace(example, reflection=record)
+        made.append((example, record is not None, kept, prompts.completion(example, style)))
     for long in (False, True):
-        chosen = [one for one in made if one[2] == long]
+        chosen = [one for one in made if one[1] == long]
         texts = ["".join(span.text for span in spans) for *_, spans in chosen]
-        parsed = parsing.parse(texts, [task for _, task, *_ in chosen], "strict", reflection=long)
-        target = parsing.targets([(t, r.answer, r.anomaly_class, r.interval) for r, t, *_ in chosen])
-        verifiable = np.asarray([task in parsing.VERIFIABLE for _, task, *_ in chosen])
+        parsed = parsing.parse(texts, [example.task for example, *_ in chosen], "strict", reflection=long)
+        target = parsing.targets_of([example for example, *_ in chosen])
+        verifiable = np.asarray([example.task in parsing.VERIFIABLE for example, *_ in chosen])
         assert parsed.format_ok.all() and np.asarray(rewards.task_score(parsed.final, target))[verifiable].min() > 0.85
         earned = np.asarray(rewards.reflection_reward(parsed, target))[[kept for *_, kept, _ in chosen]]
         assert (earned > 0).all() and bool(len(earned)) == long

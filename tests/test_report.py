@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,54 +13,30 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
-from tests import video_files
+from tests import records, video_files
 from vau_jax.common import files
 from vau_jax.common.files import InputError
-from vau_jax.eval import gallery, judge, report, scores
+from vau_jax.eval import gallery, report, scores
+from vau_jax.eval.records import load, to_line
+from vau_jax.rl.judge import AXES
+from vau_jax.tasks.record import Record
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 SECTIONS = "<think>{think}</think><draft>{draft}</draft><reflect>It burns, I see.</reflect><revise>r</revise>"
 
 
-def record(number: int, task: str, said: str, drafted: str, **changed: Any) -> scores.Record:
+def record(number: int, task: str, answer: str, drafted: str, failure: str | None = None, **changed: Any) -> Record:
     """A record of a video with a fire from 2 to 6 s."""
-    text = SECTIONS.format(think=f"Smoke {HOSTILE}", draft=drafted) + f"<answer>{said}</answer>"
+    text = SECTIONS.format(think=f"Smoke {HOSTILE}", draft=drafted) + f"<answer>{answer}</answer>"
     if task == "grounding":
-        text = text.replace(f"<answer>{said}", "<answer>Anomaly").replace("</answer>", f"</answer><glue>{said}</glue>")
-    target = {"qa": "B", "classification": "Fire", "grounding": "Anomaly [2.0, 6.0]"}[task]
-    found: scores.Record = {
-        "example": f"v{number}.mp4/{task}",
-        "video": f"v{number}.mp4",
-        "source": "msad",
-        "task": task,
-        "rotation": 0,
-        "question": f"What happens? {HOSTILE}",
-        "prompt_hash": "0",
-        "target": target,
-        "answer": "B",
-        "anomaly_class": "Fire",
-        "interval": [2.0, 6.0],
-        "duration": 10.0,
-        "key_object": "flames",
-        "reference": "",
-        "completions": [text],
-        "failure": None,
-        **changed,
-    }
-    final = scores.read([found], "lenient", True)
-    value = float(scores.rewards.task_score(final.final, scores.truth([found]))[0])
-    draft = float(scores.rewards.task_score(final.draft, scores.truth([found]))[0])
-    return found | {
-        "predictions": scores.said(final.final, task),
-        "drafts": scores.said(final.draft, task),
-        "scores": [value],
-        "draft_scores": [draft],
-    }
+        text = text.replace(f"<answer>{answer}", "<answer>Anomaly") + f"<glue>{answer}</glue>"
+    made = records.record(task, text, "reflection", failure, video=f"v{number}.mp4", **changed)
+    return replace(made, example=f"v{number}.mp4/{task}", question=f"What happens? {HOSTILE}")
 
 
-def evaluation(folder: Path, records: list[scores.Record], name: str, videos: Path, csv: str = "test.csv") -> Path:
+def evaluation(folder: Path, evaluated: list[Record], name: str, videos: Path, csv: str = "test.csv") -> Path:
     folder.mkdir(parents=True)
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (folder / "predictions.jsonl").write_text("".join(to_line(r, "f") for r in evaluated))
     result = {
         "name": name,
         "checkpoint": f"runs/{HOSTILE}",
@@ -72,20 +49,21 @@ def evaluation(folder: Path, records: list[scores.Record], name: str, videos: Pa
         },
         "excluded": [{"video": HOSTILE, "what": "qa", "reason": "no question text"}],
         "failed": 0,
-        **scores.score(records, reflection=True, weights={"accuracy": 1.0, "format": 0.5}),
+        **scores.score(evaluated, weights={"accuracy": 1.0, "format": 0.5}),
     }
     (folder / "metrics.json").write_text(json.dumps(result))
     return folder
 
 
-RECORDS = [
-    record(0, "qa", "B", "A"),  # corrected
-    record(0, "grounding", "[2.0, 6.0]", "Anomaly [2.0, 6.0]"),
-    record(0, "classification", "Fire", "Fire"),
-    record(1, "qa", "C", "B"),  # broken
-    record(1, "grounding", "[5.0, 9.0]", "Anomaly [1.0, 5.0]"),  # broken
-    record(1, "classification", "???", "Fire", source="ucf"),  # broken and unreadable
+ASKED = [
+    ((0, "qa", "B", "A"), {}),  # corrected
+    ((0, "grounding", "[2.0, 6.0]", "Anomaly [2.0, 6.0]"), {}),
+    ((0, "classification", "Fire", "Fire"), {}),
+    ((1, "qa", "C", "B"), {}),  # broken
+    ((1, "grounding", "[5.0, 9.0]", "Anomaly [1.0, 5.0]"), {}),  # broken
+    ((1, "classification", "???", "Fire"), {"source": "ucf"}),  # broken and unreadable
 ]
+RECORDS = [record(*asked, **changed) for asked, changed in ASKED]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluation(folder / "eval" / "b", RECORDS[:3], "second", folder / "videos", "test_msad.csv")
     (folder / "eval" / "b" / "judged").mkdir()
     mark = {"value": 7.0, "low": 6.0, "high": 8.0, "n": 3}
-    marks = {"model": HOSTILE, "axes": dict.fromkeys(judge.AXES, mark), "total": mark, "unmarked": {"x": "why"}}
+    marks = {"model": HOSTILE, "axes": dict.fromkeys(AXES, mark), "total": mark, "unmarked": {"x": "why"}}
     (folder / "eval" / "b" / "judged" / "strict.json").write_text(json.dumps(marks))
     for run in ("sft", "rft"):
         (folder / run).mkdir()
@@ -217,7 +195,7 @@ def test_scores_by_source_are_folded(page: Page) -> None:
 def test_marks_of_judges_stand_in_a_table(page: Page) -> None:
     table = page.locator("section[aria-labelledby=judged] table").inner_text().splitlines()
     assert table[0].strip().startswith("second, strict (<script>")
-    assert [row.split("\t")[0] for row in table[1:]] == [*judge.AXES, "total, of 50", "not marked"]
+    assert [row.split("\t")[0] for row in table[1:]] == [*AXES, "total, of 50", "not marked"]
     assert table[1].split("\t")[1] == "7.00 [6.00, 8.00]" and table[-1].split("\t")[1] == "1"
 
 
@@ -315,12 +293,12 @@ def test_large_evaluations_stay_small(tmp_path: Path) -> None:
     for i in range(1, 400):
         shutil.copy(path, tmp_path / "videos" / f"v{i}.mp4")
     long = ("The smoke rises. " * 120,)
-    records = [
-        {**r, "example": f"v{i}.mp4/{r['task']}", "video": f"v{i}.mp4", "completions": [r["completions"][0] + long[0]]}
+    many = [
+        replace(r, example=f"v{i}.mp4/{r.task}", video=f"v{i}.mp4", completions=[r.completions[0] + long[0]])
         for i in range(400)
         for r in RECORDS[:3]
     ]
-    evaluation(tmp_path / "eval", records, "large", tmp_path / "videos")
+    evaluation(tmp_path / "eval", many, "large", tmp_path / "videos")
     report.write([tmp_path], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert text.count('<li class="card"') == 1000 and "1000 of 1200 examples" in text
@@ -328,7 +306,7 @@ def test_large_evaluations_stay_small(tmp_path: Path) -> None:
 
 
 def test_differences_between_two_evaluations(folder: Path, tmp_path: Path) -> None:
-    better = [{**r, "scores": [1.0]} for r in RECORDS]
+    better = [replace(r, scores=[1.0]) for r in RECORDS]
     other = evaluation(tmp_path / "c", better[1:], "c", folder)
     lines = report.compare(folder / "eval" / "a", other).splitlines()
     table = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:5]}
@@ -338,22 +316,21 @@ def test_differences_between_two_evaluations(folder: Path, tmp_path: Path) -> No
 
 
 def test_a_failed_video_is_wrong_in_differences_and_cards(folder: Path, tmp_path: Path) -> None:
-    """Whatever an earlier version had noted of the grey frames in its place."""
-    failed = [{**r, "failure": "moov atom not found"} for r in RECORDS]
+    failed = [record(*asked, failure="moov atom not found", **changed) for asked, changed in ASKED]
     other = evaluation(tmp_path / "c", failed, "c", folder)
     lines = report.compare(folder / "eval" / "a", other).splitlines()
     table = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:5]}
     assert [row[1] for row in table.values()] == ["0.000"] * 3 and [row[-1] for row in table.values()] == ["2"] * 3
     assert lines[-1] == "Videos that failed, whose score is 0: 0 in A, 6 in B."
-    for found in scores.load(other):
+    for found in load(other):
         card = gallery.card("c", found, "")
         assert card.states == ("wrong", "failed") and card.failure == "moov atom not found"
         assert (card.score, card.prediction, card.draft, card.sections) == (0.0, "", "", [])
 
 
 def test_a_failed_description_is_wrong_too() -> None:
-    found = {**RECORDS[0], "task": "description", "failure": "moov atom not found"}
-    assert gallery.card("c", scores.unanswered(found), "").states == ("wrong", "failed")
+    found = records.record("description", "<answer>x</answer>", failure="moov atom not found")
+    assert gallery.card("c", found, "").states == ("wrong", "failed")
 
 
 def test_numbers_of_examples_are_each_evaluations_own(page: Page) -> None:
@@ -363,8 +340,8 @@ def test_numbers_of_examples_are_each_evaluations_own(page: Page) -> None:
 
 def test_records_that_share_a_name_are_refused(folder: Path, tmp_path: Path) -> None:
     """As evaluations had them of several questions about one video."""
-    other = evaluation(tmp_path / "c", [*RECORDS, {**RECORDS[0], "question": "another"}], "c", folder)
-    with pytest.raises(InputError, match=r"1 names more than once, v0\.mp4/qa first"):
+    other = evaluation(tmp_path / "c", [*RECORDS, replace(RECORDS[0], question="another")], "c", folder)
+    with pytest.raises(InputError, match=r"1 ids more than once, v0\.mp4/qa first"):
         report.compare(folder / "eval" / "a", other)
 
 

@@ -122,7 +122,7 @@ def test_old_log_probs_are_those_of_the_policy_that_sampled(rolled: tuple[loop.T
     np.testing.assert_allclose(old, sampler, atol=1e-4)
     before = jax.tree.map(jnp.copy, t.state)
     t.state, first = t.update(t.state, t.base, batch)
-    now, _ = t.score(t.variables, batch.batch, batch.completions)
+    now, _ = t.reference_logps(t.variables, batch.batch, batch.completions)
     t.state, second = t.update(t.state, t.base, batch)
     t.state = before
     assert np.abs(np.asarray(now)[mask] - old).max() > 0.01
@@ -433,7 +433,7 @@ def test_groups_without_variance_are_replaced(model_folder: Path, dataset: Path)
     texts = [text for group in decode_text(t.processor, chosen.sampled.tokens, chosen.sampled.mask) for text in group]
     np.testing.assert_allclose(chosen.outcome.rewards[:, -1], [reward_functions.vowels(text, None) for text in texts])
     assert [record["completion"] for record in chosen.first] == texts[:4]
-    logps, _ = t.score(t.variables, chosen.batch, Completions(chosen.sampled.tokens, chosen.sampled.mask))
+    logps, _ = t.reference_logps(t.variables, chosen.batch, Completions(chosen.sampled.tokens, chosen.sampled.mask))
     np.testing.assert_allclose(np.where(chosen.sampled.mask, logps - chosen.sampled.logps, 0), 0, atol=1e-4)
 
 

@@ -2,14 +2,16 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 
-from vau_jax.datasets import synthetic, vau_bench
+from vau_jax.datasets import reflections, synthetic, vau_bench
 from vau_jax.datasets.vau_bench import LABELS
 from vau_jax.tasks import parsing, prompts, rewards
+from vau_jax.tasks.example import Reflection
 
 
 def test_files_are_h264_of_the_promised_kind(dataset: Path) -> None:
@@ -36,9 +38,10 @@ def test_every_reflection_record_makes_a_completion_that_is_paid_for(dataset: Pa
     by_name = {row.video: row for row in rows}
     for record in records:
         row, task = by_name[record.pop("video")], record.pop("task")
-        spans = prompts.completion(row, task, "reflection", prompts.Reflection(**record))
-        parsed = parsing.parse(["".join(span.text for span in spans)], task, "strict", reflection=True)
-        target = parsing.targets([(task, row.answer, row.anomaly_class, row.interval)])
+        example = replace(vau_bench.example_of(row, task), reflection=Reflection(**record))
+        text = "".join(span.text for span in prompts.completion(example, "reflection"))
+        parsed = parsing.parse([text], task, "strict", reflection=True)
+        target = parsing.targets_of([example])
         assert 0.5 <= float(rewards.reflection_reward(parsed, target)[0]) <= 0.75
 
 
@@ -51,8 +54,6 @@ def test_annotations_are_clean(dataset: Path) -> None:
 
 def test_an_anomaly_is_seen_inside_its_interval_and_not_outside() -> None:
     """Against the same scene without its event, pixels differ inside the interval only."""
-    from dataclasses import replace
-
     for label in synthetic.ANOMALIES:
         scene = synthetic.draw_scene("x", 11, synthetic.LAYOUTS["train"], label)
         with_event, without = list(synthetic.frames(scene)), list(synthetic.frames(replace(scene, interval=None)))
@@ -100,9 +101,8 @@ def test_intervals_begin_at_random_times() -> None:
 
 
 def test_some_drafts_are_wrong(dataset: Path) -> None:
-    from vau_jax.tasks import prompts
 
-    drafts = [r.draft_is_right for r in prompts.load_reflections(dataset / "train_reflection.jsonl").values()]
+    drafts = [r.draft_is_right for r in reflections.load(dataset / "train_reflection.jsonl").values()]
     assert 0.2 < 1 - np.mean(drafts) < 0.6
 
 

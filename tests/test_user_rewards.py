@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 
 from vau_jax.common.files import InputError
-from vau_jax.datasets import vau_bench
-from vau_jax.datasets.example import Example
+from vau_jax.datasets.vau_bench import example_of, load
 from vau_jax.rl.user_rewards import UserRewards, decode, encode
-from vau_jax.tasks.prompts import Reflection
+from vau_jax.tasks import TASKS
+from vau_jax.tasks.example import Example, Reflection
 
 REWARD = "tests.reward_functions:{}"
 
 
 @pytest.fixture(scope="module")
 def example(dataset: Path) -> Example:
-    row = vau_bench.load(dataset / "train.csv")[0][0]
-    reflection = Reflection("a", {"interval": [1.0, 2.5]}, True, "b", "c")
-    return Example(row, "grounding", dataset / "videos" / row.video, reflection, rotation=2)
+    row = load(dataset / "train.csv")[0][0]
+    record = Reflection("a", {"choice": "A"}, True, "b", "c")
+    return replace(example_of(row, "qa", dataset / "videos"), reflection=record)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,10 @@ def test_what_a_reward_prints_and_reads_is_not_the_answer(hostile: UserRewards, 
     assert errors == [None] * 3 and values[:, 0].tolist() == [0.25, 0.0, 0.25]
 
 
-@pytest.mark.parametrize("interval", [None, "normal", (1.5, 2.0)])
-def test_a_reward_sees_the_example_as_it_is(example: Example, interval: vau_bench.Interval) -> None:
-    given = Example(replace(example.row, interval=interval), "qa", example.path, example.reflection, 1)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_reward_sees_the_example_as_it_is(dataset: Path, task: str) -> None:
+    row = load(dataset / "train.csv")[0][0]
+    given = replace(example_of(row, task, dataset), rotation=1)
     assert decode(json.loads(json.dumps(encode(given)))) == given
 
 

@@ -13,7 +13,7 @@ import pytest
 from data_prep import vau_bench as module
 from tests import video_files
 from vau_jax.common.files import InputError, exit_on_input_error
-from vau_jax.datasets import vau_bench
+from vau_jax.datasets.vau_bench import Row, load, plain_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,8 +52,8 @@ def imported(vau_bench: Path, videos: dict[str, Path], tmp_path_factory: pytest.
     return out
 
 
-def by_video(imported: Path, split: str = "test") -> dict[str, vau_bench.Row]:
-    return {row.video: row for row in vau_bench.load(imported / f"{split}.jsonl")[0]}
+def by_video(imported: Path, split: str = "test") -> dict[str, Row]:
+    return {row.video: row for row in load(imported / f"{split}.jsonl")[0]}
 
 
 def found(imported: Path) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_missing_unreadable_and_surplus_videos_are_listed(imported: Path, videos
 
 
 def test_rows_without_a_video_stay(imported: Path) -> None:
-    assert len(vau_bench.load(imported / "test.jsonl")[0]) == 968
+    assert len(load(imported / "test.jsonl")[0]) == 968
     assert by_video(imported)["ecva/videos/1103.mkv"].duration is None
 
 
@@ -133,17 +133,17 @@ def test_intervals_beyond_the_end_are_flagged(imported: Path) -> None:
 
 
 def test_imported_times_are_not_mended_twice(imported: Path, vau_bench: Path) -> None:
-    before = {vau_bench.plain_name(row.video): row for row in vau_bench.load(vau_bench / "test_ecva.csv")[0]}
+    before = {plain_name(row.video): row for row in load(vau_bench / "test_ecva.csv")[0]}
     after = [row for row in by_video(imported).values() if row.source == "ecva"]
     assert len(after) == 438
-    assert all(row.interval == before[vau_bench.plain_name(row.video)].interval for row in after)
+    assert all(row.interval == before[plain_name(row.video)].interval for row in after)
 
 
 def test_options_are_shuffled_with_their_letters(imported: Path, vau_bench: Path) -> None:
-    before = {vau_bench.plain_name(row.video): row for row in vau_bench.load(vau_bench / "test_msad.csv")[0]}
+    before = {plain_name(row.video): row for row in load(vau_bench / "test_msad.csv")[0]}
     after = [row for row in by_video(imported).values() if row.source == "msad"]
     for row in after:
-        old = before[vau_bench.plain_name(row.video)]
+        old = before[plain_name(row.video)]
         assert row.options["ABCD".index(row.answer)] == old.options["ABCD".index(old.answer)]
     letters = [row.answer for row in after]
     assert max(letters.count(letter) for letter in "ABCD") < 0.35 * len(letters)  # A alone was 68%
@@ -184,7 +184,7 @@ def test_a_spoilt_imported_row_is_named(imported: Path, tmp_path: Path) -> None:
     for change in ({"answer": "E"}, {"interval": [5.0, 2.0]}, {"color": 1}, {"options": None}):
         path.write_text(lines[0] + json.dumps({**record, **change}) + "\n")
         with pytest.raises(ValueError, match="line 2"):
-            vau_bench.load(path)
+            load(path)
 
 
 def test_the_tfds_builder_takes_several_questions_about_a_video(imported: Path, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from vau_jax.common.files import InputError, exit_on_input_error
 from vau_jax.data.video.clips import VideoOptions
 from vau_jax.data.video.decoders import VideoError
 from vau_jax.eval import gallery
-from vau_jax.tasks.prompts import format_interval
+from vau_jax.tasks import TASKS
+from vau_jax.tasks.intervals import format_interval
 from vau_jax.vlm import DTYPES
 from vau_jax.web.uploads import Uploads, open_folder
 
@@ -44,7 +45,7 @@ except ImportError as error:
 
 FRAMES = 8  # shown of the interval
 BEAT = 0.2  # seconds between looks at whether anybody still waits
-TASK_NAMES = {"When is the anomaly?": "ground", "Which kind?": "classify", "Four options": "qa", "Free": "describe"}
+TITLES = {task.title: task for task in sorted(TASKS.values(), key=lambda task: task.shuffles)}  # with options last
 
 Shown = tuple[str, str, list[tuple[np.ndarray, str]]]  # the text so far, the answer as HTML, frames with their times
 
@@ -101,7 +102,7 @@ def respond(
         if not video:
             raise InputError("there is no video yet: drop a file into the box on the left")
         text, *options = ((text or "").strip() for text in texts)
-        question = Question(video, TASK_NAMES[task], text, tuple(options))
+        question = Question(video, TITLES[task].command, text, tuple(option for option in options if option))
         check(question)
         duration = asker.decoders.probe(video).duration
         if not duration <= max_seconds:
@@ -113,9 +114,10 @@ def respond(
             yield completion, "", []
         answer = asker.read(completion, question)
         bars = []
-        if question.task == "ground":
-            said = f"Anomaly {format_interval(answer.interval)}" if answer.interval else answer.text.splitlines()[0]
-            bars = [gallery.bar("predicted", said, duration)]
+        if TITLES[task].timed:
+            interval = answer.interval
+            text = f"Anomaly {format_interval(interval)}" if interval else answer.text.splitlines()[0]
+            bars = [gallery.bar("predicted", text, duration)]
         page = gallery.render(
             "answer.html.jinja",
             found=answer.text,
@@ -152,8 +154,8 @@ def build(model: Model, uploads: Uploads, max_seconds: float) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 video = gr.Video(sources=["upload"], label="Video", height=320)
-                task = gr.Radio(list(TASK_NAMES), value=next(iter(TASK_NAMES)), label="Task")
-                info = "needed with four options; may be left empty otherwise"
+                task = gr.Radio(list(TITLES), value=next(iter(TITLES)), label="Task")
+                info = "needed with options; may be left empty otherwise"
                 text = gr.Textbox("", label="Question", info=info, max_length=MOST_TEXT)
                 with gr.Group(visible=False) as choices:
                     options = [gr.Textbox("", label=f"Option {letter}", max_length=MOST_TEXT) for letter in "ABCD"]
@@ -164,7 +166,7 @@ def build(model: Model, uploads: Uploads, max_seconds: float) -> gr.Blocks:
                 written = gr.Textbox(label="What the model writes", lines=6, max_lines=20)
                 answer = gr.HTML(elem_id="answer")
                 frames = gr.Gallery(label="Frames", columns=4, object_fit="contain", height="auto", format="webp")
-        task.change(lambda name: gr.Group(visible=TASK_NAMES[name] == "qa"), task, choices, queue=False, api_name=False)
+        task.change(lambda title: gr.Group(visible=TITLES[title].shuffles), task, choices, queue=False, api_name=False)
         run = ask.click(
             partial(respond, model, uploads, max_seconds),
             [video, task, text, *options],

@@ -21,30 +21,23 @@ from vau_jax.common.files import InputError, exit_on_input_error, read_json
 from vau_jax.data.pipeline import video_options
 from vau_jax.data.video import decode_worker
 from vau_jax.data.video.decode_worker import DecoderPool
-from vau_jax.datasets.vau_bench import LABELS, Row
-from vau_jax.tasks import parsing, prompts
+from vau_jax.tasks import TASKS, parsing, prompts
+from vau_jax.tasks.base import Shown
+from vau_jax.tasks.example import Example
 from vau_jax.vlm import DTYPES, VideoLM
 
-TASKS = {"qa": "qa", "ground": "grounding", "classify": "classification", "describe": "description"}
+COMMANDS = {task.command: task for task in TASKS.values()}
 MOST_TEXT = 4000  # characters of a question with its options; each may be up to four tokens
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about a video file; qa wants a text and four options, the other tasks may have a text."""
+    """What is asked about a video file; a task may want a text and options, or take a text besides its own."""
 
     video: str
-    task: str  # a key of TASKS
+    task: str  # a key of COMMANDS
     text: str = ""
     options: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a completion says."""
-
-    text: str  # for people; the completion where nothing in it can be read
-    interval: tuple[float, float] | None = None  # seconds
 
 
 class Asker:
@@ -63,23 +56,20 @@ class Asker:
         check(question)
         sampled = asdict(video_options(self.data, self.vlm.processor.video_options)) if self.data else {}
         video = {"type": "video", "video": question.video, **sampled}
-        text = {"type": "text", "text": _words(question, self.data)}
+        text = {"type": "text", "text": _prompt(question, self.data)}
         batch = self.vlm.encode([[{"role": "user", "content": [video, text]}]])
-        see = watch and (lambda out: watch(out.text[0][0]))
-        return self.vlm.generate(batch, max_new_tokens=self.max_new_tokens, temperature=0.0, watch=see).text[0][0]
+        show = watch and (lambda out: watch(out.text[0][0]))
+        return self.vlm.generate(batch, max_new_tokens=self.max_new_tokens, temperature=0.0, watch=show).text[0][0]
 
-    def read(self, completion: str, question: Question) -> Answer:
+    def read(self, completion: str, question: Question) -> Shown:
         """The answer that a completion holds."""
         return read(completion, question, self.data.get("style") in prompts.WITH_DRAFT)
 
 
 def check(question: Question) -> None:
     """Raises InputError for a question that cannot be asked."""
-    if question.task == "qa" and (not question.text or len([o for o in question.options if o]) != 4):
-        raise InputError(
-            f'the task qa wants a question and four options, found "{question.text[:100]}" and '
-            f"{[o[:100] for o in question.options[:9]]}"
-        )
+    if fault := COMMANDS[question.task].check_question(question.text, question.options):
+        raise InputError(fault)
     words = "".join((question.text, *question.options))
     if len(words) > MOST_TEXT:
         raise InputError(
@@ -101,39 +91,35 @@ def _run_settings(model: Path) -> ConfigDict:
     return ConfigDict()
 
 
-def _words(question: Question, data: ConfigDict) -> str:
+def example_of(question: Question) -> Example:
+    """A user's question as an example whose truth nobody knows."""
+    task = COMMANDS[question.task]
+    choices = question.options if task.shuffles else task.default_choices
+    return Example("", task.name, (Path(question.video),), question.text, choices, truth={})
+
+
+def _prompt(question: Question, data: ConfigDict) -> str:
     """The user's text."""
-    if question.task == "describe" and "description" not in data.get("tasks", ()):
-        return question.text or "Describe what happens in the video."
-    row = Row("", "msad", question.text, question.options, None, None, None, "", "", {})
-    words = prompts.load_words(data.get("templates", ""))
-    asked = prompts.question(row, TASKS[question.task], data.get("style", "think"), data.get("wording", "full"), words)
-    return f"{question.text}\n{asked}" if question.text and question.task != "qa" else asked
+    task, templates = COMMANDS[question.task], prompts.load_templates(data.get("templates", ""))
+    style, wording = data.get("style", "think"), data.get("wording", "full")
+    prompt = prompts.question(example_of(question), style, wording, templates)
+    return task.user_prompt(question.text, prompt, trained=task.name in data.get("tasks", ()))
 
 
-def read(completion: str, question: Question, reflection: bool) -> Answer:
+def read(completion: str, question: Question, reflection: bool) -> Shown:
     """The answer that a completion holds, or the completion where there is none."""
-    if question.task == "describe":
-        return Answer(parsing.TAG.sub("\n", completion).strip())
-    final = parsing.parse([completion], TASKS[question.task], "lenient", reflection).final
-    if question.task == "qa" and final.choice[0] >= 0:
-        return Answer(f"{'ABCD'[final.choice[0]]}. {question.options[final.choice[0]]}")
-    if question.task == "classify" and final.label[0] >= 0:
-        return Answer(LABELS[final.label[0]])
-    if question.task == "ground" and final.kind[0] == parsing.INTERVAL:
-        start, end = final.interval[0].tolist()
-        return Answer(f"Anomaly\n{start:.1f} s to {end:.1f} s", (start, end))
-    if question.task == "ground" and final.kind[0] == parsing.NORMAL:
-        return Answer("Normal")
-    return Answer(f"no answer in the expected form; the model wrote:\n{completion.strip()}")
+    task, choices = COMMANDS[question.task], example_of(question).choices
+    final = parsing.parse([completion], task.name, "lenient", reflection, [choices]).final
+    shown = task.display(parsing.values_at(final, 0, task), completion, choices)
+    return shown or Shown(f"no answer in the expected format; the model wrote:\n{completion.strip()}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="ask a model about one video")
     parser.add_argument("--model", required=True, help="Hugging Face folder or workdir of a run")
     parser.add_argument("--video", required=True, help="video file")
-    parser.add_argument("--task", required=True, choices=TASKS)
-    parser.add_argument("--option", action="append", default=[], help="an answer to choose from; qa wants four")
+    parser.add_argument("--task", required=True, choices=COMMANDS)
+    parser.add_argument("--option", action="append", default=[], help="an answer to choose from; qa needs two or more")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--max_new_tokens", type=int, default=0, help="0: the run's own, or 1024")
     parser.add_argument("--verbose", action="store_true", help="print the reasoning too")
@@ -147,8 +133,8 @@ def main() -> None:
         check(question)  # before the model is loaded, which takes long
         asker = Asker(a.model, a.dtype, a.max_new_tokens)
         completion = asker.complete(question)
-        found = asker.read(completion, question).text
-        print(f"{completion.strip()}\n\n{found}" if a.verbose else found)
+        answer = asker.read(completion, question).text
+        print(f"{completion.strip()}\n\n{answer}" if a.verbose else answer)
 
     exit_on_input_error(run)
 

@@ -46,7 +46,10 @@ def _checked(record: Reflection, task: str) -> Reflection:
 
 
 def attach(examples: Sequence[Example], records: dict[str, Reflection], audit: Audit) -> list[Example]:
-    """The examples with their reflection records; those that need one and have none are left out, and noted."""
+    """The examples with their reflection records; those that need one and have none are left out, and noted.
+
+    Raises InputError for a draft that cannot be an answer to its example, such as E of four options.
+    """
     count = Counter((example.video, example.task) for example in examples)
     attached = []
     for example in examples:
@@ -57,5 +60,15 @@ def attach(examples: Sequence[Example], records: dict[str, Reflection], audit: A
             several = 'its reflection record names a video with several questions: add "example"'
             audit.exclude(example, several if shared else "no reflection record")
             continue
+        _check_draft(record, example)
         attached.append(replace(example, reflection=record))
     return attached
+
+
+def _check_draft(record: Reflection | None, example: Example) -> None:
+    task = TASKS[example.task]
+    if record and example.choices and not task.value(task.draft_text(record.draft, example), example.choices):
+        raise InputError(
+            f"the reflection record of {example.id} has the draft {record.draft}, which is none of the answers: "
+            f"{', '.join(example.choices)}"
+        )

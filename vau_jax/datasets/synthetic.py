@@ -4,7 +4,7 @@ Every clip is a scene: a static textured background (a *layout*), people and veh
 distractors, and at most one anomaly, visible only inside its interval, with a motion and a colour of its own.
 Annotations use VAU-Bench's 13 CSV columns, so that real data takes the same path. Beside each CSV lies a JSONL of
 reflection records (initial reasoning, draft, reflection, revision), composed from the scene's facts; see
-`vau_jax.tasks.prompts.Reflection`. Layouts of the test split never appear in training.
+`vau_jax.tasks.example.Reflection`. Layouts of the test split never appear in training.
 
     make_dataset("runs/demo/data", {"train": 3000, "val": 60, "test": 240}, seed=0)
 """
@@ -351,13 +351,13 @@ def annotation(scene: Scene) -> dict[str, object]:
 
 
 def reflections(scene: Scene, row: dict[str, object]) -> list[dict[str, object]]:
-    """One reflection record a task, in the fields of `vau_jax.tasks.prompts.Reflection`; some drafts are wrong."""
+    """One reflection record for each task of DRAFTS, in the fields of `Reflection`; some drafts are wrong."""
     rng = np.random.default_rng([scene.seed, 5])
     kind = KINDS[scene.label]
     records = []
-    for task in ("qa", "grounding", "classification"):
+    for task, (draft_of, ending) in DRAFTS.items():
         wrong = rng.random() < WRONG_DRAFT_SHARE
-        draft = _draft(scene, row, task, wrong, rng)
+        draft = draft_of(scene, row, wrong, rng)
         records.append(
             {
                 "video": row["Video Name"],
@@ -366,7 +366,7 @@ def reflections(scene: Scene, row: dict[str, object]) -> list[dict[str, object]]
                 "draft": draft,
                 "draft_is_right": not wrong,
                 "reflect": f"{'Wrong' if wrong else 'Right'}, {kind.cue}.",
-                "revise": f"So {kind.word}." + (" {check}" if task == "qa" else ""),
+                "revise": f"So {kind.word}.{ending}",
             }
         )
     return records
@@ -381,13 +381,19 @@ def timeline(scene: Scene) -> str:
     )
 
 
-def _draft(scene: Scene, row: dict[str, object], task: str, wrong: bool, rng: np.random.Generator) -> dict[str, object]:
-    """The first answer, right or wrong, in the form that annotations have: a letter, a label, or an interval."""
-    if task == "qa":
-        right = str(row["Correct Option"])
-        return {"choice": str(rng.choice([c for c in "ABCD" if c != right])) if wrong else right}
-    if task == "classification":
-        return {"label": str(rng.choice([k for k in KINDS if k != scene.label])) if wrong else scene.label}
+def _letter(scene: Scene, row: dict[str, object], wrong: bool, rng: np.random.Generator) -> dict[str, object]:
+    """The right option, or another."""
+    right = str(row["Correct Option"])
+    return {"choice": str(rng.choice([c for c in "ABCD" if c != right])) if wrong else right}
+
+
+def _label(scene: Scene, row: dict[str, object], wrong: bool, rng: np.random.Generator) -> dict[str, object]:
+    """The scene's class, or another."""
+    return {"label": str(rng.choice([k for k in KINDS if k != scene.label])) if wrong else scene.label}
+
+
+def _interval(scene: Scene, row: dict[str, object], wrong: bool, rng: np.random.Generator) -> dict[str, object]:
+    """The scene's interval, or another, or none."""
     if not wrong:
         return {"interval": scene.interval}
     if scene.interval and rng.random() < 0.3:
@@ -395,6 +401,10 @@ def _draft(scene: Scene, row: dict[str, object], task: str, wrong: bool, rng: np
     length = float(rng.integers(2, min(6, int(scene.duration))))
     start = float(rng.integers(0, int(scene.duration - length) + 1))
     return {"interval": (start, start + length)}
+
+
+# By task: its draft answer, and what ends the revised reasoning.
+DRAFTS = {"qa": (_letter, " {check}"), "grounding": (_interval, ""), "classification": (_label, "")}
 
 
 # --- A whole data set ---------------------------------------------------------------------------------------------

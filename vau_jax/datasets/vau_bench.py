@@ -17,7 +17,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -224,7 +224,7 @@ def annotation_of(row: Row) -> Annotation:
 def meta_of(row: Row) -> dict[str, Any]:
     """What `Example.meta` holds of a row: all but what is asked and answered; the options, for other tasks too."""
     asked = ("question", "answer", "interval")
-    return {name: value for name, value in vars(row).items() if name not in asked}
+    return {name: value for name, value in vars(row).items() if name not in asked} | {"options": list(row.options)}
 
 
 def denominators(rows: Sequence[Row]) -> dict[str, int]:
@@ -248,6 +248,14 @@ def shared_videos(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:
     """Rows of `first` whose video is also in `second`: a leak, where one is for training or choosing."""
     others = {(row.source, plain_name(row.video)) for row in second}
     return [row for row in first if (row.source, plain_name(row.video)) in others]
+
+
+def shuffle_options(row: Row, order: Sequence[int]) -> Row:
+    """The row with option order[i] at position i, the answer's letter following its text."""
+    if not row.options:
+        return row
+    answer = None if row.answer is None else "ABCD"[list(order).index("ABCD".index(row.answer))]
+    return replace(row, options=tuple(row.options[i] for i in order), answer=answer)
 
 
 def to_json(row: Row) -> dict[str, Any]:

@@ -22,16 +22,18 @@ from vau_jax.common.about import about
 from vau_jax.common.files import InputError, check_range, content_hash, dump_json, read_json, read_lines, write_text
 from vau_jax.common.metric_writer import Progress
 from vau_jax.data import pipeline
-from vau_jax.data.pipeline import Example, Loaded
-from vau_jax.datasets.vau_bench import Audit
+from vau_jax.datasets.audit import Audit
 from vau_jax.eval import scores
+from vau_jax.eval.records import of_line, of_loaded, to_line
 from vau_jax.models import checkpoint
 from vau_jax.rl import sampling
-from vau_jax.tasks import parsing, prompts, rewards
+from vau_jax.tasks import TASKS, rewards
+from vau_jax.tasks.example import Example
+from vau_jax.tasks.record import Record
 from vau_jax.train import settings
 from vau_jax.vlm import VideoLM, decode_text
 
-Key = tuple[str, int]  # of an example: its name, and its rotation
+Key = tuple[str, int]  # of an example: its id, and its rotation
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -42,8 +44,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     workdir = Path(workdir)
     check(config)
     examples, audit = pipeline.load_examples(config.data)
-    examples = [replace(e, rotation=r) for r in range(config.rotations) for e in examples if e.task == "qa" or not r]
-    fingerprint = _fingerprint(config, {example.path for example in examples})
+    rotated = [e for e in examples if TASKS[e.task].shuffles]
+    examples += [replace(e, rotation=r) for r in range(1, config.rotations) for e in rotated]
+    fingerprint = _fingerprint(config, {path for example in examples for path in example.media})
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,8 +72,8 @@ def _run(config: ConfigDict, workdir: Path, examples: list[Example], audit: Audi
         "protocol": config.data.protocol,
         "excluded": [vars(entry) for entry in audit.entries if entry.action == "excluded"],
         "examples": len(predictions),
-        "failed": sum(record["failure"] is not None for record in predictions),
-        **scores.score(predictions, config.data.style in prompts.WITH_DRAFT, config.data.protocol, config.rewards),
+        "failed": sum(record.failure is not None for record in predictions),
+        **scores.score(predictions, config.data.protocol, config.rewards),
     }
     if not _is_model(workdir):  # whose config.json says something else; the settings are in metrics.json too
         write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
@@ -102,11 +105,11 @@ def _fingerprint(config: ConfigDict, videos: Iterable[Path]) -> str:
     Files of text are known by their contents, videos (of which there may be hundreds of gigabytes) by size and time.
     """
     texts = [config.data[name] for name in ("csv", "reflection", "templates") if config.data[name]]
-    seen = [(path.name, stat.st_size, stat.st_mtime_ns) for path in videos for stat in [path.stat()]]
+    files = [(path.name, stat.st_size, stat.st_mtime_ns) for path in videos for stat in [path.stat()]]
     known = [
         json.loads(config.to_json_best_effort()),
         [content_hash(path) for path in texts],
-        sorted(seen),
+        sorted(files),
         checkpoint.contents(config.checkpoint),
     ]
     return hashlib.sha256(dump_json(known, sort_keys=True).encode()).hexdigest()
@@ -117,48 +120,39 @@ def _is_model(folder: Path) -> bool:
     return (folder / checkpoint.MODEL_FOLDER).is_dir() or any(folder.glob("*.safetensors"))
 
 
-def predict(config: ConfigDict, workdir: Path, examples: list[Example], fingerprint: str) -> list[scores.Record]:
+def predict(config: ConfigDict, workdir: Path, examples: list[Example], fingerprint: str) -> list[Record]:
     """One record an example, from predictions.jsonl where it is there, else from the model."""
     path = workdir / "predictions.jsonl"
     records = _finished(path, fingerprint)
-    keys = [(example.name, example.rotation) for example in examples]
+    keys = [(example.id, example.rotation) for example in examples]
     todo = [example for example, key in zip(examples, keys, strict=True) if key not in records]
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config.batch_size, mesh)
     vlm = VideoLM.load(config.checkpoint, config.dtype, mesh) if todo else None
     progress = Progress(config.name, len(examples), start=len(records))
     with path.open("a", encoding="utf-8") as file:
-        for found in _answers(todo, vlm, config) if vlm else ():
-            if _key(found) not in records:  # the last example fills up the last batch
-                records[_key(found)] = found
-                file.write(dump_json({"fingerprint": fingerprint, **found}) + "\n")
+        for record in _answers(todo, vlm, config) if vlm else ():
+            if _key(record) not in records:  # the last example fills up the last batch
+                records[_key(record)] = record
+                file.write(to_line(record, fingerprint))
                 file.flush()
                 progress.show(len(records))
     return [records[key] for key in keys]
 
 
-def _key(record: scores.Record) -> Key:
-    return record["example"], record["rotation"]
+def _key(record: Record) -> Key:
+    return record.example, record.rotation
 
 
-def _finished(path: Path, fingerprint: str) -> dict[Key, scores.Record]:
+def _finished(path: Path, fingerprint: str) -> dict[Key, Record]:
     """The whole records of an earlier call with the same settings; the file keeps only those."""
     lines = read_lines(path) if path.exists() else []
-    kept = {line: record for line in lines if (record := _record(line)).get("fingerprint") == fingerprint}
+    kept = {line: record for line in lines if (record := of_line(line, fingerprint))}
     write_text(path, "".join(kept))
     return {_key(record): record for record in kept.values()}
 
 
-def _record(line: str) -> scores.Record:
-    """What a line holds; nothing where a kill or damage left less than a record, which is then made again."""
-    try:
-        found = json.loads(line) if line.endswith("\n") else {}
-    except (ValueError, RecursionError):
-        found = {}
-    return found if isinstance(found, dict) else {}
-
-
-def _answers(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Iterator[scores.Record]:
+def _answers(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Iterator[Record]:
     """Decodes in padded batches, greedily at temperature 0."""
     batches = pipeline.eval_batches(
         examples, vlm.processor, config.data, config.batch_size, seed=config.seed, blind=config.blind
@@ -177,44 +171,4 @@ def _answers(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Itera
         )
         texts = decode_text(vlm.processor, np.asarray(out.tokens), np.asarray(out.mask))
         for item, completions in zip(host.examples, texts, strict=True):
-            yield record(item, completions, config.data.style)
-
-
-def record(item: Loaded, completions: list[str], style: str) -> scores.Record:
-    """What predictions.jsonl says of an example."""
-    row, task, reflection = item.example.row, item.example.task, style in prompts.WITH_DRAFT
-    found: scores.Record = {
-        "example": item.example.name,
-        "video": row.video,
-        "source": row.source,
-        "task": task,
-        "rotation": item.example.rotation,
-        "question": prompts.question(row, task, "direct", "short"),
-        "prompt_hash": hashlib.sha256(item.prompt.encode()).hexdigest()[:16],
-        "target": prompts.target(row, task),
-        "answer": row.answer,
-        "anomaly_class": row.anomaly_class,
-        "interval": row.interval,
-        "duration": _seconds(item),
-        "key_object": row.key_object,
-        "reference": prompts.facts(row) if task == "description" else "",
-        "completions": completions,
-        "failure": item.failure,
-    }
-    lenient = parsing.parse(completions, task, "lenient", reflection)
-    strict = parsing.parse(completions, task, "strict", reflection)
-    target = scores.truth([found] * len(completions))
-    found["predictions"] = scores.said(lenient.final, task)
-    found["form"] = strict.format_ok.tolist()
-    if task in parsing.VERIFIABLE:
-        found["scores"] = np.asarray(rewards.task_score(lenient.final, target)).round(4).tolist()
-    if reflection and task in parsing.VERIFIABLE:
-        found["drafts"] = scores.said(lenient.draft, task)
-        found["draft_scores"] = np.asarray(rewards.task_score(lenient.draft, target)).round(4).tolist()
-    return scores.unanswered(found) if item.failure else found
-
-
-def _seconds(item: Loaded) -> float | None:
-    """The video's length, None where neither annotation nor file tells."""
-    known = item.example.row.duration or (None if item.failure else item.seconds)
-    return None if known is None else round(known, 3)
+            yield of_loaded(item, completions, config.data.style)

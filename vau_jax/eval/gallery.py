@@ -17,9 +17,9 @@ from PIL import Image
 from vau_jax.data.video.clips import VideoOptions
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
-from vau_jax.eval import scores
-from vau_jax.eval.metrics import THRESHOLDS
-from vau_jax.tasks import parsing
+from vau_jax.tasks import TASKS
+from vau_jax.tasks.grammar import TAG
+from vau_jax.tasks.record import Record
 
 FRAMES = 6  # of a strip
 HEIGHT = 64  # of a strip, in pixels
@@ -72,70 +72,55 @@ def choose(items: Sequence[Any], most: int) -> list[Any]:
     return [items[i] for i in np.linspace(0, len(items) - 1, most).astype(int)]
 
 
-def card(evaluation: str, record: scores.Record, strip: str) -> Card:
+def card(evaluation: str, record: Record, strip: str) -> Card:
     """A record of predictions.jsonl as a card; of several samples the first."""
-    text = scores.completion(record)
-    none = "" if record["failure"] or record["task"] == "description" else "no readable answer"
-    value = record.get("scores", [0.0])[0]
-    draft = (record.get("drafts") or [None])[0]
+    task = TASKS[record.task]
+    none = "" if record.failure or not task.verifiable else "no readable answer"
     return Card(
         evaluation=evaluation,
-        example=record["example"],
-        task=record["task"],
-        label=record["anomaly_class"] or "unknown",
+        example=record.example,
+        task=record.task,
+        label=record.anomaly_class or "unknown",
         states=_states(record),
-        score=value,
-        duration=record["duration"] or 0.0,
-        question=record["question"],
-        target=record["target"],
-        prediction=record["predictions"][0] or none,
-        draft=draft or "",
-        sections=sections(text),
-        failure=record["failure"] or "",
+        score=record.scores[0] if record.scores else 0.0,
+        duration=record.duration or 0.0,
+        question=record.question,
+        target=record.target,
+        prediction=record.predictions[0] or none,
+        draft=(record.draft_predictions[0] or "") if record.draft_predictions else "",
+        sections=sections(record.completions[0]),
+        failure=record.failure or "",
         strip=strip,
-        bars=_bars(record, draft),
+        bars=[bar(name, text, record.duration) for name, text in task.bars(record)] if record.duration else [],
     )
 
 
-def _states(record: scores.Record) -> tuple[str, ...]:
-    if record["failure"]:
+def _states(record: Record) -> tuple[str, ...]:
+    task = TASKS[record.task]
+    if record.failure:
         return "wrong", "failed"
-    if record["task"] not in parsing.VERIFIABLE:
+    if not task.verifiable:
         return ("described",)
-    value, grounding = record["scores"][0], record["task"] == "grounding"
-    right_from = THRESHOLDS[1] if grounding and isinstance(record["interval"], list) else 1.0
-    states = ["right" if value >= right_from else "wrong"]
-    if record.get("draft_scores"):
-        gain = value - record["draft_scores"][0]
+    states = ["right" if task.is_right(record) else "wrong"]
+    if record.draft_scores:
+        gain = record.scores[0] - record.draft_scores[0]
         states += ["corrected"] * (gain > 0) + ["broken"] * (gain < 0)
-    return tuple(states + ["unreadable"] * (record["predictions"][0] is None))
+    return tuple(states + ["unreadable"] * (record.predictions[0] is None))
 
 
 def sections(text: str) -> list[tuple[str, str]]:
     """(tag, content) in the order of the text; all of it as one where there are no tags."""
-    found, at = [], 0
-    tags = list(parsing.TAG.finditer(text))
+    parts, at = [], 0
+    tags = list(TAG.finditer(text))
     for opened, closed in pairwise(tags):
         if not opened.group(1) and closed.group(1) and opened.group(2) == closed.group(2):
             if rest := text[at : opened.start()].strip():
-                found.append(("outside", rest))
-            found.append((opened.group(2), text[opened.end() : closed.start()].strip()))
+                parts.append(("outside", rest))
+            parts.append((opened.group(2), text[opened.end() : closed.start()].strip()))
             at = closed.end()
     if rest := text[at:].strip():
-        found.append(("outside" if found else "text", rest))
-    return found
-
-
-def _bars(record: scores.Record, draft: str | None) -> list[Bar]:
-    duration = record["duration"]
-    if record["task"] != "grounding" or not duration:
-        return []
-    named = {
-        "true": record["target"],
-        "predicted": record["predictions"][0] or "",
-        **({"draft": draft or ""} if "drafts" in record else {}),
-    }
-    return [bar(name, text, duration) for name, text in named.items()]
+        parts.append(("outside" if parts else "text", rest))
+    return parts
 
 
 def bar(name: str, text: str, duration: float) -> Bar:

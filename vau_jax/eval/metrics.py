@@ -66,6 +66,6 @@ def reflection(draft: np.ndarray, final: np.ndarray) -> dict[str, Any]:
 
 
 def select(tree: Any, rows: Sequence[int] | np.ndarray) -> Any:
-    """The given rows of a Parsed or Target."""
+    """The given rows of a Parsed or Columns."""
 
     return jax.tree.map(lambda x: np.asarray(x)[rows], tree)

@@ -19,34 +19,25 @@ from plotly.offline import get_plotlyjs
 
 from vau_jax.common.files import InputError, content_hash, dump_json, read_json, write_text
 from vau_jax.common.metric_writer import read_metrics
-from vau_jax.eval import charts, gallery, judge, metrics, scores
+from vau_jax.eval import charts, gallery, judge, metrics, records
 from vau_jax.eval.published import PUBLISHED
-from vau_jax.eval.scores import Record
-from vau_jax.tasks import parsing
+from vau_jax.rl.judge import AXES
+from vau_jax.tasks import TASKS
+from vau_jax.tasks.base import ReportRow
+from vau_jax.tasks.record import Record
 
 SCRIPT = (Path(__file__).parents[1] / "templates" / "report.js").read_text(encoding="utf-8")
 
-# Row title, where the estimate stands in metrics.json, and the constant guess that stands beside it.
-ROWS = (
-    ("QA accuracy", ("tasks", "qa", "accuracy"), ("baselines", "qa", "majority_letter")),
-    ("Grounding mIoU", ("tasks", "grounding", "mIoU"), ("baselines", "grounding", "best_constant_interval")),
-    ("R@0.3", ("tasks", "grounding", "R@0.3"), None),
-    ("R@0.5", ("tasks", "grounding", "R@0.5"), None),
-    ("R@0.7", ("tasks", "grounding", "R@0.7"), None),
-    ("False alarms (normal videos)", ("tasks", "grounding", "false_alarms"), None),
-    (
-        "Classification, multi-class",
-        ("tasks", "classification", "multiclass"),
-        ("baselines", "classification", "majority_class"),
-    ),
-    ("Classification, normal or not", ("tasks", "classification", "binary"), None),
-    ("Description: words of key objects", ("tasks", "description", "word_overlap", "key_objects"), None),
-    ("Corrected by reflection, QA", ("reflection", "qa", "corrected"), None),
-    ("Broken by reflection, QA", ("reflection", "qa", "broken"), None),
-    ("Gain by reflection, temporal IoU", ("reflection", "grounding", "gain"), None),
-    ("QA accuracy over orders of options", ("option_order", "accuracy"), None),
-    ("Mean total reward", ("rewards", "total"), None),
+ROWS_OF_ALL = (
+    ReportRow("QA accuracy over orders of options", ("option_order", "accuracy")),
+    ReportRow("Mean total reward", ("rewards", "total")),
 )
+
+
+def rows() -> tuple[ReportRow, ...]:
+    """The rows of the table: those of the tasks, what reflection changed in them, and those of all tasks together."""
+    own = [row for task in TASKS.values() for row in task.report_rows]
+    return (*own, *(row for task in TASKS.values() for row in task.reflection_rows), *ROWS_OF_ALL)
 
 
 def evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -64,11 +55,12 @@ def evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
 def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Title row, then one row a number: an evaluation a column, and what a constant guess reaches."""
     lines = [["", *(result["name"] for result in results), "constant guess", "n"]]
-    for title, path, guess in ROWS:
-        found = [lookup(result, path) for result in results]
-        if any(found):
-            constant = next((lookup(r, guess) for r in results if guess and lookup(r, guess)), None)
-            lines.append([title, *map(cell, found), cell(constant) if constant else "", sizes(found)])
+    for row in rows():
+        estimates = [lookup(result, row.path) for result in results]
+        if any(estimates):
+            constants = [lookup(result, row.baseline) for result in results] if row.baseline else []
+            constant = next(filter(None, constants), None)
+            lines.append([row.title, *map(cell, estimates), cell(constant) if constant else "", sizes(estimates)])
     failed = [str(result["failed"]) for result in results]
     return [*lines, ["Videos that failed (examples)", *failed, "", ""]]
 
@@ -125,7 +117,7 @@ def groups(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]]
     temporal IoU, in which a normal video counts 1 when nothing is found."""
     found = []
     for kind, title in (("by_class", "class"), ("by_source", "source")):
-        for task in parsing.VERIFIABLE:
+        for task in TASKS:
             names = sorted({name for result in results for name in result[kind].get(task, {})})
             lines = [["", *(result["name"] for result in results), "n"]]
             for name in names:
@@ -144,7 +136,7 @@ def judged(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     if not found:
         return []
     lines = [["", *(f"{r['name']}, {path.stem} ({marks['model']}){_stale(r, marks)}" for r, path, marks in found)]]
-    lines += [[axis, *(cell(marks["axes"][axis]) for *_, marks in found)] for axis in judge.AXES]
+    lines += [[axis, *(cell(marks["axes"][axis]) for *_, marks in found)] for axis in AXES]
     lines.append(["total, of 50", *(cell(marks["total"]) for *_, marks in found)])
     return [*lines, ["not marked", *(str(len(marks["unmarked"])) for *_, marks in found)]]
 
@@ -173,11 +165,11 @@ def write(folders: Sequence[Path], out: Path, examples: int = 1000) -> str:
     runs = sorted({p.parent for folder in folders for p in folder.rglob("metrics.jsonl")})
     if absent or not (results or runs):
         raise InputError(f"nothing to report: {', '.join(absent) or ', '.join(map(str, folders))} has no run")
-    seen = [(result, scores.load(result["folder"])) for result in results if not result["blind"]]
-    cards, strips = _cards(seen, examples)
+    evaluated = [(result, records.load(result["folder"])) for result in results if not result["blind"]]
+    cards, strips = _cards(evaluated, examples)
     lines = table(results) if results else []
     steps = {run.name: read_metrics(run) for run in runs}
-    drawn = [*charts.curves(steps), *charts.results(seen)]
+    drawn = [*charts.curves(steps), *charts.results(evaluated)]
     library = get_plotlyjs() if drawn else ""
     page = gallery.render(
         "report.html.jinja",
@@ -192,7 +184,7 @@ def write(folders: Sequence[Path], out: Path, examples: int = 1000) -> str:
         exclusions=exclusions(results),
         charts=drawn,
         cards=cards,
-        total=sum(len(records) for _, records in seen),
+        total=sum(len(found) for _, found in evaluated),
         strips=strips,
         filters=_filters(cards),
         plotly=library,
@@ -213,19 +205,19 @@ def policy(*scripts: str) -> str:
 
 
 def _cards(
-    seen: Sequence[tuple[dict[str, Any], list[Record]]], most: int
+    evaluated: Sequence[tuple[dict[str, Any], list[Record]]], most: int
 ) -> tuple[list[gallery.Card], dict[str, gallery.Strip]]:
     """Cards of evaluations' records, `most` at most, and their strips by style class."""
-    chosen = gallery.choose([(result, record) for result, found in seen for record in found], most)
+    chosen = gallery.choose([(result, record) for result, found in evaluated for record in found], most)
     classes: dict[tuple[str, str], str] = {}
     for result, record in chosen:
         if folder := gallery.videos_of(result):
-            classes.setdefault((str(folder), record["video"]), f"strip{len(classes)}")
+            classes.setdefault((str(folder), record.video), f"strip{len(classes)}")
     pictures = gallery.strips([Path(folder) / video for folder, video in classes])
     strips = {name: picture for name, picture in zip(classes.values(), pictures, strict=True) if picture}
     cards = []
     for result, record in chosen:
-        name = classes.get((str(gallery.videos_of(result)), record["video"]), "")
+        name = classes.get((str(gallery.videos_of(result)), record.video), "")
         cards.append(gallery.card(result["name"], record, name if name in strips else ""))
     return cards, strips
 
@@ -266,13 +258,13 @@ def _run(run: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
 def compare(a: Path, b: Path) -> str:
     """A Markdown table of the differences, b - a, in the score of each task, over the examples that both have; a
     video that failed has the score 0."""
-    both = [{r["example"]: r for r in scores.load(folder)} for folder in (a, b)]
+    both = [{record.example: record for record in records.load(folder)} for folder in (a, b)]
     if not all(both):
         raise InputError(f"{a if not both[0] else b} has no predictions.jsonl: give two folders of evaluations")
     lines = [["score", "A", "B", "B - A", "95%", "p", "n"]]
-    for task in parsing.VERIFIABLE:
-        names = [n for n, r in both[0].items() if r["task"] == task and n in both[1]]
-        first, second = (np.asarray([found[n]["scores"][0] for n in names]) for found in both)
+    for task in [name for name, task in TASKS.items() if task.verifiable]:
+        names = [n for n, r in both[0].items() if r.task == task and n in both[1]]
+        first, second = (np.asarray([found[n].scores[0] for n in names]) for found in both)
         if names:
             d = metrics.paired(first, second)
             spread = f"[{d['low']:+.3f}, {d['high']:+.3f}]"
@@ -281,7 +273,7 @@ def compare(a: Path, b: Path) -> str:
     if len(lines) == 1:
         raise InputError(f"{a} and {b} have no example in common")
     alone = [len(found) - sum(n in other for n in found) for found, other in (both, both[::-1])]
-    failed = [sum(bool(found[n]["failure"]) for n in found if n in other) for found, other in (both, both[::-1])]
+    failed = [sum(bool(found[n].failure) for n in found if n in other) for found, other in (both, both[::-1])]
     notes = [f"Only in A: {alone[0]} examples, only in B: {alone[1]}."]
     notes += [f"Videos that failed, whose score is 0: {failed[0]} in A, {failed[1]} in B."] * any(failed)
     return "\n".join([markdown(lines), "", *notes])

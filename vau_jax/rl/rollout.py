@@ -10,16 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from vau_jax.common.chat import Chat
 from vau_jax.common.files import InputError
 from vau_jax.common.processes import Rows
-from vau_jax.data.pipeline import Example, HostBatch
+from vau_jax.data.pipeline import HostBatch
 from vau_jax.data.processor import Processor
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.rl import grpo, sampling
+from vau_jax.rl.judge import Judge
 from vau_jax.rl.user_rewards import UserRewards
-from vau_jax.tasks import parsing, prompts
-from vau_jax.tasks.rewards import REWARDS, task_score
-from vau_jax.types import Batch, Completions, Sampled, Target, Variables
+from vau_jax.tasks import TASKS, parsing, prompts
+from vau_jax.tasks.columns import Columns
+from vau_jax.tasks.example import Example
+from vau_jax.tasks.rewards import REWARDS, task_score, verifiable
+from vau_jax.types import Batch, Completions, Sampled, Variables
 from vau_jax.vlm import decode_text
 
 LENGTHS = 4  # different lengths that completions are padded to: quarters of the limit
@@ -122,16 +126,13 @@ class Rollout:
             )
         self.user = UserRewards(c.user_rewards, c.rollout.reward_workers, c.rollout.reward_seconds)
         self.built_in = tuple(name for name, weight in c.rewards.items() if weight and name in REWARDS)
-        if c.rewards.get("judge") and "description" not in c.data.tasks:
+        judged = [name for name, task in TASKS.items() if task.judged]
+        if c.rewards.get("judge") and not set(judged) & set(c.data.tasks):
             raise InputError(
                 f"rewards.judge={c.rewards.judge} has nothing to mark: data.tasks={tuple(c.data.tasks)} lacks "
-                "description"
+                f"{' or '.join(judged)}"
             )
-        self.judge = None
-        if c.rewards.get("judge"):
-            from vau_jax.eval import judge  # noqa: PLC0415 - slow to import, with all that evaluations need
-
-            self.judge = judge.Judge(judge.Chat(c.judge, self.judge_cache))
+        self.judge = Judge(Chat(c.judge, self.judge_cache)) if c.rewards.get("judge") else None
         weights = {name: c.rewards[name] for name in self.built_in}
         weights |= {"overlong": 1.0} if c.grpo.overlong_buffer else {}
         weights |= {"judge": c.rewards.judge} if self.judge else {}
@@ -162,7 +163,9 @@ class Rollout:
         c, g = self.config, self.config.rollout.num_generations
         texts = [text for group in decode_text(self.processor, sampled.tokens, sampled.mask) for text in group]
         examples = [item.example for item in host.examples for _ in range(g)]
-        parsed = parsing.parse(texts, [e.task for e in examples], "strict", c.data.style in prompts.WITH_DRAFT)
+        reflection = c.data.style in prompts.WITH_DRAFT
+        choices = [example.choices for example in examples]
+        parsed = parsing.parse(texts, [example.task for example in examples], "strict", reflection, choices)
         target = jax.tree.map(lambda x: np.repeat(x, g, axis=0), host.target)
         columns, draft_score, final_score = jax.device_get(self.compute_rewards(parsed, target))
         if c.grpo.overlong_buffer:
@@ -197,10 +200,10 @@ class Rollout:
     def _marks(
         self, texts: list[str], examples: list[Example], readable: np.ndarray, errors: list[str | None]
     ) -> tuple[np.ndarray, list[str | None]]:
-        """The judge's marks float32 [N] in [0, 1], NaN for all but descriptions, and what failed so far and here."""
+        """The judge's marks float32 [N] in [0, 1], NaN for tasks that are not judged; and all failures so far."""
         marks, errors = np.full(len(texts), np.nan, np.float32), list(errors)
-        asked = [i for i, example in enumerate(examples) if example.task == "description" and readable[i]]
-        found = self.judge.totals([(examples[i].row, texts[i]) for i in asked])
+        asked = [i for i, example in enumerate(examples) if TASKS[example.task].judged and readable[i]]
+        found = self.judge.totals([(examples[i], texts[i]) for i in asked])
         for i, (total, error) in zip(asked, found, strict=True):
             if total is None:
                 errors[i] = errors[i] or f"judge: {error}"
@@ -208,11 +211,11 @@ class Rollout:
                 marks[i] = total
         return marks, errors
 
-    def _compute_rewards(self, parsed: parsing.Parsed, target: Target) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _compute_rewards(self, parsed: parsing.Parsed, target: Columns) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The built-in rewards [N, R], and the scores [N] of drafts and final answers."""
         rewards = [REWARDS[name](parsed, target) for name in self.built_in]
         columns = jnp.stack(rewards, axis=1) if rewards else jnp.zeros((len(parsed.task), 0))
-        known = target.task < len(parsing.VERIFIABLE)
+        known = verifiable(target)
         scores = (jnp.where(known, task_score(a, target), jnp.nan) for a in (parsed.draft, parsed.final))
         return columns, *scores
 
@@ -220,7 +223,7 @@ class Rollout:
         """Prints the first failures of rewards; all are counted in the metrics."""
         for error, example in zip(errors, examples, strict=True):
             if error is not None and self.shown_errors < 5:
-                print(f"warning: a reward failed for {example.name}: {error}", flush=True)
+                print(f"warning: a reward failed for {example.id}: {error}", flush=True)
                 self.shown_errors += 1
 
     def completions(self, chosen: SelectedGroups) -> Completions:
@@ -285,7 +288,7 @@ class Rollout:
             metrics |= {f"rewards/{name}": _mean(column), f"rewards/{name}_std": _std(column)}
         if self.judge:
             metrics |= {"judge/tokens": self.judge.chat.tokens.total(), "judge/cost": self.judge.chat.cost}
-        for task in sorted(set(tasks) & set(parsing.VERIFIABLE)):
+        for task in sorted(name for name in set(tasks) if TASKS[name].verifiable):
             metrics[f"final_score/{task}"] = every.final_score[tasks == task].mean()
         if self.config.data.style in prompts.WITH_DRAFT:
             metrics |= _reflection(every, tasks)
@@ -296,7 +299,7 @@ class Rollout:
         item, g = draw.host.examples[group], self.config.rollout.num_generations
         return [
             {
-                "example": item.example.name,
+                "example": item.example.id,
                 "task": item.example.task,
                 "prompt": item.prompt,
                 "completion": draw.texts[i],
@@ -312,7 +315,7 @@ class Rollout:
 
 def _reflection(every: Outcome, tasks: np.ndarray) -> dict[str, float]:
     """How often the answer after reflection is better than, as good as, or worse than the draft, and its length."""
-    known = np.isin(tasks, parsing.VERIFIABLE)
+    known = np.asarray([TASKS[name].verifiable for name in tasks])
     gain, tasks = (every.final_score - every.draft_score)[known], tasks[known]
     if not len(gain):
         return {}
@@ -322,8 +325,9 @@ def _reflection(every: Outcome, tasks: np.ndarray) -> dict[str, float]:
         "reflection/broken": (gain < 0).mean(),
         "reflection/words": every.reflect_words[known].mean(),
     }
-    if (tasks == "grounding").any():
-        found["reflection/tiou_gain"] = gain[tasks == "grounding"].mean()
+    timed = np.asarray([TASKS[name].timed for name in tasks])
+    if timed.any():
+        found["reflection/tiou_gain"] = gain[timed].mean()
     return found
 
 

@@ -1,6 +1,6 @@
 """Users' own rewards: functions named by import path, called for each completion in processes of their own.
 
-    def reward(completion: str, example: Example) -> float | None        example: vau_jax.datasets.example.Example
+    def reward(completion: str, example: Example) -> float | None        example: vau_jax.tasks.example.Example
 
 A larger number is better; None says nothing about this completion. An exception, an end of the process (sys.exit, a
 crash), more than `rollout.reward_seconds`, or what is no finite number fails this completion alone: it is left out of
@@ -27,9 +27,7 @@ import numpy as np
 
 from vau_jax.common.files import InputError, dump_json
 from vau_jax.common.workers import Died, Pool, Worker
-from vau_jax.datasets.example import Example
-from vau_jax.datasets.vau_bench import Row
-from vau_jax.tasks.prompts import Reflection
+from vau_jax.tasks.example import Example, Reflection
 
 LARGEST = float(np.finfo(np.float32).max)  # what rewards are added up in
 Reward = Callable[[str, Example], float | None]
@@ -102,20 +100,14 @@ class UserRewards:
 
 def encode(example: Example) -> dict[str, Any]:
     """As JSON values."""
-    return {**asdict(example), "path": str(example.path)}
+    return {**asdict(example), "media": [str(path) for path in example.media]}
 
 
 def decode(raw: dict[str, Any]) -> Example:
     """The example that `encode` took apart."""
-    row, reflection = raw["row"], raw["reflection"]
-    interval = tuple(row["interval"]) if isinstance(row["interval"], list) else row["interval"]
-    return Example(
-        Row(**{**row, "options": tuple(row["options"]), "interval": interval}),
-        raw["task"],
-        Path(raw["path"]),
-        reflection and Reflection(**reflection),
-        raw["rotation"],
-    )
+    reflection = raw["reflection"] and Reflection(**raw["reflection"])
+    media = tuple(Path(path) for path in raw["media"])
+    return Example(**{**raw, "media": media, "choices": tuple(raw["choices"]), "reflection": reflection})
 
 
 # --- The worker's side --------------------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ class Task(ABC):
     extra_tags: ClassVar[tuple[str, ...]] = ()  # tags after <answer>
     default_choices: ClassVar[tuple[str, ...]] = ()  # of an example that brings none
     shuffles: ClassVar[bool] = False  # the order of choices means nothing and may change
+    timed: ClassVar[bool] = False  # answers have times, which are drawn on the video's time line
+    judged: ClassVar[bool] = False  # a judge model can mark what is written
     right_from: ClassVar[float] = 1.0  # score from which an answer counts as right
     exact_from: ClassVar[float] = 1.0  # score of the right answer written out, which rounding may lower
 
@@ -57,6 +59,7 @@ class Task(ABC):
     command: ClassVar[str]  # name for `vau_jax.ask --task`
     title: ClassVar[str]  # name for people
     report_rows: ClassVar[tuple[ReportRow, ...]] = ()
+    reflection_rows: ClassVar[tuple[ReportRow, ...]] = ()  # below the rows of all tasks
 
     # --- Truth ---
 
@@ -205,7 +208,7 @@ class Task(ABC):
         raise NotImplementedError(f"{self.name} has no answers to compare")
 
     def overall(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Further entries of metrics.json from the records of this task, several orders and samples among them."""
+        """Further entries of metrics.json, beside "tasks"."""
         return {}
 
     # --- How answers are shown ---
@@ -214,7 +217,7 @@ class Task(ABC):
     def show(self, values: Mapping[str, Any], choices: Sequence[str]) -> str | None:
         """An answer (JSON values by column) in a line, as records and reports have it; None where there is none."""
 
-    def told(self, values: Mapping[str, Any], completion: str, choices: Sequence[str]) -> Shown | None:
+    def display(self, values: Mapping[str, Any], completion: str, choices: Sequence[str]) -> Shown | None:
         """An answer for who has asked about a video; None where nothing can be read."""
         text = self.show(values, choices)
         return None if text is None else Shown(text)
@@ -223,16 +226,21 @@ class Task(ABC):
         """What is wrong with a question that a user asks; empty where it can be asked."""
         return ""
 
-    def asked(self, text: str, prompt: str, trained: bool) -> str:
-        """A user's own words and the task's prompt as one prompt; `trained`: the model has learned this task."""
+    def user_prompt(self, text: str, prompt: str, trained: bool) -> str:
+        """The prompt for a user's own question `text` and the task's `prompt`; `trained`: the model was trained on this
+        task."""
         return f"{text}\n{prompt}" if text else prompt
 
     def charts(self, result: Mapping[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:
         """Charts of an evaluation for the report: title, data and layout of each, as Plotly has them."""
         return []
 
+    def is_right(self, record: Record) -> bool:
+        """Whether the first answer of a record counts as right."""
+        return record.scores[0] >= self.right_from
+
     def bars(self, record: Record) -> list[tuple[str, str]]:
-        """(name, answer text) of the intervals that a card draws as bars; none for tasks without times."""
+        """(name, answer in a line) of the intervals that a card draws on its time line."""
         return []
 
 

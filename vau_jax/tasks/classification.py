@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from vau_jax.tasks import statistics
+from vau_jax.tasks import charts, statistics
 from vau_jax.tasks.base import ReportRow, Task, same_value, stripped
+from vau_jax.tasks.charts import Chart
 from vau_jax.tasks.columns import Column, Columns, Values
 from vau_jax.tasks.example import Annotation, Example
 from vau_jax.tasks.grammar import STATES
@@ -55,7 +56,7 @@ class Classification(Task):
     title = "Which kind?"
     report_rows = (
         ReportRow(
-            "Classification, all classes",
+            "Classification, multi-class",
             ("tasks", "classification", "multiclass"),
             ("baselines", "classification", "majority_class"),
         ),
@@ -147,6 +148,30 @@ class Classification(Task):
         return same_value(np.asarray(answers.label))
 
     # --- Display ---
+
+    def charts(self, result: Mapping[str, Any], records: Sequence[Record]) -> list[Chart]:
+        """The confusion of classes: shares of each true class."""
+        confusion = result["tasks"].get(self.name, {}).get("confusion")
+        if not confusion or not confusion["labels"]:
+            return []
+        names = [charts.label(name) for name in confusion["labels"]]
+        heat = {
+            "type": "heatmap",
+            "z": [[c / max(1, sum(row)) for c in row] for row in confusion["counts"]],
+            "x": [*names, "unreadable"],
+            "y": names,
+            "text": [[int(c) or "" for c in row] for row in confusion["counts"]],
+            "texttemplate": "%{text}",
+            "colorscale": "Blues",
+            "zmin": 0,
+            "zmax": 1,
+            "hovertemplate": "true %{y}, predicted %{x}: %{text}<extra></extra>",
+            "colorbar": {"title": {"text": "share"}},
+        }
+        axis = {"type": "category", "automargin": True}  # else names like dates or numbers become such
+        layout = {"yaxis": {**axis, "autorange": "reversed", "title": {"text": "true"}}}
+        layout["xaxis"] = {**axis, "title": {"text": "predicted"}}
+        return [charts.chart(f"Classes: {result['name']}", [heat], **layout)]
 
     def show(self, values: Mapping[str, Any], choices: Sequence[str]) -> str | None:
         return choices[values["label"]] if values["label"] >= 0 else None

@@ -29,6 +29,7 @@ class Description(Task):
 
     name = "description"
     verifiable = False
+    judged = True
 
     question = "Describe this surveillance video, and explain what in it is abnormal, if anything."
     short_question = "What happens, and why?"
@@ -100,12 +101,12 @@ class Description(Task):
     def show(self, values: Mapping[str, Any], choices: Sequence[str]) -> str | None:
         return None
 
-    def told(self, values: Mapping[str, Any], completion: str, choices: Sequence[str]) -> Shown | None:
+    def display(self, values: Mapping[str, Any], completion: str, choices: Sequence[str]) -> Shown | None:
         return Shown(grammar.TAG.sub("\n", completion).strip())
 
-    def asked(self, text: str, prompt: str, trained: bool) -> str:
+    def user_prompt(self, text: str, prompt: str, trained: bool) -> str:
         """A model that has not learned the task is asked without the grammar."""
-        return super().asked(text, prompt, trained) if trained else text or "Describe what happens in the video."
+        return super().user_prompt(text, prompt, trained) if trained else text or "Describe what happens in the video."
 
 
 @cache

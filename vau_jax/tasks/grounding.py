@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vau_jax.common.files import InputError
-from vau_jax.tasks import statistics
+from vau_jax.tasks import charts, statistics
 from vau_jax.tasks.base import ReportRow, Shown, Task, stripped
+from vau_jax.tasks.charts import Chart
 from vau_jax.tasks.columns import Column, Columns, Values
 from vau_jax.tasks.example import Annotation, Example, Interval
 from vau_jax.tasks.grammar import STATES
@@ -37,6 +38,7 @@ class Grounding(Task):
         "swapped": Column((), bool, False),  # an interval stood in the text with its end first
     }
     extra_tags = ("glue",)
+    timed = True
     right_from = THRESHOLDS[1]
     exact_from = 0.95  # times are written to a tenth of a second
 
@@ -55,8 +57,8 @@ class Grounding(Task):
         ),
         *(ReportRow(f"R@{t}", ("tasks", "grounding", f"R@{t}")) for t in THRESHOLDS),
         ReportRow("False alarms (normal videos)", ("tasks", "grounding", "false_alarms")),
-        ReportRow("Gain by reflection, temporal IoU", ("reflection", "grounding", "gain")),
     )
+    reflection_rows = (ReportRow("Gain by reflection, temporal IoU", ("reflection", "grounding", "gain")),)
 
     # --- Truth ---
 
@@ -258,11 +260,39 @@ class Grounding(Task):
             return f"Anomaly {spans}"
         return {0: "Normal", 1: "Anomaly"}.get(values["anomaly"])
 
-    def told(self, values: Mapping[str, Any], completion: str, choices: Sequence[str]) -> Shown | None:
+    def display(self, values: Mapping[str, Any], completion: str, choices: Sequence[str]) -> Shown | None:
         if values["interval_count"] > 0:
             start, end = values["intervals"][0]
             return Shown(f"Anomaly\n{start:.1f} s to {end:.1f} s", (start, end))
         return Shown("Normal") if values["interval_count"] == NONE else None
+
+    def is_right(self, record: Record) -> bool:
+        """For a normal video, nothing but that it is normal."""
+        return record.scores[0] >= (self.right_from if record.truth["intervals"] else 1.0)
+
+    def charts(self, result: Mapping[str, Any], records: Sequence[Record]) -> list[Chart]:
+        """Predicted starts and ends beside the true ones; on the line they are equal."""
+        both = [
+            (record.truth["intervals"][0], record.answers[0]["intervals"][0])
+            for record in records
+            if record.truth["intervals"] and record.answers[0]["interval_count"] > 0
+        ]
+        if not both:
+            return []
+        data: list[dict[str, Any]] = [
+            {
+                "x": [true[i] for true, _ in both],
+                "y": [round(predicted[i], 2) for _, predicted in both],
+                "mode": "markers",
+                "name": name,
+                "marker": {"opacity": 0.6, "symbol": symbol},
+            }
+            for i, name, symbol in ((0, "start", "circle"), (1, "end", "diamond"))
+        ]
+        most = max(max(point["x"] + point["y"]) for point in data)
+        data.append({"x": [0, most], "y": [0, most], "mode": "lines", "name": "equal", "line": {"dash": "dot"}})
+        axes = {"xaxis": {"title": {"text": "true, seconds"}}, "yaxis": {"title": {"text": "predicted, seconds"}}}
+        return [charts.chart(f"Times: {result['name']}", data, **axes)]
 
     def bars(self, record: Record) -> list[tuple[str, str]]:
         draft = [("draft", record.draft_predictions[0] or "")] if record.draft_predictions else []

@@ -146,6 +146,11 @@ def _with_tasks(rows: Sequence[tuple[str, Values]]) -> Columns:
     return Columns(task=indices, **stack(columns_of_all(), [values for _, values in rows]))
 
 
+def stack_answers(answers: Sequence[Values]) -> Columns:
+    """N answers as arrays [N, ...] of all tasks' columns."""
+    return stack(columns_of_all(), answers)
+
+
 def values_at(answers: Columns, index: int, task: Task) -> Values:
     """Answer `index` as JSON values of the task's own columns, those that are missing too."""
     return {name: np.asarray(answers[name][index]).tolist() for name in task.columns}

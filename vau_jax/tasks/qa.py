@@ -29,9 +29,9 @@ class QuestionAnswering(Task):
     answer_instruction = "The answer is the letter of the right option."
 
     command = "qa"
-    title = "Four options"
-    report_rows = (
-        ReportRow("QA accuracy", ("tasks", "qa", "accuracy"), ("baselines", "qa", "majority_letter")),
+    title = "Multiple choice"
+    report_rows = (ReportRow("QA accuracy", ("tasks", "qa", "accuracy"), ("baselines", "qa", "majority_letter")),)
+    reflection_rows = (
         ReportRow("Corrected by reflection, QA", ("reflection", "qa", "corrected")),
         ReportRow("Broken by reflection, QA", ("reflection", "qa", "broken")),
     )
@@ -131,7 +131,7 @@ class QuestionAnswering(Task):
     def show(self, values: Mapping[str, Any], choices: Sequence[str]) -> str | None:
         return LETTERS[values["choice"]] if values["choice"] >= 0 else None
 
-    def told(self, values: Mapping[str, Any], completion: str, choices: Sequence[str]) -> Shown | None:
+    def display(self, values: Mapping[str, Any], completion: str, choices: Sequence[str]) -> Shown | None:
         choice = values["choice"]
         return Shown(f"{LETTERS[choice]}. {choices[choice]}") if choice >= 0 else None
 
@@ -143,7 +143,7 @@ class QuestionAnswering(Task):
             f"{[option[:100] for option in options[:9]]}"
         )
 
-    def asked(self, text: str, prompt: str, trained: bool) -> str:
+    def user_prompt(self, text: str, prompt: str, trained: bool) -> str:
         return prompt  # which holds the question
 
 
