@@ -106,13 +106,13 @@ def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
         shape = shape_of_prompts(config)
         if args.exact:
             config.data.bucket = tuple(shape)
-        trainer = loop.Trainer(config)
+        run = loop.Run(config)
         steps = []
         for number in range(args.warmup + args.steps):
-            metrics, _ = trainer.step(number)
+            metrics, _ = run.step(number)
             assert metrics["length/min"] == args.new, "every completion has all its tokens"
             steps.append(metrics)
-        padded = trainer.collate.shape(next(trainer.data).examples)
+        padded = run.feed.collate.shape(run.feed.next().examples)
     timed = steps[args.warmup :]
 
     def median(name: str) -> float:
@@ -127,10 +127,10 @@ def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
         "tokens_per_s": args.prompts * (shape.tokens + args.group * args.new) / seconds,
         "completion_tokens_per_s": args.prompts * args.group * args.new / seconds,
         "prompt_tokens": shape.tokens,
-        "visual_tokens": shape.patches // trainer.processor.config.vision.spatial_merge_size**2,
+        "visual_tokens": shape.patches // run.processor.config.vision.spatial_merge_size**2,
         "shape": shape._asdict(),
         "padded": padded._asdict(),
-        "parameters": sum(x.size for x in jax.tree.leaves(trainer.base or trainer.state.params)),
+        "parameters": sum(x.size for x in jax.tree.leaves(run.learner.base or run.learner.state.params)),
     }
     if "mfu" in timed[0]:
         result["mfu_update"] = float(np.median([step["mfu"] for step in timed]))

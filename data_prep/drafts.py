@@ -23,7 +23,7 @@ from vau_jax.datasets import tables
 from vau_jax.rl import sampling
 from vau_jax.tasks import TASKS, grammar, parsing, prompts, rewards
 from vau_jax.tasks.example import Example
-from vau_jax.vlm import VideoLM, decode_text
+from vau_jax.vlm import VideoLM
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def by_model(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iter
             max_new_tokens=config.data.max_completion_tokens,
             end_tokens=vlm.processor.end_tokens,
         )
-        texts = decode_text(vlm.processor, np.asarray(out.tokens), np.asarray(out.mask))
+        texts = vlm.processor.decode_completions(np.asarray(out.tokens), np.asarray(out.mask))
         left = examples[number * s.batch_size : (number + 1) * s.batch_size]
         for item, example, found in zip(host.examples, left, texts, strict=False):
             yield _read(example, [] if item.failure else found, f"the video cannot be read: {item.failure}")

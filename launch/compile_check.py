@@ -40,18 +40,15 @@ from vau_jax.common import cli, sharding  # noqa: E402
 from vau_jax.common.chips import GIB, Chip, chip  # noqa: E402
 from vau_jax.common.files import InputError, dump_json, exit_on_input_error, write_text  # noqa: E402
 from vau_jax.models import config as model_config  # noqa: E402
-from vau_jax.models import (  # noqa: E402
-    flops,
-    hf,
-    lora,
-)
-from vau_jax.models.config import QwenVLConfig  # noqa: E402
-from vau_jax.models.lora import LoRA  # noqa: E402
-from vau_jax.models.qwen_vl import QwenVL  # noqa: E402
+from vau_jax.models import flops, hf, motion_prompt  # noqa: E402
+from vau_jax.models.config import Motion, QwenVLConfig  # noqa: E402
 from vau_jax.rl import logprobs, sampling  # noqa: E402
-from vau_jax.train import optim, settings, update  # noqa: E402
-from vau_jax.types import Batch, Completions, Groups, Params, State, TrainBatch, Vision  # noqa: E402
-from vau_jax.vlm import DTYPES  # noqa: E402
+from vau_jax.rl.engine import Engine  # noqa: E402
+from vau_jax.rl.rollout import abstract_inputs  # noqa: E402
+from vau_jax.train import settings  # noqa: E402
+from vau_jax.train.learner import Learner  # noqa: E402
+from vau_jax.types import Batch, Completions, Groups, Params, TrainBatch, Vision  # noqa: E402
+from vau_jax.types import Motion as PatchMotion  # noqa: E402
 
 GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200"}
 Shapes = Any  # a pytree of jax.ShapeDtypeStruct with shardings
@@ -103,26 +100,39 @@ class Programs:
     def __init__(self, config: ConfigDict, model: QwenVLConfig, mesh: Mesh, prompt: int, visual: int) -> None:
         if visual % 16 or not 0 < visual < prompt:
             raise InputError(f"--visual={visual}: expected a multiple of 16 below --prompt={prompt}")
-        self.config, self.mesh = config, mesh
         sharding.check_divisible(config.batch_size // config.micro_batches, mesh)
-        kind = LoRA(**config.lora) if config.lora.rank else None
-        attention = "splash" if config.attention == "auto" else config.attention
-        self.model = QwenVL(model, DTYPES[config.dtype], config.remat, 1, attention, kind, mesh)
-        held = jnp.dtype(config.dtype if kind else config.param_dtype)
-        self.base, self.trained = None, self._params(hf.parameter_shapes(model), held)
-        if kind:
-            shapes = hf.parameter_shapes(model)
-            fresh = jax.eval_shape(lambda key: lora.init(key, shapes, kind), jax.random.key(0))
-            adapters = {path: leaf.shape for path, leaf in fresh.items()}
-            self.base, self.trained = self.trained, self._params(adapters, jnp.dtype(config.param_dtype))
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            config.attention = "splash" if config.attention == "auto" else config.attention
+        if config.motion.enabled and not model.vision.motion:
+            model = model_config.with_motion(model, Motion(config.motion.signed, config.motion.order))
+        self.config, self.mesh = config, mesh
+        self.learner = Learner(config, model, self._params(model), mesh)
+        self.model, self.base = self.learner.model, self.learner.abstract_base
         self.batch = self._batch(prompt, visual)
+        self.encoded_batch = self.learner.abstract_encoded(self.batch)
         self.c = config.data.max_completion_tokens
         self.g = config.rollout.num_generations if config.stage == "rft" else 1
+        self.engine = Engine(config.rollout, self.learner.sampler, (0,), self.c)
 
-    def _params(self, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> Params:
+    @property
+    def trained(self) -> Params:
+        return self.learner.abstract_state.params
+
+    @property
+    def tower_is_frozen(self) -> bool:
+        return self.learner.tower_is_frozen
+
+    def _params(self, model: QwenVLConfig) -> Params:
+        """What training begins with: what is not trained is held in the dtype that it is used in."""
         layout = sharding.layout(self.mesh)
+        dtype = jnp.dtype(self.config.dtype if self.config.lora.rank else self.config.param_dtype)
+        shapes = {path: (shape, dtype) for path, shape in hf.parameter_shapes(model).items()}
+        if model.vision.motion:
+            shapes |= {name: ((), jnp.dtype(jnp.float32)) for name in motion_prompt.NAMES}
         flat = {
-            path: jax.ShapeDtypeStruct(shape, dtype, sharding=layout(path, shape)) for path, shape in shapes.items()
+            path: jax.ShapeDtypeStruct(shape, dtype, sharding=layout(path, shape))
+            for path, (shape, dtype) in shapes.items()
         }
         return hf.unflatten(flat)
 
@@ -150,6 +160,7 @@ class Programs:
             windows=windows,
             corners=self._rows(patches, 4) if v.position_grid else None,
             corner_weights=self._rows(patches, 4, dtype=jnp.float32) if v.position_grid else None,
+            motion=self._motion(patches, width) if v.motion else None,
         )
         return Batch(
             tokens=self._rows(tokens),
@@ -160,125 +171,70 @@ class Programs:
             vision=vision,
         )
 
-    @property
-    def variables(self) -> dict[str, Params]:
-        return update.policy(self.trained, self.base)
-
-    @property
-    def tower_is_frozen(self) -> bool:
-        """With adapters of the decoder alone."""
-        return self.base is not None and "visual" not in self.trained
-
-    @property
-    def encoded_batch(self) -> Batch:
-        """The prompts as all but the tower get them: a frozen tower has seen them before, once for all uses."""
-        if not self.tower_is_frozen:
-            return self.batch
-        features = jax.eval_shape(partial(self.model.apply, method="encode_vision"), self.variables, self.batch)
-        return replace(self.batch, vision=jax.tree.map(lambda x: self._rows(*x.shape[1:], dtype=x.dtype), features))
+    def _motion(self, patches: int, width: int) -> PatchMotion:
+        """What a motion prompt reads of the patches."""
+        return PatchMotion(
+            before=self._rows(patches, width, dtype=jnp.uint8),
+            moves=self._rows(patches, dtype=bool),
+            following=self._rows(patches),
+        )
 
     def _completions(self) -> Completions:
         return Completions(self._rows(self.g, self.c), self._rows(self.g, self.c, dtype=bool))
+
+    def train_batch(self) -> TrainBatch:
+        """Shapes of the batch of one update."""
+        if self.config.stage == "rft":
+            inputs = abstract_inputs(self.config, self.c, self._rows)
+        else:
+            inputs = {"weights": self._rows(self.g, self.c, dtype=jnp.float32)}
+        return TrainBatch(self.encoded_batch, self._completions(), inputs)
 
     # --- The programs ---
 
     def all(self) -> Iterator["Program"]:
         """What a step runs, in order; sampling and scoring for RFT alone."""
-        state, base = self._state()
-        weights, everything = held(self.variables), held((state, base, self._reference()))
-        add = partial(Program, resident=everything - weights)
-        encode_vision = jax.jit(partial(self.model.apply, method="encode_vision"))
-        yield add("vision tower", encode_vision, (self.variables, self.batch))
+        learner, variables = self.learner, self.learner.abstract_variables
+        state, base = learner.abstract_state, learner.abstract_base
+        reference = learner.abstract_state.params if learner.copies_reference else None
+        weights, everything = held(variables), held((state, base, reference))
+        yield Program("vision tower", learner.vision_program, (variables, self.batch), {}, everything - weights)
         if self.config.stage == "rft":
-            for name, function, args, static in self._sampling():
-                used = 0.0 if held(args[0]) != weights else weights  # gathered ones come on top
-                yield Program(name, function, args, static, everything - used)
-            if self.config.grpo.beta:
-                temperature = self.config.rollout.temperature
-                score = jax.jit(partial(update.policy_logps, model=self.model, temperature=temperature))
-                reference = {"params": self.base or self.trained}
-                yield add("score", score, (reference, self.encoded_batch, self._completions()))
-        own = held((state, base))
-        yield replace(self.update(), resident=everything - own)
+            for program in self.engine.programs(variables, self.encoded_batch):
+                used = 0.0 if held(program.args[0]) != weights else weights  # gathered ones come on top
+                yield Program(*program, resident=everything - used)
+            if learner.has_reference:
+                args = learner.abstract_reference, self.encoded_batch, self._completions()
+                yield Program("score", learner.logps_program, args, {}, everything - weights)
+        yield replace(self.update(), resident=everything - held((state, base)))
 
     def update(self) -> "Program":
-        return Program("update", self._update(), (*self._state(), self._train_batch()))
-
-    def _sampling(self) -> Iterator[tuple[str, Any, tuple, dict[str, Any]]]:
-        static = sampling.StaticArgs(self.model, (0,), False, 1.0, 0, self.mesh)
-        scalar = partial(jax.ShapeDtypeStruct, (), sharding=sharding.replicated(self.mesh))
-        key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(self.mesh))
-        dynamic = sampling.DynamicArgs(key, scalar(jnp.float32), scalar(jnp.int32), None)
-        size = self.g, self.c, self.c
-        variables = self.variables
-        if self._read_apart:
-            read = jax.eval_shape(partial(sampling.for_reading, dtype=self.model.dtype, mesh=self.mesh), variables)
-            variables = _placed(read, sharding.gathered(variables, self.mesh))
-        given = variables, self.encoded_batch, dynamic
-        yield "prefill", sampling._start, given, {"static": static, "size": size}
-        loop, prompts = jax.eval_shape(partial(sampling._start, static=static, size=size), *given)
-        place = partial(jax.tree.map, self._where)
-        args = variables, place(prompts), place(loop), dynamic, scalar(jnp.int32)
-        yield "decode step", sampling._advance, args, {"static": static}
+        learner = self.learner
+        return Program(
+            "update", learner.update_program, (learner.abstract_state, learner.abstract_base, self.train_batch())
+        )
 
     @property
     def _read_apart(self) -> bool:
-        """Whether sampling reads a copy of the weights: whole over fsdp, in the dtype of activations."""
-        dtypes = {x.dtype for x in jax.tree.leaves(self.variables["params"])}
-        return self.mesh.shape["fsdp"] > 1 or dtypes != {jnp.dtype(self.model.dtype)}
-
-    def _where(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        """Where sampling leaves an array: caches by rule, what has a row for each prompt by example."""
-        if leaf.ndim >= 5:
-            layout = sharding.cache(self.mesh, leaf.shape)
-        else:
-            layout = sharding.examples(self.mesh) if leaf.ndim else sharding.replicated(self.mesh)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
-
-    def _optimiser(self) -> Any:
-        return optim.make(self.config.optim, self.config.steps, self.trained, self.base, None)
-
-    def _state(self) -> tuple[State, Params | None]:
-        whole = jax.eval_shape(lambda p: State(jnp.int32(0), p, self._optimiser().init(p), None), self.trained)
-        layouts = sharding.state_shardings(whole, self.mesh)
-        return _placed(whole, layouts), self.base
-
-    def _update(self) -> Any:
-        state, _ = self._state()
-        layouts = jax.tree.map(lambda x: x.sharding, state)
-        return update.make(self.config, self.model, self._optimiser(), layouts, self.mesh)
-
-    def _train_batch(self) -> TrainBatch:
-        shape = self.g, self.c
-        inputs: dict[str, Any] = {"weights": self._rows(*shape, dtype=jnp.float32)}
-        if self.config.stage == "rft":
-            inputs = {"mask": self._rows(*shape, dtype=bool), "advantages": self._rows(self.g, dtype=jnp.float32)}
-            inputs["sampler_logps"] = self._rows(*shape, dtype=jnp.float32)
-            if self.config.grpo.beta:
-                inputs["ref_logps"] = self._rows(*shape, dtype=jnp.float32)
-            if self.config.grpo.iterations > 1:
-                inputs["old_logps"] = self._rows(*shape, dtype=jnp.float32)
-        return TrainBatch(self.encoded_batch, self._completions(), inputs)
-
-    def _reference(self) -> Params | None:
-        """The reference policy, where it is a copy of its own."""
-        return self.trained if self.config.stage == "rft" and self.config.grpo.beta and not self.base else None
+        return sampling.read_apart(self.learner.abstract_variables, self.model.dtype, self.mesh)
 
     # --- Memory by arithmetic ---
 
     def estimate(self) -> dict[str, dict[str, float]]:
         """Bytes a chip by what they hold, of an update and, in RFT, of sampling; not what XLA keeps besides."""
-        state, base = self._state()
+        state = self.learner.abstract_state
+        fixed = self.trained if self.learner.copies_reference else None
         run = {
-            "parameters": held((self.trained, base)),
+            "parameters": held((self.trained, self.base)),
             "optimiser": held(state.opt_state),
-            "reference": held(self._reference()),
+            "reference": held((fixed, state.reference)),
         }
         found = {"update": {**run, "gradients": held(self.trained), **self._activations()}}
         if self.config.stage == "rft":
             weights = 0.0
             if self._read_apart:
-                weights = sum(x.size for x in jax.tree.leaves(self.variables)) * self.model.dtype(0).itemsize
+                count = sum(x.size for x in jax.tree.leaves(self.learner.abstract_variables))
+                weights = count * self.model.dtype(0).itemsize
                 weights /= self.mesh.shape["tensor"]
             c = self.model.config
             tokens = (
@@ -379,10 +335,6 @@ class Program:
     args: tuple
     static: dict[str, Any] = field(default_factory=dict)
     resident: float = 0.0  # bytes a chip of the run's state that it does not use
-
-
-def _placed(shapes: Shapes, layouts: Any) -> Shapes:
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, layouts)
 
 
 def held(tree: Shapes) -> float:

@@ -13,15 +13,15 @@ import numpy as np
 import optax
 import pytest
 
-from vau_jax.train.loop import Trainer
+from vau_jax.train.loop import Run
 
 IN_PROPORTION = {"optim.eps": 1.0, "optim.lr": 1.0}  # by elements of gradients of norm 1 at most
 
 
-def first_gradient(trainer: Trainer) -> list[np.ndarray]:
-    """That of a trainer's first update, clipped: AdamW's mean of gradients is then 1 - b1 times it."""
-    means = optax.tree_utils.tree_get_all_with_path(jax.device_get(trainer.state.opt_state), "mu")
-    return [leaf / (1 - trainer.config.optim.b1) for _, tree in means for leaf in jax.tree.leaves(tree)]
+def first_gradient(run: Run) -> list[np.ndarray]:
+    """That of a run's first update, clipped: AdamW's mean of gradients is then 1 - b1 times it."""
+    means = optax.tree_utils.tree_get_all_with_path(jax.device_get(run.learner.state.opt_state), "mu")
+    return [leaf / (1 - run.config.optim.b1) for _, tree in means for leaf in jax.tree.leaves(tree)]
 
 
 def arguments(stage: str, model: Path, data: Path, workdir: Path, steps: int, **changed: Any) -> list[str]:

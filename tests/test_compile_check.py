@@ -15,9 +15,11 @@ from launch import hlo
 from launch.compile_check import Programs, held
 from tests.runs import WITH_LIBTPU
 from tests.small_models import make_model
-from tests.test_train import TRAINING
+from tests.test_train import TRAINING, small
 from vau_jax.common import sharding
 from vau_jax.models import config as model_config
+from vau_jax.rl.rollout import Clock
+from vau_jax.train import loop
 from vau_jax.types import Features, Vision
 
 ROOT = Path(__file__).parents[1]
@@ -175,7 +177,7 @@ def test_with_lora_only_the_adapters_have_an_optimiser() -> None:
     whole = Programs(config, sizes, mesh, 4096, 3584)
     config.lora.rank = 16
     adapted = Programs(config, sizes, mesh, 4096, 3584)
-    state, base = adapted._state()
+    state, base = adapted.learner.abstract_state, adapted.base
     adapters = held(adapted.trained)
     assert held(state) == pytest.approx(3 * adapters, rel=1e-3), "in float32, with two moments"
     assert held(base) == held(whole.trained) / 2, "in bfloat16"
@@ -183,3 +185,44 @@ def test_with_lora_only_the_adapters_have_an_optimiser() -> None:
     assert isinstance(adapted.encoded_batch.vision, Features) and isinstance(whole.encoded_batch.vision, Vision)
     ratio = adapted.operations(adapted.update()) / adapted.model_flops("update")
     assert 1.4 < ratio < 1.7, "forward, again, and backward to the adapters; the tower is not in it"
+
+
+DRIFTED = {
+    "plain": {},
+    "frozen tower": {"optim.freeze": ("visual/.*",)},
+    "adapters": {"lora.rank": 2, "unroll": 2},
+    "motion": {"motion.enabled": True, "motion.weight": 0.1},
+    "adapters and motion": {"lora.rank": 2, "motion.enabled": True},
+    "moving reference": {"grpo.reference_every": 2, "grpo.iterations": 2},
+    "no reference": {"grpo.beta": 0.0},
+}
+
+
+@pytest.mark.parametrize("changed", DRIFTED.values(), ids=DRIFTED)
+def test_what_is_compiled_ahead_is_what_a_run_has(
+    changed: dict[str, object], model_folder: Path, dataset: Path
+) -> None:
+    """State, policies and the batch of an update: the same tree, dtypes and axes, and the state the same sizes."""
+    config = small("vau_r1_multi_rft", model_folder, dataset)
+    config.attention = "jnp"
+    config.update_from_flattened_dict(changed)
+    run = loop.Run(config)
+    collected = run.worker.collect(run.learner, run.feed.next(), run.key, Clock())
+    run.close()
+    programs = Programs(config, model_config.load(model_folder), run.mesh, 128, 64)
+
+    def shapes(tree: object) -> object:
+        return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding.spec), tree)
+
+    def kinds(tree: object) -> object:
+        return jax.tree.map(lambda x: (x.ndim, x.dtype), tree)
+
+    learner, ahead = run.learner, programs.learner
+    assert shapes(ahead.abstract_state) == shapes(learner.state)
+    assert kinds(ahead.abstract_variables) == kinds(learner.variables)
+    assert kinds(ahead.abstract_base) == kinds(learner.base)
+    if learner.has_reference:
+        assert kinds(ahead.abstract_reference) == kinds(learner.reference_variables)
+    assert ahead.model.unroll == config.unroll and ahead.tower_is_frozen == learner.tower_is_frozen
+    assert kinds(programs.train_batch()) == kinds(collected.train)
+    assert [p.name for p in programs.all()].count("score") == bool(config.grpo.beta)

@@ -72,8 +72,8 @@ def test_sft_mixes_descriptions_in_by_weight(model_folder: Path, dataset: Path, 
     c = small("vau_r1_sft", model_folder, dataset)
     c.data.tasks = (*parsing.VERIFIABLE, "description")
     c.data.task_weights.description = 3.0
-    t = loop.Trainer(c)
-    tasks = [item.example.task for _ in range(16) for item in next(t.data).examples]
+    t = loop.Run(c)
+    tasks = [item.example.task for _ in range(16) for item in t.feed.next().examples]
     assert abs(tasks.count("description") - 32) <= 1
     assert all(abs(tasks.count(task) - 32 / 3) <= 1 for task in parsing.VERIFIABLE)
     metrics, _ = t.step(0)
@@ -180,10 +180,10 @@ def scorer(model_folder: Path, dataset: Path) -> tuple:
     """As in test_rft, of two descriptions and two questions."""
     c = small("vau_r1_multi_rft", model_folder, dataset)
     c.data.tasks = ("qa", "description")
-    t = loop.Trainer(c)
-    host = next(t.data)
+    t = loop.Run(c)
+    host = t.feed.next()
     t.close()
-    return t.rollout, host, c
+    return t.worker, host, c
 
 
 def by_words(request: dict[str, Any], number: int) -> Answer:
@@ -208,13 +208,13 @@ def test_marks_reward_descriptions_alone_and_failures_count_for_nothing(scorer: 
         changed = {f"rewards.{name}": weight for name, weight in weights.items()}
         url = {"judge.url": server.url, "judge.model": "m", "judge.retries": 0}
         r, draw = judged(scorer, texts, **changed, **{"rewards.judge": 2.0}, **url)
-    assert list(r.weights.items()) == [("judge", 2.0)]
+    assert list(r.scorer.weights.items()) == [("judge", 2.0)]
     descriptions = np.repeat([item.example.task == "description" for item in draw.host.examples], 4)
     assert descriptions.sum() == 8
     expected = np.where(descriptions, np.asarray([0.2, 0.4, np.nan, 0.6] * 4), np.nan)
     np.testing.assert_allclose(draw.rewards[:, 0], expected, atol=1e-6)
     np.testing.assert_allclose(draw.total, 2 * expected, atol=1e-6)
-    metrics, inputs = r.metrics([draw]), loss_inputs(r, draw)
+    metrics, inputs = r.scorer.metrics([draw]), loss_inputs(r, draw)
     assert metrics["rewards/failed"] == 2 and metrics["judge/tokens"] > 0
     assert metrics["rewards/judge"] == pytest.approx(0.4)
     assert np.isnan(draw.final_score[descriptions]).all() and not np.isnan(draw.final_score[~descriptions]).any()
@@ -234,7 +234,7 @@ def test_a_judge_without_descriptions_is_refused(scorer: tuple) -> None:
 
 def test_without_a_judge_no_endpoint_is_needed(scorer: tuple) -> None:
     r, _, _ = scorer
-    assert r.judge is None and "judge" not in r.weights
+    assert r.scorer.judge is None and "judge" not in r.scorer.weights
 
 
 def test_rft_on_descriptions_pays_for_no_text_twice(model_folder: Path, dataset: Path, tmp_path: Path) -> None:

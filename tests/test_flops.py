@@ -18,12 +18,12 @@ def test_the_formula_is_what_the_program_computes(family: str, family_folders: d
     """Forward pass at the padded sizes, with all pairs, which plain attention computes; 1% are other small products."""
     config = small("vau_r1_sft", family_folders[family], dataset)
     config.attention = "jnp"
-    trainer = loop.Trainer(config)
-    host = next(trainer.data)
+    trainer = loop.Run(config)
+    host = trainer.feed.next()
     (b, t), c = host.batch.tokens.shape, host.completions.tokens.shape[2]
     size = {k: float(v) for k, v in flops.sizes(host.batch, host.completions).items()}
-    model, given = trainer.model, (host.batch, host.completions)
-    counted = flops.count(lambda: update.policy_logps(trainer.variables, *given, model, 1.0))
+    model, given = trainer.learner.model, (host.batch, host.completions)
+    counted = flops.count(lambda: update.policy_logps(trainer.learner.variables, *given, model, 1.0))
     padded = {
         "prompt": host.batch.tokens.size,
         "drawn": host.completions.tokens.size,

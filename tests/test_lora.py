@@ -294,4 +294,4 @@ def test_dropout_with_rft_is_refused(model_folder: Path, dataset: Path) -> None:
     c = run_config("rft", model_folder, dataset)
     c.lora.dropout = 0.05
     with pytest.raises(InputError, match=r"lora\.dropout=0\.05 with stage=rft: .* set lora\.dropout=0"):
-        loop.Trainer(c)
+        loop.Run(c)

@@ -81,14 +81,14 @@ def test_a_state_in_bfloat16_stays_so_and_its_update_is_compiled_once(model_fold
     """Whose gradients are added up over parts in float32."""
     c = small("vau_r1_sft", model_folder, dataset)
     c.param_dtype, c.dtype, c.micro_batches, c.remat = "bfloat16", "bfloat16", 2, False
-    t = loop.Trainer(c)
-    before = jax.tree.map(lambda x: x.dtype, t.state)
+    t = loop.Run(c)
+    before = jax.tree.map(lambda x: x.dtype, t.learner.state)
     for number in range(2):
         t.step(number)
     t.close()
-    assert jax.tree.map(lambda x: x.dtype, t.state) == before
+    assert jax.tree.map(lambda x: x.dtype, t.learner.state) == before
     assert jnp.bfloat16 in jax.tree.leaves(before.opt_state)
-    assert t.update._cache_size() == 1
+    assert t.learner.update_program._cache_size() == 1
 
 
 def test_sampling_reads_matrices_in_the_dtype_of_activations(vlm: VideoLM) -> None:

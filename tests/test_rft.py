@@ -26,11 +26,15 @@ from vau_jax.common.metric_writer import read_metrics
 from vau_jax.data import pipeline
 from vau_jax.datasets import vau_bench
 from vau_jax.models import checkpoint, vision
-from vau_jax.rl import grpo, rollout
+from vau_jax.rl import grpo
 from vau_jax.rl.difficulty import Difficulty
-from vau_jax.train import loop
+from vau_jax.rl.engine import Engine
+from vau_jax.rl.outcome import RolloutBatch, SelectedGroups
+from vau_jax.rl.rollout import Clock, RolloutWorker
+from vau_jax.rl.scorer import Scorer
+from vau_jax.train import loop, update
 from vau_jax.types import Completions, Features, Sampled, TrainBatch
-from vau_jax.vlm import VideoLM, decode_text
+from vau_jax.vlm import VideoLM
 
 ROOT = Path(__file__).parents[1]
 REWARD = "tests.reward_functions:{}"
@@ -46,10 +50,10 @@ def config(model: Path, data: Path, reward: str = "vowels", **changed: Any) -> C
     return c
 
 
-def moved(trainer: loop.Trainer, number: int = 0) -> tuple[dict[str, Any], Any]:
+def moved(trainer: loop.Run, number: int = 0) -> tuple[dict[str, Any], Any]:
     """Metrics of one step, and the parameters after it."""
     metrics, _ = trainer.step(number)
-    return metrics, jax.device_get(trainer.state.params)
+    return metrics, jax.device_get(trainer.learner.state.params)
 
 
 def assert_close(a: Any, b: Any, atol: float) -> None:
@@ -76,8 +80,8 @@ def test_how_often_the_tower_sees_a_video(
     c = config(model_folder, dataset)
     if frozen:
         c.optim.freeze, c.grpo.iterations = ("visual/.*",), 2
-    t = loop.Trainer(c)
-    assert t.tower_is_frozen == frozen
+    t = loop.Run(c)
+    assert t.learner.tower_is_frozen == frozen
     t.step(0)
     jax.effects_barrier()
     assert len(seen) == passes
@@ -86,8 +90,8 @@ def test_how_often_the_tower_sees_a_video(
 def test_a_frozen_tower_changes_nothing_but_the_work(model_folder: Path, dataset: Path) -> None:
     """The same gradients of the decoder from stored features as from patches."""
     c = config(model_folder, dataset, **{"optim.freeze": ("visual/.*",)})
-    stored = loop.Trainer(c)
-    again = loop.Trainer(c)
+    stored = loop.Run(c)
+    again = loop.Run(c)
     again.tower_is_frozen = False
     (a, _), (b, _) = moved(stored), moved(again)
     np.testing.assert_allclose(a["loss"], b["loss"], atol=1e-5)
@@ -97,8 +101,8 @@ def test_a_frozen_tower_changes_nothing_but_the_work(model_folder: Path, dataset
 
 
 def test_features_stand_in_the_batch(model_folder: Path, dataset: Path) -> None:
-    t = loop.Trainer(config(model_folder, dataset, **{"lora.rank": 2}))
-    batch = t._place(next(t.data))
+    t = loop.Run(config(model_folder, dataset, **{"lora.rank": 2}))
+    batch = t.supervised(next(t.feed.iterator)).batch
     assert isinstance(batch.vision, Features)
     assert batch.vision.tokens.shape[0] == t.config.batch_size
 
@@ -107,48 +111,46 @@ def test_features_stand_in_the_batch(model_folder: Path, dataset: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def rolled(model_folder: Path, dataset: Path) -> tuple[loop.Trainer, TrainBatch]:
+def rolled(model_folder: Path, dataset: Path) -> tuple[loop.Run, TrainBatch]:
     """A trainer with two updates a rollout, and the batch of its first step."""
-    t = loop.Trainer(config(model_folder, dataset, **{"grpo.iterations": 2, "optim.lr": 3e-3}))
-    batch, _, _ = t._rollout(next(t.data), 0, loop._Clock())
+    t = loop.Run(config(model_folder, dataset, **{"grpo.iterations": 2, "optim.lr": 3e-3}))
+    batch, _, _ = t.worker.collect(t.learner, t.feed.next(), jax.random.fold_in(t.key, 0), Clock())
     return t, jax.device_put(batch, sharding.examples(t.mesh))
 
 
-def test_old_log_probs_are_those_of_the_policy_that_sampled(rolled: tuple[loop.Trainer, TrainBatch]) -> None:
+def test_old_log_probs_are_those_of_the_policy_that_sampled(rolled: tuple[loop.Run, TrainBatch]) -> None:
     """They stay while the policy moves: the second update's ratios are no longer one."""
     t, batch = rolled
     mask = np.asarray(batch.completions.mask)
     old, sampler = (np.asarray(batch.loss_inputs[name])[mask] for name in ("old_logps", "sampler_logps"))
     np.testing.assert_allclose(old, sampler, atol=1e-4)
-    before = jax.tree.map(jnp.copy, t.state)
-    t.state, first = t.update(t.state, t.base, batch)
-    now, _ = t.reference_logps(t.variables, batch.batch, batch.completions)
-    t.state, second = t.update(t.state, t.base, batch)
-    t.state = before
+    before = jax.tree.map(jnp.copy, t.learner.state)
+    t.learner.state, first = t.learner.update_program(t.learner.state, t.learner.base, batch)
+    now = t.learner.policy_logps(batch.batch, batch.completions)
+    t.learner.state, second = t.learner.update_program(t.learner.state, t.learner.base, batch)
+    t.learner.state = before
     assert np.abs(np.asarray(now)[mask] - old).max() > 0.01
     assert first["clip/low"] == first["clip/high"] == 0
     assert second["clip/low"] + second["clip/high"] > 0
 
 
-def test_an_update_that_is_not_finite_can_be_left_out(rolled: tuple[loop.Trainer, TrainBatch]) -> None:
+def test_an_update_that_is_not_finite_can_be_left_out(rolled: tuple[loop.Run, TrainBatch]) -> None:
     t, batch = rolled
     with t.config.unlocked():
         t.config.skip_nonfinite = True
-    careful = loop.update.make(t.config, t.model, t.optimiser, t.shardings, t.mesh)
+    careful = update.make(t.config, t.learner.model, t.learner.optimiser, t.learner.shardings, t.mesh)
     bad = {**batch.loss_inputs, "advantages": batch.loss_inputs["advantages"] * jnp.nan}
-    before = jax.device_get(t.state)
-    state, metrics = careful(jax.tree.map(jnp.copy, t.state), t.base, replace(batch, loss_inputs=bad))
+    before = jax.device_get(t.learner.state)
+    state, metrics = careful(jax.tree.map(jnp.copy, t.learner.state), t.learner.base, replace(batch, loss_inputs=bad))
     assert metrics["skipped"] == 1 and np.isnan(metrics["loss"])
     assert_close(before, jax.device_get(state), 0)
-    state, metrics = careful(jax.tree.map(jnp.copy, t.state), t.base, batch)
+    state, metrics = careful(jax.tree.map(jnp.copy, t.learner.state), t.learner.base, batch)
     assert metrics["skipped"] == 0
     assert not np.array_equal(before.params["decoder"]["norm"]["weight"], state.params["decoder"]["norm"]["weight"])
 
 
 @pytest.mark.parametrize(("loss_type", "parts"), [("grpo", 4), ("dapo", 2)])
-def test_parts_of_a_batch_give_the_same_update(
-    loss_type: str, parts: int, rolled: tuple[loop.Trainer, TrainBatch]
-) -> None:
+def test_parts_of_a_batch_give_the_same_update(loss_type: str, parts: int, rolled: tuple[loop.Run, TrainBatch]) -> None:
     """4 x 1 and 2 x 2 as 1 x 4: every metric, and every gradient (one step of SGD with rate 1) to 1e-5."""
     t, batch = rolled
     results = []
@@ -156,17 +158,18 @@ def test_parts_of_a_batch_give_the_same_update(
         c = t.config.copy_and_resolve_references()
         c.micro_batches, c.grpo.loss_type, c.grpo.entropy_bonus = number, loss_type, 0.01
         sgd = loop.optim.optax.sgd(1.0)
-        state = replace(t.state, opt_state=sgd.init(t.state.params))
+        state = replace(t.learner.state, opt_state=sgd.init(t.learner.state.params))
         shardings = sharding.state_shardings(state, t.mesh)
-        step = loop.update.make(c, t.model, sgd, shardings, t.mesh)
-        results.append(jax.device_get(step(jax.tree.map(jnp.copy, state), t.base, batch)))
+        step = update.make(c, t.learner.model, sgd, shardings, t.mesh)
+        results.append(jax.device_get(step(jax.tree.map(jnp.copy, state), t.learner.base, batch)))
     (whole, expected), (state, metrics) = results
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
     assert_close(state.params, whole.params, 1e-5)
     assert any(
-        np.abs(a - b).max() > 1e-3 for a, b in zip(*map(jax.tree.leaves, (whole.params, t.state.params)), strict=True)
+        np.abs(a - b).max() > 1e-3
+        for a, b in zip(*map(jax.tree.leaves, (whole.params, t.learner.state.params)), strict=True)
     )
 
 
@@ -188,49 +191,49 @@ def test_a_reference_that_follows_is_the_policy_again(
 
 
 def test_half_a_step_towards_the_policy(model_folder: Path, dataset: Path) -> None:
-    t = loop.Trainer(config(model_folder, dataset, **{"grpo.reference_every": 1, "grpo.reference_mix": 0.5}))
-    before = jax.device_get(t.state.params)
+    t = loop.Run(config(model_folder, dataset, **{"grpo.reference_every": 1, "grpo.reference_mix": 0.5}))
+    before = jax.device_get(t.learner.state.params)
     _, after = moved(t)
-    assert_close(jax.device_get(t.state.reference), jax.tree.map(lambda a, b: (a + b) / 2, before, after), 1e-6)
+    assert_close(jax.device_get(t.learner.state.reference), jax.tree.map(lambda a, b: (a + b) / 2, before, after), 1e-6)
 
 
 # --- Rewards ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def scorer(model_folder: Path, dataset: Path) -> tuple[rollout.Rollout, pipeline.HostBatch, ConfigDict]:
+def scorer(model_folder: Path, dataset: Path) -> tuple[RolloutWorker, pipeline.HostBatch, ConfigDict]:
     """A rollout whose model is never run, and a batch of prompts."""
     c = config(model_folder, dataset)
-    t = loop.Trainer(c)
-    return t.rollout, next(t.data), c
+    t = loop.Run(c)
+    return t.worker, t.feed.next(), c
 
 
-def written(r: rollout.Rollout, texts: list[str], limit: int = 16) -> Sampled:
+def written(r: RolloutWorker, texts: list[str], limit: int = 16) -> Sampled:
     """Completions of the given texts, each with an end token where there is room."""
     g = r.config.rollout.num_generations
     tokens, mask = np.zeros((len(texts), limit), np.int32), np.zeros((len(texts), limit), bool)
     for i, text in enumerate(texts):
-        ids = [*r.processor.tokenizer(text)["input_ids"], r.processor.end_tokens[0]][:limit]
+        ids = [*r.scorer.processor.tokenizer(text)["input_ids"], r.scorer.processor.end_tokens[0]][:limit]
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
     shape = (-1, g, limit)
     return Sampled(tokens.reshape(shape), np.full((len(texts) // g, g, limit), -1.0, np.float32), mask.reshape(shape))
 
 
-def judged(scorer: tuple, texts: list[str], **changed: Any) -> tuple[rollout.Rollout, rollout.RolloutBatch]:
+def judged(scorer: tuple, texts: list[str], **changed: Any) -> tuple[RolloutWorker, RolloutBatch]:
     r, host, c = scorer
     c = c.copy_and_resolve_references()
     with c.unlocked():
         c.update_from_flattened_dict(changed)
-    r = rollout.Rollout(c, r.model, r.processor, r.rows)
-    return r, r.read(host, written(r, texts))
+    r = replace(r, config=c, scorer=Scorer(c, r.scorer.processor))
+    return r, r.scorer.read(host, written(r, texts))
 
 
-def completions(r: rollout.Rollout, draw: rollout.RolloutBatch) -> Completions:
-    return r.completions(rollout.SelectedGroups(draw, None, draw.sampled, []))
+def completions(r: RolloutWorker, draw: RolloutBatch) -> Completions:
+    return r.completions(SelectedGroups(draw, None, draw.sampled, []))
 
 
-def loss_inputs(r: rollout.Rollout, draw: rollout.RolloutBatch, kl: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    chosen = rollout.SelectedGroups(draw, None, draw.sampled, [])
+def loss_inputs(r: RolloutWorker, draw: RolloutBatch, kl: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    chosen = SelectedGroups(draw, None, draw.sampled, [])
     return r.loss_inputs(chosen, completions(r, draw).mask, kl)[0]
 
 
@@ -239,7 +242,7 @@ def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, cap
     r, draw = judged(scorer, texts, user_rewards=((REWARD.format("fussy"), 1.0),))
     failing = np.asarray([len(text) % 5 in (0, 1, 2) for text in texts])
     np.testing.assert_array_equal(draw.counts, ~failing)
-    metrics = r.metrics([draw])
+    metrics = r.scorer.metrics([draw])
     assert metrics["rewards/failed"] == failing.sum()
     inputs = loss_inputs(r, draw)
     assert not inputs["mask"].reshape(16, -1)[failing].any()
@@ -250,7 +253,7 @@ def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, cap
     np.testing.assert_allclose(inputs["advantages"].reshape(-1), expected, atol=1e-6)
     shown = capsys.readouterr().out
     assert "no such judge" in shown and "the reward is inf" in shown
-    assert any("no such judge" in (sample["error"] or "") for sample in r.records(draw, 0))
+    assert any("no such judge" in (sample["error"] or "") for sample in r.scorer.records(draw, 0))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +301,7 @@ def test_a_setting_that_cannot_be_is_named(
     changed: dict[str, Any], words: str, model_folder: Path, dataset: Path
 ) -> None:
     with pytest.raises(InputError, match=re.escape(words)):
-        loop.Trainer(config(model_folder, dataset, **changed))
+        loop.Run(config(model_folder, dataset, **changed))
 
 
 def test_direct_answers_may_earn_a_users_reward(model_folder: Path, dataset: Path) -> None:
@@ -353,10 +356,10 @@ def test_long_completions_are_penalised_in_tokens(scorer: tuple) -> None:
     texts = ["fire" * n for n in range(1, 17)]
     r, draw = judged(scorer, texts, user_rewards=(), **{"grpo.overlong_buffer": 8, "rewards.format": 0.0})
     lengths = draw.sampled.mask.sum(-1).reshape(-1)
-    column = draw.rewards[:, list(r.weights).index("overlong")]
+    column = draw.rewards[:, list(r.scorer.weights).index("overlong")]
     np.testing.assert_allclose(column, -np.clip((lengths - 8) / 8, 0, 1), atol=1e-6)
     assert column.min() == -1 and column.max() == 0
-    assert "rewards/overlong" in r.metrics([draw])
+    assert "rewards/overlong" in r.scorer.metrics([draw])
 
 
 def test_kl_in_the_reward(scorer: tuple) -> None:
@@ -373,8 +376,8 @@ def test_a_policy_that_is_its_reference_pays_no_kl_in_the_reward(model_folder: P
     """However its tokens are drawn. A random model's rewards are all 0, so that advantages would come from the KL."""
     filters = {"rollout.top_k": 5, "rollout.top_p": 0.9, "rollout.min_new_tokens": 12}
     changed = {"user_rewards": (), "grpo.kl_in": "reward", "grpo.kl": "k1", **filters}
-    t = loop.Trainer(config(model_folder, dataset, **changed))
-    batch, metrics, _ = t._rollout(next(t.data), 0, loop._Clock())
+    t = loop.Run(config(model_folder, dataset, **changed))
+    batch, metrics, _ = t.worker.collect(t.learner, t.feed.next(), jax.random.fold_in(t.key, 0), Clock())
     assert metrics["reward"] == metrics["reward_std"] == 0
     ref, sampler = (np.asarray(batch.loss_inputs[name]) for name in ("ref_logps", "sampler_logps"))
     drawn = np.asarray(batch.loss_inputs["mask"])
@@ -411,7 +414,8 @@ def test_tokens_are_weighed_where_they_are_not_drawn_as_they_are_scored(name: st
     """Each field of config.rollout that the sampler reads, one at a time."""
     c = config(vlm.processor.folder, dataset, **{f"rollout.{name}": SAMPLING[name]})
     batch = vlm.encode([ask(text="fire")])
-    out = rollout.Rollout(c, vlm.model, vlm.processor, None).sample(vlm.variables, batch, jax.random.key(0))
+    engine = Engine(c.rollout, vlm.model, vlm.processor.end_tokens, c.data.max_completion_tokens)
+    out = engine.sample(vlm.variables, batch, jax.random.key(0))
     scored, _ = score(vlm.variables, batch, Completions(out.tokens, out.mask), vlm.model, c.rollout.temperature)
     gap = np.abs(np.where(out.mask, out.logps - scored, 0)).max()
     assert (gap > 1e-3) == (loop.update.loss_settings(c).importance_cap > 0), gap
@@ -423,17 +427,19 @@ def test_tokens_are_weighed_where_they_are_not_drawn_as_they_are_scored(name: st
 def test_groups_without_variance_are_replaced(model_folder: Path, dataset: Path) -> None:
     """Only classification prompts have rewards that differ: the batch is filled with them from further draws."""
     c = config(model_folder, dataset, "only_classification", **{"rollout.max_draws": 6})
-    t = loop.Trainer(c)
-    chosen, outcomes, _ = t._draw(next(t.data), jax.random.key(0), loop._Clock())
+    t = loop.Run(c)
+    chosen, outcomes, _ = t.worker.select(t.learner, t.feed.next(), jax.random.key(0), Clock())
     assert 1 < len(outcomes) <= 6
     assert len(chosen.outcome.kinds) == len(chosen.batch.tokens) == c.batch_size
     assert all(kind.startswith("classification") for kind in chosen.outcome.kinds)
     assert chosen.outcome.varied.all()
     # Each prompt still has its own completions and rewards.
-    texts = [text for group in decode_text(t.processor, chosen.sampled.tokens, chosen.sampled.mask) for text in group]
+    texts = [
+        text for group in t.processor.decode_completions(chosen.sampled.tokens, chosen.sampled.mask) for text in group
+    ]
     np.testing.assert_allclose(chosen.outcome.rewards[:, -1], [reward_functions.vowels(text, None) for text in texts])
     assert [record["completion"] for record in chosen.first] == texts[:4]
-    logps, _ = t.reference_logps(t.variables, chosen.batch, Completions(chosen.sampled.tokens, chosen.sampled.mask))
+    logps = t.learner.policy_logps(chosen.batch, Completions(chosen.sampled.tokens, chosen.sampled.mask))
     np.testing.assert_allclose(np.where(chosen.sampled.mask, logps - chosen.sampled.logps, 0), 0, atol=1e-4)
 
 
@@ -441,10 +447,10 @@ def test_groups_without_variance_are_replaced(model_folder: Path, dataset: Path)
 def draws_in_vain(model_folder: Path, dataset: Path) -> tuple[ConfigDict, dict[str, Any], list[str]]:
     """A step whose rewards never differ and whose prompts are all too hard: its config, metrics, and all prompts."""
     changed = {"user_rewards": (), "rollout.max_draws": 3, "grpo.beta": 0.0, "data.difficulty.enabled": True}
-    t = loop.Trainer(config(model_folder, dataset, **changed))
+    t = loop.Run(config(model_folder, dataset, **changed))
     t.difficulty.accuracy = {f"{task}/{label}": 0.0 for task in t.config.data.tasks for label in vau_bench.LABELS}
-    read, prompts = t.rollout.read, []
-    t.rollout.read = lambda host, sampled: prompts.extend(i.prompt for i in host.examples) or read(host, sampled)
+    read, prompts = t.worker.scorer.read, []
+    t.worker.scorer.read = lambda host, sampled: prompts.extend(i.prompt for i in host.examples) or read(host, sampled)
     return t.config, t.step(0)[0], prompts
 
 
@@ -467,15 +473,15 @@ def test_prompts_of_every_draw_have_their_level(draws_in_vain: tuple) -> None:
 
 def test_levels_follow_the_running_accuracy(model_folder: Path, dataset: Path) -> None:
     c = config(model_folder, dataset, **{"data.difficulty.enabled": True})
-    t = loop.Trainer(c)
-    host = next(t.data)
-    plain, counts = t.difficulty.choose(host, t.collate)
+    t = loop.Run(c)
+    host = t.feed.next()
+    plain, counts = t.difficulty.choose(host, t.feed.collate)
     assert plain is host and pipeline.summed(counts) == {"difficulty/easy": 0, "difficulty/hard": 0}
     examples = [item.example for item in host.examples]
     d = Difficulty(c.data.difficulty)
     d.accuracy = dict(zip((e.kind for e in examples), (0.9, 0.5, 0.1, 0.1), strict=True))
     levels = [d.level(e) for e in examples]
-    chosen, counts = d.choose(host, t.collate)
+    chosen, counts = d.choose(host, t.feed.collate)
     assert pipeline.summed(counts) == {"difficulty/easy": levels.count("easy"), "difficulty/hard": levels.count("hard")}
     assert {"easy", "hard"} <= set(levels)
     for before, after, level in zip(host.examples, chosen.examples, levels, strict=True):
@@ -519,7 +525,7 @@ def test_a_resumed_run_remembers_difficulty_and_tokens(model_folder: Path, datas
     loop.run(c, tmp_path)
     first = read_metrics(tmp_path)[0]
     c.steps = 2
-    t = loop.Trainer(c)
+    t = loop.Run(c)
     assert t.resume(checkpoint.Checkpoints(tmp_path)) == 1
     assert t.tokens_seen == first["tokens_seen"] > 0
     assert t.difficulty.accuracy and set(t.difficulty.accuracy.values()) == {0.0}

@@ -60,34 +60,36 @@ for stage in ("sft", "rft"):
     c.data.max_completion_tokens = 24 if stage == "rft" else 128
     c.data.csv, c.data.videos = data + "/train.csv", data + "/videos"
     c.data.reflection = data + "/train_reflection.jsonl"
-    t = loop.Trainer(c)
-    before = jax.tree.map(lambda x: x.sharding, t.state)
-    first = jax.tree.leaves(t.state.params)[0]
+    t = loop.Run(c)
+    learner, feed = t.learner, t.feed
+    before = jax.tree.map(lambda x: x.sharding, learner.state)
+    first = jax.tree.leaves(learner.state.params)[0]
     for i in range(2):
-        host = next(t.data)
+        host = feed.next()
         if stage == "sft":
-            given = TrainBatch(t._place(host), *t.rows.put((host.completions, {"weights": host.weights})))
+            given = t.supervised(host)
         else:  # rewards of a random model are all alike, so the advantages are given
-            batch = t._place(host)
-            out_ = t.rollout.sample(t.variables, batch, jax.random.key(i))
+            batch = learner.encode_vision(feed.on_devices(host).batch)
+            out_ = t.worker.engine.sample(learner.variables, batch, jax.random.key(i))
             found |= {f"tokens{i}": np.asarray(out_.tokens), f"sampled{i}": np.asarray(out_.logps)}
             advantages = np.cos(np.arange(32.0)).reshape(8, 4).astype(np.float32)
             inputs = {"mask": out_.mask, "advantages": advantages, "sampler_logps": out_.logps}
             completions = Completions(out_.tokens, out_.mask)
-            scored = t._scored(batch, completions)
+            scored = t.worker.score(learner, batch, completions)
             if i == 0:
                 programs = sampling.compiled_programs()
-                t.rollout.sample(t.variables, batch, jax.random.key(9))
+                t.worker.engine.sample(learner.variables, batch, jax.random.key(9))
                 found["rft/new programs"] = np.asarray(sampling.compiled_programs() - programs)
                 found["scored"] = np.where(out_.mask, scored["ref_logps"], 0)
             given = TrainBatch(batch, completions, {**inputs, **scored})
-        t.state, metrics = t.update(t.state, t.base, jax.device_put(given, sharding.examples(t.mesh)))
+        given = jax.device_put(given, sharding.examples(t.mesh))
+        learner.state, metrics = learner.update_program(learner.state, learner.base, given)
         found |= {f"{stage}/{i}/{name}": np.asarray(metrics[name]) for name in ("loss", "grad_norm")}
         if i == 0:
             found |= {f"{stage}/gradient/{number}": leaf for number, leaf in enumerate(first_gradient(t))}
-    after = jax.tree.map(lambda x: x.sharding, t.state)
-    same = jax.tree.all(jax.tree.map(lambda a, b, x: a.is_equivalent_to(b, x.ndim), before, after, t.state))
-    found |= {f"{stage}/same": np.asarray(same), f"{stage}/programs": np.asarray(t.update._cache_size())}
+    after = jax.tree.map(lambda x: x.sharding, learner.state)
+    same = jax.tree.all(jax.tree.map(lambda a, b, x: a.is_equivalent_to(b, x.ndim), before, after, learner.state))
+    found |= {f"{stage}/same": np.asarray(same), f"{stage}/programs": np.asarray(learner.update_program._cache_size())}
     found[f"{stage}/given up"] = np.asarray(first.is_deleted())
     t.close()
 np.savez(out, **found)

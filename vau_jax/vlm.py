@@ -211,7 +211,7 @@ class VideoLM:
 
         def read(out: Sampled) -> Generated:
             tokens, logps, mask = (np.asarray(x) for x in (out.tokens, out.logps, out.mask))
-            return Generated(tokens, logps, mask, decode_text(self.processor, tokens, mask))
+            return Generated(tokens, logps, mask, self.processor.decode_completions(tokens, mask))
 
         stops = None
         if stop_strings:
@@ -271,17 +271,6 @@ def _place(flat: dict[str, np.ndarray], dtype: Any | None, mesh: jax.sharding.Me
 def _logits(variables: Variables, batch: Batch, *, model: QwenVL) -> jax.Array:
     hidden = model.apply(variables, batch, method="hidden")
     return logprobs.logits(hidden, qwen_vl.unembedding(variables, model.config))
-
-
-def decode_text(processor: Processor, tokens: np.ndarray, mask: np.ndarray) -> list[list[str]]:
-    """The texts of completions [B, G, C], without end and padding tokens."""
-    keep = mask & ~np.isin(tokens, processor.end_tokens)
-    flat = [
-        row[real].tolist()
-        for row, real in zip(tokens.reshape(-1, tokens.shape[-1]), keep.reshape(-1, tokens.shape[-1]), strict=True)
-    ]
-    texts = processor.tokenizer.batch_decode(flat, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return [texts[i : i + tokens.shape[1]] for i in range(0, len(texts), tokens.shape[1])]
 
 
 def save_folder(path: str | os.PathLike, processor: Processor, params: Params) -> None:

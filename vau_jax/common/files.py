@@ -171,3 +171,8 @@ def exit_on_input_error(main: Callable[[], Any]) -> None:
 def _complain(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def short(error: Exception) -> str:
+    """An error of a library in a line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"

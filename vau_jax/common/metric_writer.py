@@ -17,8 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax.common import processes
-from vau_jax.common.files import InputError, dump_json, read_json, read_lines, write_text
-from vau_jax.data.video.decoders import short
+from vau_jax.common.files import InputError, dump_json, read_json, read_lines, short, write_text
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX says after each program
 

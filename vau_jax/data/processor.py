@@ -316,6 +316,13 @@ class Processor:
         values |= {**self.tokenizer.special_tokens_map, "messages": _without_data(messages)}
         return chat_template.render(template, values, f"model folder {self.folder}")
 
+    def decode_completions(self, tokens: np.ndarray, mask: np.ndarray) -> list[list[str]]:
+        """The texts of completions [B, G, C], without end and padding tokens."""
+        keep = (mask & ~np.isin(tokens, self.end_tokens)).reshape(-1, tokens.shape[-1])
+        flat = [row[real].tolist() for row, real in zip(tokens.reshape(keep.shape), keep, strict=True)]
+        texts = self.tokenizer.batch_decode(flat, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [texts[i : i + tokens.shape[1]] for i in range(0, len(texts), tokens.shape[1])]
+
     def encode_text(self, text: str, visuals: list[Visual]) -> Encoded:
         """A prompt in template form, with one pad token where each visual goes."""
         if self.config.timestamps:

@@ -31,7 +31,7 @@ from vau_jax.tasks import TASKS, rewards
 from vau_jax.tasks.example import Example
 from vau_jax.tasks.record import Record
 from vau_jax.train import settings
-from vau_jax.vlm import VideoLM, decode_text
+from vau_jax.vlm import VideoLM
 
 Key = tuple[str, int]  # of an example: its id, and its rotation
 
@@ -169,6 +169,6 @@ def _answers(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Itera
             end_tokens=vlm.processor.end_tokens,
             greedy=config.temperature == 0,
         )
-        texts = decode_text(vlm.processor, np.asarray(out.tokens), np.asarray(out.mask))
+        texts = vlm.processor.decode_completions(np.asarray(out.tokens), np.asarray(out.mask))
         for item, completions in zip(host.examples, texts, strict=True):
             yield of_loaded(item, completions, config.data.style)

@@ -17,8 +17,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from vau_jax.common import checksums, processes
 from vau_jax.common.fields import Fields
-from vau_jax.common.files import InputError, dump_json, read_json, write_text
-from vau_jax.data.video.decoders import short
+from vau_jax.common.files import InputError, dump_json, read_json, short, write_text
 from vau_jax.models import lora
 from vau_jax.models.lora import LoRA
 from vau_jax.types import Params, State

@@ -89,6 +89,9 @@ def motion_prompt(
     return prompted, attention, variation
 
 
+NAMES = ("motion_prompt/m", "motion_prompt/n")  # of its parameters
+
+
 # --- In front of a vision tower -----------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax.data.pipeline import EASY, HARD, Collator, HostBatch
-from vau_jax.rl.rollout import Outcome
+from vau_jax.rl.outcome import Outcome
 from vau_jax.tasks.example import Example
 
 

@@ -1,230 +1,147 @@
-"""The host rim of RFT: sample on the device, read the texts, score them, and make the batch of one update."""
+"""The rollout: sample on the device, read and reward the texts, choose the groups, and make the batch of one update."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax.common.chat import Chat
-from vau_jax.common.files import InputError
-from vau_jax.common.processes import Rows
+from vau_jax.data import pipeline
+from vau_jax.data.feed import Feed
 from vau_jax.data.pipeline import HostBatch
-from vau_jax.data.processor import Processor
-from vau_jax.models.qwen_vl import QwenVL
-from vau_jax.rl import grpo, sampling
-from vau_jax.rl.judge import Judge
-from vau_jax.rl.user_rewards import UserRewards
-from vau_jax.tasks import TASKS, parsing, prompts
-from vau_jax.tasks.columns import Columns
-from vau_jax.tasks.example import Example
-from vau_jax.tasks.rewards import REWARDS, task_score, verifiable
-from vau_jax.types import Batch, Completions, Sampled, Variables
-from vau_jax.vlm import decode_text
+from vau_jax.data.processor import Shape
+from vau_jax.rl import grpo
+from vau_jax.rl.difficulty import Difficulty
+from vau_jax.rl.engine import Engine
+from vau_jax.rl.outcome import Outcome, RolloutBatch, SelectedGroups, joined
+from vau_jax.rl.scorer import Scorer
+from vau_jax.types import Batch, Completions, TrainBatch, Variables
 
 LENGTHS = 4  # different lengths that completions are padded to: quarters of the limit
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How the completions of B prompts did; N = B * G, a prompt's one after the other."""
+class Policy(Protocol):
+    """What a rollout needs of the learner."""
 
-    kinds: list[str]  # B: task and class
-    rewards: np.ndarray  # float32 [N, R]; NaN where a reward is absent, or the completion does not count
-    total: np.ndarray  # float32 [N]: weighted sum, NaN where the completion does not count
-    ended: np.ndarray  # bool [N]: with an end token, not at the limit
-    draft_score: np.ndarray  # float32 [N]; NaN for descriptions, which are neither right nor wrong
-    final_score: np.ndarray  # float32 [N], likewise
-    reflect_words: np.ndarray  # int32 [N]: words of the reflection
-    lengths: np.ndarray  # int32 [N]: tokens
-    failed: np.ndarray  # bool [N]: a user's reward, or the judge's
+    variables: Variables
 
-    @property
-    def counts(self) -> np.ndarray:
-        """bool [N]: completions that are compared and trained on: the video could be read, and no reward failed."""
-        return ~np.isnan(self.total)
-
-    @property
-    def varied(self) -> np.ndarray:
-        """bool [B]: groups whose rewards differ, which alone say anything about the policy."""
-        groups = self.total.reshape(len(self.kinds), -1)
-        return np.nan_to_num(np.nanmax(groups, 1, initial=-np.inf) - np.nanmin(groups, 1, initial=np.inf)) > 0
-
-    @property
-    def _by_group(self) -> dict[str, np.ndarray]:
-        """The arrays with leading axes [B, G]."""
-        arrays = {name: getattr(self, name) for name in _PER_COMPLETION}
-        return {name: x.reshape(len(self.kinds), -1, *x.shape[1:]) for name, x in arrays.items()}
-
-    def groups(self, chosen: np.ndarray) -> "Outcome":
-        """Those of the groups with these numbers."""
-        arrays = {name: x[chosen].reshape(-1, *x.shape[2:]) for name, x in self._by_group.items()}
-        return Outcome([self.kinds[i] for i in chosen], **arrays)
-
-    def gathered(self, rows: Rows) -> "Outcome":
-        """That of the whole batch, whose `rows` of this process this is."""
-        grouped = self._by_group
-        told = [[kind, *(x[i].tolist() for x in grouped.values())] for i, kind in enumerate(self.kinds)]
-        kinds, *columns = zip(*rows.gather(told), strict=True)
-        arrays = {
-            name: np.asarray(column, x.dtype).reshape(-1, *x.shape[2:])
-            for (name, x), column in zip(grouped.items(), columns, strict=True)
-        }
-        return Outcome(list(kinds), **arrays)
+    def encode_vision(self, batch: Batch) -> Batch: ...
+    def policy_logps(self, batch: Batch, completions: Completions) -> jax.Array: ...
+    def reference_logps(self, batch: Batch, completions: Completions) -> jax.Array: ...
 
 
-def joined(outcomes: Sequence[Outcome]) -> Outcome:
-    """One after the other."""
-    arrays = {name: np.concatenate([getattr(outcome, name) for outcome in outcomes]) for name in _PER_COMPLETION}
-    return Outcome([kind for outcome in outcomes for kind in outcome.kinds], **arrays)
+class Collected(NamedTuple):
+    """What a rollout gives besides the batch: numbers of all completions, and one group's records to read."""
+
+    train: TrainBatch
+    metrics: dict[str, Any]
+    samples: list[dict[str, Any]]
 
 
-_PER_COMPLETION = ("rewards", "total", "ended", "draft_score", "final_score", "reflect_words", "lengths", "failed")
+class Clock:
+    """Seconds spent in each phase of a step."""
 
+    def __init__(self) -> None:
+        self.began, self.spent = time.monotonic(), {}
 
-@dataclass(frozen=True)
-class RolloutBatch(Outcome):
-    """The completions themselves too, on the host: of this process's prompts."""
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.spent[phase] = self.spent.get(phase, 0.0) + time.monotonic() - began
 
-    host: HostBatch
-    sampled: Sampled  # numpy; C is the limit
-    texts: list[str]  # N
-    errors: list[str | None]  # N: what failed in a user's reward, or in the judge's
-
-
-@dataclass(frozen=True)
-class SelectedGroups:
-    """The groups of a step's batch that are trained on."""
-
-    outcome: Outcome  # of the whole batch
-    batch: Batch  # the whole batch's prompts, on the devices
-    sampled: Sampled  # numpy, of this process's rows
-    first: list[dict[str, Any]]  # a record for each completion of the first group, for people to read
+    def seconds(self) -> dict[str, float]:
+        whole = {"seconds/step": time.monotonic() - self.began}
+        return whole | {f"seconds/{phase}": value for phase, value in self.spent.items()}
 
 
 @dataclass
-class Rollout:
-    """Draws completions and scores them."""
+class RolloutWorker:
+    """Collects batches of completions with all that the loss reads, from batches of prompts."""
 
     config: ConfigDict
-    model: QwenVL
-    processor: Processor
-    rows: Rows
-    judge_cache: Path | None = None  # JSONL of the judge's answers, so that none is paid for twice
+    engine: Engine
+    scorer: Scorer
+    feed: Feed
+    difficulty: Difficulty
 
-    def __post_init__(self) -> None:
-        c = self.config
-        unknown = [name for name in c.rewards if name not in (*REWARDS, "judge")]
-        if unknown:
-            raise InputError(
-                f"rewards {', '.join(unknown)} are unknown: expected some of {', '.join(REWARDS)}, judge; a function "
-                "of your own goes into config.user_rewards"
-            )
-        self.user = UserRewards(c.user_rewards, c.rollout.reward_workers, c.rollout.reward_seconds)
-        self.built_in = tuple(name for name, weight in c.rewards.items() if weight and name in REWARDS)
-        judged = [name for name, task in TASKS.items() if task.judged]
-        if c.rewards.get("judge") and not set(judged) & set(c.data.tasks):
-            raise InputError(
-                f"rewards.judge={c.rewards.judge} has nothing to mark: data.tasks={tuple(c.data.tasks)} lacks "
-                f"{' or '.join(judged)}"
-            )
-        self.judge = Judge(Chat(c.judge, self.judge_cache)) if c.rewards.get("judge") else None
-        weights = {name: c.rewards[name] for name in self.built_in}
-        weights |= {"overlong": 1.0} if c.grpo.overlong_buffer else {}
-        weights |= {"judge": c.rewards.judge} if self.judge else {}
-        weights |= dict(zip(self.user.names, self.user.weights, strict=True))
-        self.weights = weights  # name -> weight, in the order of the columns of RolloutBatch.rewards
-        self.compute_rewards = jax.jit(self._compute_rewards)
-        self.shown_errors = 0
+    def collect(self, policy: Policy, batch: HostBatch, key: jax.Array, clock: Clock) -> Collected:
+        """One update's batch from the prompts of `batch`, and, with rollout.max_draws, of further ones of the feed."""
+        chosen, outcomes, levels = self.select(policy, batch, key, clock)
+        metrics: dict[str, Any] = {**levels, **self.scorer.metrics(outcomes)}
+        if self.config.rollout.max_draws > 1:
+            alike = int((~chosen.outcome.varied).sum())
+            metrics |= {"dynamic/draws": len(outcomes), "dynamic/left_without_variance": alike}
+            metrics["dynamic/replaced"] = int((~outcomes[0].varied).sum()) - alike
+        with clock("score"):
+            completions = self.completions(chosen)
+            placed = self.feed.rows.put(completions)
+            scored = self.score(policy, chosen.batch, placed)
+            kl = self._kl_in_reward(policy, chosen.batch, placed, scored)
+            inputs, advantages = self.loss_inputs(chosen, completions.mask, kl)
+        samples = [{**record, "advantage": float(a)} for record, a in zip(chosen.first, advantages[0], strict=True)]
+        train = TrainBatch(chosen.batch, placed, {**self.feed.rows.put(inputs), **scored})
+        return Collected(train, metrics, samples)
 
-    def sample(self, variables: Variables, batch: Batch, key: jax.Array) -> Sampled:
-        """G completions of each prompt, on the device."""
-        c = self.config.rollout
-        return sampling.sample(
-            variables,
-            batch,
-            key,
-            c.temperature,
-            c.min_new_tokens,
-            model=self.model,
-            num_generations=c.num_generations,
-            max_new_tokens=self.config.data.max_completion_tokens,
-            end_tokens=self.processor.end_tokens,
-            top_p=c.top_p,
-            top_k=c.top_k,
-        )
+    # --- Groups ---
 
-    def read(self, host: HostBatch, sampled: Sampled) -> RolloutBatch:
-        """Reads and scores what was sampled (numpy)."""
-        c, g = self.config, self.config.rollout.num_generations
-        texts = [text for group in decode_text(self.processor, sampled.tokens, sampled.mask) for text in group]
-        examples = [item.example for item in host.examples for _ in range(g)]
-        reflection = c.data.style in prompts.WITH_DRAFT
-        choices = [example.choices for example in examples]
-        parsed = parsing.parse(texts, [example.task for example in examples], "strict", reflection, choices)
-        target = jax.tree.map(lambda x: np.repeat(x, g, axis=0), host.target)
-        columns, draft_score, final_score = jax.device_get(self.compute_rewards(parsed, target))
-        if c.grpo.overlong_buffer:
-            lengths = sampled.mask.sum(-1).reshape(-1)
-            penalty = grpo.overlong_penalty(lengths, c.data.max_completion_tokens, c.grpo.overlong_buffer)
-            columns = np.column_stack([columns, np.asarray(penalty)])
-        readable = np.repeat([item.failure is None for item in host.examples], g)
-        own, errors = self.user(texts, examples)
-        if self.judge:
-            marks, errors = self._marks(texts, examples, readable, errors)
-            columns = np.column_stack([columns, marks])
-        rewards = np.column_stack([columns, own]).astype(np.float32)
-        rewards[~readable | np.asarray([error is not None for error in errors])] = np.nan
-        total = np.nan_to_num(rewards) @ np.asarray(list(self.weights.values()), np.float32)
-        self._show(errors, examples)
-        return RolloutBatch(
-            kinds=[item.example.kind for item in host.examples],
-            host=host,
-            sampled=sampled,
-            texts=texts,
-            rewards=rewards,
-            total=np.where(np.isnan(rewards).all(1), np.nan, total),
-            ended=(np.isin(sampled.tokens, self.processor.end_tokens) & sampled.mask).any(-1).reshape(-1),
-            draft_score=draft_score,
-            final_score=final_score,
-            reflect_words=parsed.reflect_words,
-            lengths=sampled.mask.sum(-1, dtype=np.int32).reshape(-1),
-            failed=np.asarray([error is not None for error in errors]),
-            errors=errors,
-        )
+    def select(
+        self, policy: Policy, host: HostBatch, key: jax.Array, clock: Clock
+    ) -> tuple[SelectedGroups, list[Outcome], dict[str, int]]:
+        """The groups to train on, how all that were drawn did, and how many prompts were of each level of difficulty.
 
-    def _marks(
-        self, texts: list[str], examples: list[Example], readable: np.ndarray, errors: list[str | None]
-    ) -> tuple[np.ndarray, list[str | None]]:
-        """The judge's marks float32 [N] in [0, 1], NaN for tasks that are not judged; and all failures so far."""
-        marks, errors = np.full(len(texts), np.nan, np.float32), list(errors)
-        asked = [i for i, example in enumerate(examples) if TASKS[example.task].judged and readable[i]]
-        found = self.judge.totals([(examples[i], texts[i]) for i in asked])
-        for i, (total, error) in zip(asked, found, strict=True):
-            if total is None:
-                errors[i] = errors[i] or f"judge: {error}"
-            else:
-                marks[i] = total
-        return marks, errors
+        With rollout.max_draws, groups whose rewards are all alike are replaced by groups of further prompts, as long as
+        draws are left (DAPO's dynamic sampling, arXiv 2503.14476); those that remain have advantage 0.
+        """
+        draws: list[RolloutBatch] = []
+        outcomes: list[Outcome] = []
+        levels: list[dict[str, int]] = []
+        while True:
+            if self.config.data.difficulty.enabled:
+                with clock("data"):
+                    host, own_levels = self.difficulty.choose(host, self.feed.collate)
+                levels += self.feed.rows.gather(own_levels)
+            with clock("rollout"):
+                host = self.feed.agreed(host)
+                batch = policy.encode_vision(self.feed.on_devices(host).batch)
+                sampled = self.engine.sample(policy.variables, batch, jax.random.fold_in(key, len(draws)))
+                sampled = self.feed.rows.fetch(sampled)
+            with clock("reward"):
+                draws.append(self.scorer.read(host, sampled))
+                outcomes.append(draws[-1].gathered(self.feed.rows))
+                self.difficulty.learn(outcomes[-1])
+            enough = sum(outcome.varied.sum() for outcome in outcomes) >= self.config.batch_size
+            if enough or len(draws) >= self.config.rollout.max_draws:
+                break
+            with clock("data"):
+                host = self.feed.next()
+        if len(draws) == 1:
+            chosen = SelectedGroups(outcomes[0], batch, draws[0].sampled, self._first(draws, 0))
+        else:
+            chosen = self._of_several(policy, draws, outcomes)
+        return chosen, outcomes, pipeline.summed(levels)
 
-    def _compute_rewards(self, parsed: parsing.Parsed, target: Columns) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The built-in rewards [N, R], and the scores [N] of drafts and final answers."""
-        rewards = [REWARDS[name](parsed, target) for name in self.built_in]
-        columns = jnp.stack(rewards, axis=1) if rewards else jnp.zeros((len(parsed.task), 0))
-        known = verifiable(target)
-        scores = (jnp.where(known, task_score(a, target), jnp.nan) for a in (parsed.draft, parsed.final))
-        return columns, *scores
+    def _of_several(self, policy: Policy, draws: list[RolloutBatch], outcomes: list[Outcome]) -> SelectedGroups:
+        """Of several draws; a group may go to the devices of another process than the one that has read it."""
+        every = joined(outcomes)
+        numbers = np.argsort(~every.varied, kind="stable")[: self.config.batch_size]
+        shape = Shape(*map(max, *(self.feed.shape(draw.host) for draw in draws)))
+        pools = [(self.feed.collate(draw.host.examples, shape).batch, draw.sampled) for draw in draws]
+        batch, sampled = self.feed.rows.take(pools, numbers)
+        first = self._first(draws, int(numbers[0]))
+        return SelectedGroups(every.groups(numbers), policy.encode_vision(batch), self.feed.rows.fetch(sampled), first)
 
-    def _show(self, errors: Sequence[str | None], examples: Sequence[Any]) -> None:
-        """Prints the first failures of rewards; all are counted in the metrics."""
-        for error, example in zip(errors, examples, strict=True):
-            if error is not None and self.shown_errors < 5:
-                print(f"warning: a reward failed for {example.id}: {error}", flush=True)
-                self.shown_errors += 1
+    def _first(self, draws: list[RolloutBatch], number: int) -> list[dict[str, Any]]:
+        """Records of the group `number`, counted through all draws, from the process that has read it."""
+        draw, row = divmod(number, self.config.batch_size)
+        mine = [self.scorer.records(draws[draw], i) if r == row else None for i, r in enumerate(self.feed.rows.mine)]
+        return self.feed.rows.gather(mine)[row]
+
+    # --- What the loss reads ---
 
     def completions(self, chosen: SelectedGroups) -> Completions:
         """What is trained on, padded to the least of LENGTHS lengths that holds the longest completion of the whole
@@ -234,9 +151,32 @@ class Rollout:
         length = min(limit, -(-max(1, longest) // step) * step)
         return Completions(chosen.sampled.tokens[..., :length], chosen.sampled.mask[..., :length])
 
+    def score(self, policy: Policy, batch: Batch, completions: Completions) -> dict[str, jax.Array]:
+        """Log-probabilities of the reference policy, where there is a KL term, and of the policy that sampled, where
+        one rollout serves several updates."""
+        c, scored = self.config.grpo, {}
+        if c.beta:
+            scored["ref_logps"] = policy.reference_logps(batch, completions)
+        if c.iterations > 1:
+            scored["old_logps"] = policy.policy_logps(batch, completions)
+        return scored
+
+    def _kl_in_reward(
+        self, policy: Policy, batch: Batch, completions: Completions, scored: dict[str, jax.Array]
+    ) -> np.ndarray | None:
+        """Where the KL is part of the reward, that of each token, float32 [b, G, C] of this process's rows. Both sides
+        are scored alike: the sampler's log-probabilities can be those of another distribution (see sampling.py), and
+        are rounded otherwise."""
+        c = self.config.grpo
+        if c.kl_in != "reward" or not c.beta:
+            return None
+        own = scored["old_logps"] if "old_logps" in scored else policy.policy_logps(batch, completions)
+        own, reference = self.feed.rows.fetch(own), self.feed.rows.fetch(scored["ref_logps"])
+        return np.asarray(grpo.kl_divergence(own, reference, c.kl))
+
     def advantages(self, outcome: Outcome, kl: np.ndarray | None = None) -> np.ndarray:
         """float32 [B, G]; `kl` [B, G], summed over each completion, where it is part of the reward."""
-        c, rewards, weights = self.config, outcome.rewards, list(self.weights.values())
+        c, rewards, weights = self.config, outcome.rewards, list(self.scorer.weights.values())
         if kl is not None:
             kl = np.where(outcome.counts, kl.reshape(-1), np.nan)
             rewards = np.column_stack([rewards, kl]).astype(np.float32)
@@ -255,88 +195,26 @@ class Rollout:
         """
         outcome = chosen.outcome
         if kl is not None:
-            kl = np.asarray(self.rows.gather(np.where(mask, kl, 0.0).sum(-1).tolist()))
+            kl = np.asarray(self.feed.rows.gather(np.where(mask, kl, 0.0).sum(-1).tolist()))
         advantages = self.advantages(outcome, kl)
         trained = outcome.counts & outcome.ended if self.config.grpo.mask_truncated else outcome.counts
-        trained = self.rows.own(trained.reshape(advantages.shape))
+        trained = self.feed.rows.own(trained.reshape(advantages.shape))
         inputs = {
             "mask": mask & trained[..., None],
-            "advantages": self.rows.own(advantages),
+            "advantages": self.feed.rows.own(advantages),
             "sampler_logps": chosen.sampled.logps[..., : mask.shape[2]],
         }
         return inputs, advantages
 
-    def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """What the completions of a step were like, those of replaced groups among them."""
-        every = joined(outcomes)
-        tasks = np.repeat([kind.split("/")[0] for kind in every.kinds], self.config.rollout.num_generations)
-        ended, lengths = every.ended, every.lengths
-        metrics = {
-            "reward": _mean(every.total),
-            "reward_std": _std(every.total),
-            "groups_without_variance": 1 - every.varied.mean(),
-            "length/mean": lengths.mean(),
-            "length/min": lengths.min(),
-            "length/max": lengths.max(),
-            "length/truncated": 1 - ended.mean(),
-            "length/ended_mean": _mean(lengths[ended]),
-            "draft_score": _mean(every.draft_score),
-            "final_score": _mean(every.final_score),
-            "rewards/failed": every.failed.sum(),
-        }
-        for name, column in zip(self.weights, every.rewards.T, strict=True):
-            metrics |= {f"rewards/{name}": _mean(column), f"rewards/{name}_std": _std(column)}
-        if self.judge:
-            metrics |= {"judge/tokens": self.judge.chat.tokens.total(), "judge/cost": self.judge.chat.cost}
-        for task in sorted(name for name in set(tasks) if TASKS[name].verifiable):
-            metrics[f"final_score/{task}"] = every.final_score[tasks == task].mean()
-        if self.config.data.style in prompts.WITH_DRAFT:
-            metrics |= _reflection(every, tasks)
-        return metrics
 
-    def records(self, draw: RolloutBatch, group: int) -> list[dict[str, Any]]:
-        """One for each completion of a group, for people to read."""
-        item, g = draw.host.examples[group], self.config.rollout.num_generations
-        return [
-            {
-                "example": item.example.id,
-                "task": item.example.task,
-                "prompt": item.prompt,
-                "completion": draw.texts[i],
-                "rewards": {
-                    name: None if np.isnan(value) else float(value)
-                    for name, value in zip(self.weights, draw.rewards[i], strict=True)
-                },
-                "error": draw.errors[i],
-            }
-            for i in range(group * g, (group + 1) * g)
-        ]
-
-
-def _reflection(every: Outcome, tasks: np.ndarray) -> dict[str, float]:
-    """How often the answer after reflection is better than, as good as, or worse than the draft, and its length."""
-    known = np.asarray([TASKS[name].verifiable for name in tasks])
-    gain, tasks = (every.final_score - every.draft_score)[known], tasks[known]
-    if not len(gain):
-        return {}
-    found = {
-        "reflection/corrected": (gain > 0).mean(),
-        "reflection/kept": (gain == 0).mean(),
-        "reflection/broken": (gain < 0).mean(),
-        "reflection/words": every.reflect_words[known].mean(),
-    }
-    timed = np.asarray([TASKS[name].timed for name in tasks])
-    if timed.any():
-        found["reflection/tiou_gain"] = gain[timed].mean()
-    return found
-
-
-def _mean(values: np.ndarray) -> float:
-    """Mean of the entries that are there; 0 when none is."""
-    there = values[~np.isnan(values)]
-    return float(there.mean()) if there.size else 0.0
-
-
-def _std(values: np.ndarray) -> float:
-    there = values[~np.isnan(values)]
-    return float(there.std()) if there.size else 0.0
+def abstract_inputs(
+    config: ConfigDict, length: int, rows: Callable[..., jax.ShapeDtypeStruct]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what `collect` gives the loss for completions of `length` tokens; `rows(*shape, dtype)` is an array
+    with a row for each prompt."""
+    g = config.rollout.num_generations
+    per_token = {"mask": bool, "sampler_logps": np.float32}
+    per_token |= {"ref_logps": np.float32} if config.grpo.beta else {}
+    per_token |= {"old_logps": np.float32} if config.grpo.iterations > 1 else {}
+    inputs = {name: rows(g, length, dtype=dtype) for name, dtype in per_token.items()}
+    return inputs | {"advantages": rows(g, dtype=np.float32)}

@@ -1,12 +1,12 @@
 """Sampling on the device: one prefill a prompt, then G completions that all read the one prompt cache.
 
-The host runs the decoding loop in stretches. A stretch ends when all completions have ended, when the cache of their
+The host runs the decoding loop in chunks. A chunk ends when all completions have ended, when the cache of their
 keys is full (it then doubles, so that short completions never read a long empty cache), or when so many have ended that
 the others fit in a quarter of the rows: those are gathered into a smaller batch, and one long straggler does not hold
 up a full one; or when somebody watches and WATCH_EVERY tokens are new. What is drawn does not depend on any of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -196,6 +196,52 @@ def sample(
         loop, prompts = _resize(prompts, loop, shape=(*rows, room), mesh=static.mesh)
 
 
+def abstract_programs(
+    variables: Variables,
+    batch: Batch,
+    *,
+    model: QwenVL,
+    num_generations: int,
+    max_new_tokens: int,
+    end_tokens: tuple[int, ...],
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> Iterator[tuple[str, Any, tuple, dict[str, Any]]]:
+    """Name, function, arguments and static arguments of the programs that `sample` runs for shapes with shardings: the
+    prefill, and the decoding loop with a full cache."""
+    mesh = model.mesh
+    static = StaticArgs(model, end_tokens, False, top_p, top_k, mesh)
+    scalar = partial(jax.ShapeDtypeStruct, (), sharding=sharding.replicated(mesh))
+    rows = batch.tokens.shape[0] * num_generations
+    keys = jax.ShapeDtypeStruct((rows,), jax.random.key(0).dtype, sharding=sharding.examples(mesh))
+    dynamic = DynamicArgs(keys, scalar(jnp.float32), scalar(jnp.int32), None)
+    size = num_generations, max_new_tokens, max_new_tokens
+    if read_apart(variables, model.dtype, mesh):
+        read = jax.eval_shape(partial(for_reading, dtype=model.dtype, mesh=mesh), variables)
+        layouts = sharding.gathered(variables, mesh)
+        variables = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), read, layouts)
+    given = variables, batch, dynamic
+    yield "prefill", _start, given, {"static": static, "size": size}
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """Where the prefill leaves an array: caches by rule, what has a row for each prompt by example."""
+        if leaf.ndim >= 5:
+            layout = sharding.cache(mesh, leaf.shape)
+        else:
+            layout = sharding.examples(mesh) if leaf.ndim else sharding.replicated(mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+
+    loop, prompts = jax.eval_shape(partial(_start, static=static, size=size), *given)
+    args = variables, jax.tree.map(placed, prompts), jax.tree.map(placed, loop), dynamic, scalar(jnp.int32)
+    yield "decode step", _advance, args, {"static": static}
+
+
+def read_apart(variables: Variables, dtype: Any, mesh: Mesh) -> bool:
+    """Whether sampling reads a copy of the weights: whole over fsdp, in the dtype of activations."""
+    dtypes = {x.dtype for x in jax.tree.leaves(variables["params"])}
+    return mesh.shape["fsdp"] > 1 or dtypes != {jnp.dtype(dtype)}
+
+
 @partial(jax.jit, static_argnums=1)
 def _for_completions(keys: jax.Array, generations: int) -> jax.Array:
     """Keys [B] of prompts to keys [B * G] of their completions."""
@@ -283,7 +329,7 @@ def _advance(
     *,
     static: StaticArgs,
 ) -> tuple[_Loop, jax.Array, jax.Array]:
-    """Draws tokens until a stretch ends, at the latest when there are `pause`; how many prompts have completions left
+    """Draws tokens until a chunk ends, at the latest when there are `pause`; how many prompts have completions left
     then, and how many the most."""
     c, room = loop.tokens.shape[2], loop.own.k.shape[4]
     shape = loop.done.shape

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vau_jax.common.files import InputError
+from vau_jax.common.files import InputError, short
 from vau_jax.data.video import decoders
 from vau_jax.data.video.decoders import Picture, VideoError
 
@@ -147,7 +147,7 @@ def read(path: str | os.PathLike, options: VideoOptions, factor: int, multiple: 
         except (VideoError, MemoryError):
             raise
         except Exception as error:  # decoders raise types of their own, by version
-            errors.append(decoders.short(error))
+            errors.append(short(error))
         if best is None or found.count > best.count:
             best = found
         if best.count == len(numbers):
@@ -235,7 +235,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     except VideoError:
         raise
     except Exception as error:  # Pillow's readers raise whatever a damaged file provokes
-        raise VideoError(f"cannot read image {path}: {decoders.short(error)}") from error
+        raise VideoError(f"cannot read image {path}: {short(error)}") from error
 
 
 def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vau_jax.common.files import dump_json
+from vau_jax.common.files import dump_json, short
 from vau_jax.common.workers import Died, Pool, Worker
 from vau_jax.data.video import clips
 from vau_jax.data.video.clips import Clip, Probe, VideoOptions
-from vau_jax.data.video.decoders import VideoError, short
+from vau_jax.data.video.decoders import VideoError
 
 VIDEOS_A_WORKER = 2000
 MEMORY = 4 * 2**30  # bytes of data that a worker may hold

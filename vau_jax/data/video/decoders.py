@@ -18,6 +18,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 
+from vau_jax.common.files import short
 from vau_jax.datasets.vau_bench import MAX_SECONDS
 
 try:
@@ -269,8 +270,3 @@ def pictures(path: Path, index: Index, numbers: frozenset[int]) -> Iterator[Iter
     """Ways to get the frames `numbers`, the fastest first; where one lacks some, the next may have them."""
     ways = (with_skipping, from_beginning, by_decord) if index.is_key.any() else (from_beginning, by_decord)
     return (way(path, index, numbers) for way in ways)
-
-
-def short(error: Exception) -> str:
-    """An error of a library in a line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"

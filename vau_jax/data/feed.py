@@ -1,0 +1,68 @@
+"""The feed of a run: batch after batch, this process's rows of each, checked, counted and put on the devices."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vau_jax.common.processes import Rows
+from vau_jax.data import pipeline
+from vau_jax.data.pipeline import HostBatch
+from vau_jax.data.processor import Processor, Shape
+from vau_jax.datasets.audit import Audit
+from vau_jax.tasks.example import Example
+
+
+class Feed:
+    """The batches of config.data for `rows`; `counts` is what was wrong with the data since the run began."""
+
+    def __init__(
+        self, config: ConfigDict, examples: list[Example], audit: Audit, processor: Processor, rows: Rows
+    ) -> None:
+        self.config, self.rows = config, rows
+        self.collate = pipeline.Collator(processor, config.data)
+        self.iterator = pipeline.train_iterator(
+            examples,
+            processor,
+            config.data,
+            config.batch_size,
+            seed=config.seed,
+            rows=rows.mine,
+            # Several processes first agree on the size.
+            place=self.on_devices if jax.process_count() == 1 else None,
+        )
+        self.counts = Counter(pipeline.excluded(audit))
+
+    def next(self) -> HostBatch:
+        """This process's rows of the next batch; what is wrong with the whole of it is counted."""
+        host = next(self.iterator)
+        troubles = [pipeline.troubles(item, self.config.data) for item in host.examples]
+        self.counts.update(pipeline.summed(self.rows.gather(troubles)))
+        return host
+
+    def shape(self, host: HostBatch) -> Shape:
+        """What every process pads its rows of a batch to: the largest of their sizes."""
+        own = self.collate.shape(host.examples)
+        return Shape(*map(max, *self.rows.gather([own] * len(host.examples)), own))
+
+    def agreed(self, host: HostBatch) -> HostBatch:
+        """The same rows padded as every process pads its own."""
+        return host if jax.process_count() == 1 else self.collate(host.examples, self.shape(host))
+
+    def on_devices(self, host: HostBatch) -> HostBatch:
+        """The whole batch's prompts on the devices, from this process's rows."""
+        return replace(host, batch=self.rows.put(host.batch))
+
+    def state(self) -> Any:
+        """The position in the data, as grain has it."""
+        return self.iterator.get_state()
+
+    def resume(self, state: Any) -> None:
+        """Goes to the position of `state`."""
+        self.iterator.set_state(state)
+
+    def close(self) -> None:
+        """Ends the threads that load data ahead."""
+        self.iterator.close()

@@ -1,0 +1,48 @@
+"""The engine: what samples completions of a batch of prompts, and the programs that it runs.
+
+Another engine has the same two methods.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from vau_jax.models.qwen_vl import QwenVL
+from vau_jax.rl import sampling
+from vau_jax.types import Batch, Sampled, Variables
+
+
+class Program(NamedTuple):
+    """A compiled function with the shapes of its arguments."""
+
+    name: str
+    function: Any
+    args: tuple
+    static: dict[str, Any]
+
+
+class Engine:
+    """Samples on the devices of the mesh that the parameters lie on, by `sampling.sample`."""
+
+    def __init__(self, config: ConfigDict, model: QwenVL, end_tokens: tuple[int, ...], max_new_tokens: int) -> None:
+        """`config` is config.rollout."""
+        self.temperature, self.min_new_tokens = config.temperature, config.min_new_tokens
+        self.options: dict[str, Any] = {
+            "model": model,
+            "num_generations": config.num_generations,
+            "max_new_tokens": max_new_tokens,
+            "end_tokens": end_tokens,
+            "top_p": config.top_p,
+            "top_k": config.top_k,
+        }
+
+    def sample(self, variables: Variables, batch: Batch, keys: jax.Array) -> Sampled:
+        """G completions of each prompt, on the devices. `keys` [B]: one for each prompt."""
+        return sampling.sample(variables, batch, keys, self.temperature, self.min_new_tokens, **self.options)
+
+    def programs(self, variables: Variables, batch: Batch) -> Iterator[Program]:
+        """The programs that `sample` runs for such arguments, given as shapes with shardings."""
+        for name, function, args, static in sampling.abstract_programs(variables, batch, **self.options):
+            yield Program(name, function, args, static)

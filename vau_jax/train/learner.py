@@ -1,0 +1,206 @@
+"""The learner: the state of training, the programs that change it, and the policies that they read.
+
+A learner is made of shapes alone, so that its programs can be compiled for devices that are not there
+(launch/compile_check.py); `begin` gives it parameters. What is sharded how follows from parameter names.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vau_jax.common import sharding
+from vau_jax.models import hf, lora, qwen_vl
+from vau_jax.models.config import QwenVLConfig
+from vau_jax.models.lora import LoRA
+from vau_jax.models.qwen_vl import QwenVL
+from vau_jax.train import optim, update
+from vau_jax.types import Batch, Completions, Params, State, TrainBatch, Variables
+from vau_jax.vlm import DTYPES
+
+ADAPTER_STREAM = 2**31 - 2  # no step number: the key of fresh adapters and the sampler's never meet
+
+
+class Learner:
+    """Trains a model of `model_config` from parameters with the shapes, dtypes and shardings of `shapes`."""
+
+    def __init__(self, config: ConfigDict, model_config: QwenVLConfig, shapes: Params, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.lora = LoRA(**config.lora) if config.lora.rank else None
+        self.model = QwenVL(
+            model_config, DTYPES[config.dtype], config.remat, config.unroll, config.attention, self.lora, mesh
+        )
+        # Unrolled layers pay in the update; in the sampler's loop their weights would be copied at every token.
+        self.sampler = self.model.clone(unroll=1)
+        trained, self.abstract_base = self._split(shapes)
+        motion = config.motion if model_config.vision.motion else None
+        rounds = config.grpo.iterations if config.stage == "rft" else 1
+        self.optimiser = optim.make(config.optim, config.steps * rounds, trained, self.abstract_base, motion)
+        state = jax.eval_shape(self._initial, trained)
+        self.shardings = sharding.state_shardings(state, mesh)
+        self.abstract_state: State = jax.tree.map(_with_sharding, state, self.shardings)
+        names = list(hf.flatten(shapes))
+        self.tower_is_frozen = self._tower_is_frozen([name for name in names if name.startswith("visual/")], trained)
+        self.base: Params | None = None
+        self.reference: Params | None = None  # the policy that the KL is measured from, where it does not move
+        self.state: State | None = None
+
+    # --- What is trained, and the state ---
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss has a KL term."""
+        return self.config.stage == "rft" and bool(self.config.grpo.beta)
+
+    @property
+    def copies_reference(self) -> bool:
+        """Whether the reference policy is a copy of its own that stays: with adapters it is the base."""
+        return self.has_reference and not self.config.grpo.reference_every and self.lora is None
+
+    def begin(self, params: Params) -> None:
+        """Starts training from parameters with the shapes that the learner was made for."""
+        trained, self.base = self._split(params)
+        self.reference = jax.tree.map(jnp.copy, trained) if self.copies_reference else self.base
+        self.state = jax.device_put(self._initial(trained), self.shardings)
+
+    def _split(self, params: Params) -> tuple[Params, Params | None]:
+        """(trained, frozen base): all parameters and None; or fresh adapters and what they are trained on. Arrays or
+        shapes."""
+        if self.lora is None:
+            return params, None
+        if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+            layout = sharding.layout(self.mesh)
+            fresh = hf.flatten(jax.eval_shape(self._fresh_adapters, params))
+            laid_out = {path: _with_sharding(leaf, layout(path, leaf.shape)) for path, leaf in fresh.items()}
+            return hf.unflatten(laid_out), params
+        return self._fresh_adapters(params), params
+
+    def _fresh_adapters(self, params: Params) -> Params:
+        shapes = {path: leaf.shape for path, leaf in hf.flatten(params).items()}
+        key = jax.random.fold_in(jax.random.key(self.config.seed), ADAPTER_STREAM)
+        flat = lora.init(key, shapes, self.lora, jnp.dtype(self.config.param_dtype))
+        if "motion_prompt" in params:
+            flat |= {f"motion_prompt/{name}": jnp.copy(x) for name, x in params["motion_prompt"].items()}
+        return hf.unflatten(flat)
+
+    def _initial(self, trained: Params) -> State:
+        following = None
+        if self.has_reference and self.config.grpo.reference_every:
+            following = jax.tree.map(jnp.copy, trained)
+        return State(jnp.int32(0), trained, jax.jit(self.optimiser.init)(trained), following)
+
+    def _tower_is_frozen(self, tower: list[str], trained: Params) -> bool:
+        if self.model.config.vision.motion:  # what goes into the tower is trained
+            return False
+        if self.lora is None:
+            return optim.all_frozen(self.config.optim, tower)
+        return not any(name.startswith("visual/") for name in hf.flatten(trained))
+
+    # --- Policies ---
+
+    @property
+    def variables(self) -> Variables:
+        """The policy as it is now."""
+        return update.policy(self.state.params, self.base)
+
+    @property
+    def abstract_variables(self) -> Variables:
+        """Shapes and shardings of the policy."""
+        return update.policy(self.abstract_state.params, self.abstract_base)
+
+    @property
+    def reference_variables(self) -> Variables:
+        """The policy that the KL is measured from."""
+        if self.state.reference is not None:
+            return update.policy(self.state.reference, self.base)
+        return qwen_vl.with_adapters(self.reference, None)
+
+    @property
+    def abstract_reference(self) -> Variables:
+        """Shapes and shardings of the reference policy."""
+        if self.abstract_state.reference is not None:
+            return update.policy(self.abstract_state.reference, self.abstract_base)
+        return qwen_vl.with_adapters(self.abstract_base or self.abstract_state.params, None)
+
+    def reference_logps(self, batch: Batch, completions: Completions) -> jax.Array:
+        """float32 [B, G, C] of the reference policy."""
+        return self.logps_program(self.reference_variables, batch, completions)[0]
+
+    def policy_logps(self, batch: Batch, completions: Completions) -> jax.Array:
+        """float32 [B, G, C] of the policy as it is now."""
+        return self.logps_program(self.variables, batch, completions)[0]
+
+    def encode_vision(self, batch: Batch) -> Batch:
+        """Where the vision tower is frozen: the batch with its features, which serve all uses of the prompts."""
+        if not self.tower_is_frozen:
+            return batch
+        return replace(batch, vision=self.vision_program(self.variables, batch))
+
+    def abstract_encoded(self, batch: Batch) -> Batch:
+        """The same of shapes."""
+        if not self.tower_is_frozen:
+            return batch
+        features = jax.eval_shape(self.vision_program, self.abstract_variables, batch)
+        rows = sharding.examples(self.mesh)
+        return replace(batch, vision=jax.tree.map(lambda x: _with_sharding(x, rows), features))
+
+    # --- Programs ---
+
+    @cached_property
+    def update_program(self) -> update.Update:
+        """(State, base, TrainBatch) to State and metrics."""
+        return update.make(self.config, self.model, self.optimiser, self.shardings, self.mesh)
+
+    @cached_property
+    def logps_program(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """(variables, Batch, Completions) to log-probabilities and entropies."""
+        temperature = self.config.rollout.temperature
+        return jax.jit(partial(update.policy_logps, model=self.model, temperature=temperature))
+
+    @cached_property
+    def vision_program(self) -> Callable[..., Any]:
+        """(variables, Batch) to Features."""
+        return jax.jit(partial(self.model.apply, method="encode_vision"))
+
+    @cached_property
+    def _follow_program(self) -> Callable[[Params, Params], Params]:
+        mix = self.config.grpo.reference_mix
+        return jax.jit(
+            lambda old, new: jax.tree.map(lambda a, b: (1 - mix) * a + mix * b, old, new),
+            out_shardings=self.shardings.reference,
+        )
+
+    # --- One step ---
+
+    def update(self, train: TrainBatch) -> dict[str, float]:
+        """The updates of one batch (several with grpo.iterations): their metrics, mean or (/max) largest."""
+        rounds = self.config.grpo.iterations if self.config.stage == "rft" else 1
+        metrics = []
+        for _ in range(rounds):
+            with jax.transfer_guard("disallow"):  # everything is where the program wants it
+                self.state, scalars = self.update_program(self.state, self.base, train)
+            metrics.append(jax.device_get(scalars))
+        return {
+            name: (np.max if name.endswith("/max") else np.mean)([scalars[name] for scalars in metrics])
+            for name in metrics[0]
+        }
+
+    def follow_reference(self, number: int) -> None:
+        """After step `number`, from 0: moves the reference to (a mix with) the policy every grpo.reference_every."""
+        if self.state.reference is not None and (number + 1) % self.config.grpo.reference_every == 0:
+            self.state = replace(self.state, reference=self._follow_program(self.state.reference, self.state.params))
+
+
+def _with_sharding(shape: jax.ShapeDtypeStruct, layout: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout)
+
+
+def shapes_of(params: Params) -> Params:
+    """Shapes, dtypes and shardings of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
