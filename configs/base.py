@@ -48,7 +48,8 @@ def get_config() -> ConfigDict:
     c.mesh.tensor = 1  # heads and hidden units split
 
     c.data = ConfigDict()
-    c.data.dataset = "vau_bench"  # reader of the annotations, a name in vau_jax/datasets/__init__.py
+    c.data.dataset = "vau_bench"  # format of data.csv: vau_bench, vau_bench_tfds, array_record, video_qa
+    c.data.split = "train"  # of a TFDS dataset; files are splits of their own
     c.data.csv = ""  # annotations: CSV or JSONL with VAU-Bench's columns
     c.data.videos = ""  # folder with the video files that the annotations name
     c.data.reflection = ""  # JSONL of reflection records; empty: reasoning from the annotations

@@ -28,7 +28,7 @@ from vau_jax.common.metric_writer import Progress
 from vau_jax.data.video.clips import Probe
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
-from vau_jax.datasets import vau_bench
+from vau_jax.datasets import array_record, vau_bench
 from vau_jax.datasets.vau_bench import Row
 
 SPLITS = ("train", "val", "test")
@@ -99,9 +99,14 @@ def _some(found: list[str] | dict[str, Any], most: int = 5) -> list[str]:
 
 
 def import_splits(
-    out: Path, annotation_files: dict[str, list[str]], folders: dict[str, Path], seed: int, workers: int
+    out: Path,
+    annotation_files: dict[str, list[str]],
+    folders: dict[str, Path],
+    seed: int,
+    workers: int,
+    records: bool = False,
 ) -> Found:
-    """Writes the splits; `annotation_files` by split, `folders` of videos by source."""
+    """Writes the splits; `annotation_files` by split, `folders` of videos by source; `records`: as ArrayRecord too."""
     found = Found()
     splits = {split: _load(paths, found) for split, paths in annotation_files.items() if paths}
     if not splits:
@@ -123,6 +128,9 @@ def import_splits(
         files.write_text(out / name, text)
     sums = [f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in texts.items()]
     files.write_text(out / "SHA256SUMS", "".join(sums))
+    if records:
+        for split, rows in splits.items():
+            array_record.write(out / f"{split}.array_record", rows)
     return found
 
 
@@ -257,12 +265,14 @@ def main() -> None:
     imports.add_argument("--out", required=True, type=Path)
     imports.add_argument("--seed", type=_from(0), default=0, help="of the options' order")
     imports.add_argument("--workers", type=_from(1), default=os.cpu_count(), help="processes that read videos")
+    imports.add_argument("--array_record", action="store_true", help="write the splits as ArrayRecord files too")
     args = parser.parse_args()
     if args.command == "audit":
         print(audit(args.files, args.source, args.protocol, args.rows))
         return
     folders = _folders(args.videos)
-    found = import_splits(args.out, {split: getattr(args, split) for split in SPLITS}, folders, args.seed, args.workers)
+    given = {split: getattr(args, split) for split in SPLITS}
+    found = import_splits(args.out, given, folders, args.seed, args.workers, args.array_record)
     print(found.table())
     if folders:
         print(f"use with --config.data.videos={common_folder(list(folders.values()))}")

@@ -23,14 +23,15 @@ import tensorflow_datasets as tfds
 from data_prep.vau_bench import SPLITS
 from vau_jax.common.files import InputError
 from vau_jax.datasets import vau_bench
-from vau_jax.datasets.vau_bench import SOURCES, Row
+from vau_jax.datasets.vau_bench import SOURCES
+from vau_jax.datasets.vau_bench_tfds import features_of
 from vau_jax.tasks.description import SECTIONS
 
 
 class VauBench(tfds.core.GeneratorBasedBuilder):
     """Questions, intervals, classes and reasoning about surveillance videos (7xiang/VAU-Bench, MIT)."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS = [  # noqa: RUF012 - as TFDS declares it
         tfds.core.BuilderConfig(name="all", description="all sources"),
         *(tfds.core.BuilderConfig(name=source, description=f"the videos of {source}") for source in SOURCES),
@@ -59,6 +60,8 @@ class VauBench(tfds.core.GeneratorBasedBuilder):
             "fps": np.float32,
             "width": np.int32,
             "height": np.int32,
+            "line": np.int32,  # of the file that the dataset was built from, 1 for the first
+            "row": text,  # the whole row as JSON, with its exact numbers
         }
         return self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict(features), homepage="https://huggingface.co/datasets/7xiang/VAU-Bench"
@@ -75,18 +78,3 @@ class VauBench(tfds.core.GeneratorBasedBuilder):
         for row in rows:
             if self.builder_config.name in ("all", row.source):
                 yield f"{row.source}/{row.video}/{row.line}", features_of(row)
-
-
-def features_of(row: Row) -> dict[str, Any]:
-    """A row as the builder's features."""
-    interval = row.interval if isinstance(row.interval, tuple) else (0.0, 0.0)
-    kind = "seconds" if isinstance(row.interval, tuple) else row.interval or "unknown"
-    return {
-        **{name: getattr(row, name) or "" for name in ("video", "source", "question", "answer", "anomaly_class")},
-        **{name: getattr(row, name) or "" for name in ("key_object", "description")},
-        **{name: getattr(row, name) or 0 for name in ("duration", "fps", "width", "height")},
-        "options": list(row.options),
-        "interval_kind": kind,
-        "interval": np.asarray(interval, np.float32),
-        "reasoning": {title: row.reasoning.get(title, "") for title in SECTIONS},
-    }

@@ -404,7 +404,7 @@ def test_filtered_sampling_is_corrected(importance: str, top_p: float, cap: floa
     assert loop.update.loss_settings(c).importance_cap == cap
 
 
-score = jax.jit(loop.update.policy_logps, static_argnames="model")
+score = jax.jit(update.policy_logps, static_argnames="model")
 NOT_OF_SAMPLING = {"num_generations", "max_draws", "reward_workers", "reward_seconds"}
 SAMPLING = {"temperature": 0.6, "top_p": 0.8, "top_k": 3, "min_new_tokens": 12}
 

@@ -151,8 +151,14 @@ def _finite(value: Any) -> Any:
 
 
 def content_hash(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's contents, as hex digits; read anew at each call. Raises InputError."""
+    """SHA-256 of a file's contents, or of the names and contents of a folder's files, as hex digits; read anew at each
+    call. Raises InputError."""
+    path = Path(path)
     try:
+        if path.is_dir():
+            names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+            listing = "".join(f"{name} {content_hash(path / name)}\n" for name in names)
+            return hashlib.sha256(listing.encode()).hexdigest()
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from vau_jax.datasets import vau_bench
+from vau_jax.datasets import array_record, vau_bench, vau_bench_tfds, video_qa
 from vau_jax.datasets.audit import Audit
 from vau_jax.tasks.example import Example
 
@@ -12,4 +12,7 @@ Reader = Callable[[ConfigDict], tuple[list[Example], Audit]]  # config.data to e
 
 DATASETS: dict[str, Reader] = {  # by config.data.dataset
     "vau_bench": vau_bench.read,
+    "vau_bench_tfds": vau_bench_tfds.read,
+    "array_record": array_record.read,
+    "video_qa": video_qa.read,
 }

@@ -115,13 +115,7 @@ def load(
     if path.suffix == ".jsonl":
         records = tables.json_lines(path, text)
         if records and "video" in records[0][1]:
-            if protocol == "paper":
-                raise InputError(
-                    f"{path} holds imported rows, which are mended: protocol=paper needs the CSV as published"
-                )
-            audit = Audit(str(path), protocol, len(records))
-            rows = [_imported_row(path, line, record) for line, record in records]
-            return [row for row in rows if _stays_inside(row.video, row.line, audit)], audit
+            return imported(path, records, protocol)
         found, faults = tables.text_rows(path, records, COLUMNS)
     else:
         found, faults = tables.csv_rows(path, text, COLUMNS, "Video Name")
@@ -131,6 +125,15 @@ def load(
     audit = Audit(str(path), protocol, len(found) + len(faults))
     audit.entries = [AuditEntry(fault.number, fault.start, "excluded", "row", fault.reason) for fault in faults]
     return _rows(found, source, protocol, audit), audit
+
+
+def imported(path: Path, records: Sequence[tuple[int, dict[str, Any]]], protocol: str) -> tuple[list[Row], Audit]:
+    """Rows that `to_json` wrote, by number. Raises InputError for others, and for protocol "paper"."""
+    if protocol == "paper":
+        raise InputError(f"{path} holds imported rows, which are mended: protocol=paper needs the CSV as published")
+    audit = Audit(str(path), protocol, len(records))
+    rows = [_imported_row(path, line, record) for line, record in records]
+    return [row for row in rows if _stays_inside(row.video, row.line, audit)], audit
 
 
 def _rows(found: Sequence[tuple[int, dict[str, str]]], source: str, protocol: str, audit: Audit) -> list[Row]:

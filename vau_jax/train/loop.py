@@ -324,7 +324,7 @@ def inputs(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     data = {}
     for name in ("csv", "reflection", "templates"):
         file = config.data[name]
-        if file and Path(file).is_file():  # where it is not, loading it says so
+        if file and Path(file).exists():  # where it is not, loading it says so
             data[f"data.{name}"] = content_hash(file)
             if old and old.object("data").text(f"data.{name}", "") != data[f"data.{name}"]:
                 raise InputError(
