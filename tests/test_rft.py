@@ -32,7 +32,7 @@ from vau_jax.rl.engine import Engine
 from vau_jax.rl.outcome import RolloutBatch, SelectedGroups
 from vau_jax.rl.rollout import Clock, RolloutWorker
 from vau_jax.rl.scorer import Scorer
-from vau_jax.train import loop, update
+from vau_jax.train import loop, optim, update
 from vau_jax.types import Completions, Features, Sampled, TrainBatch
 from vau_jax.vlm import VideoLM
 
@@ -157,7 +157,7 @@ def test_parts_of_a_batch_give_the_same_update(loss_type: str, parts: int, rolle
     for number in (1, parts):
         c = t.config.copy_and_resolve_references()
         c.micro_batches, c.grpo.loss_type, c.grpo.entropy_bonus = number, loss_type, 0.01
-        sgd = loop.optim.optax.sgd(1.0)
+        sgd = optim.optax.sgd(1.0)
         state = replace(t.learner.state, opt_state=sgd.init(t.learner.state.params))
         shardings = sharding.state_shardings(state, t.mesh)
         step = update.make(c, t.learner.model, sgd, shardings, t.mesh)
@@ -401,7 +401,7 @@ def test_completions_are_cut_to_few_lengths(scorer: tuple) -> None:
 def test_filtered_sampling_is_corrected(importance: str, top_p: float, cap: float, scorer: tuple) -> None:
     c = scorer[2].copy_and_resolve_references()
     c.grpo.importance, c.rollout.top_p = importance, top_p
-    assert loop.update.loss_settings(c).importance_cap == cap
+    assert update.loss_settings(c).importance_cap == cap
 
 
 score = jax.jit(update.policy_logps, static_argnames="model")
@@ -418,7 +418,7 @@ def test_tokens_are_weighed_where_they_are_not_drawn_as_they_are_scored(name: st
     out = engine.sample(vlm.variables, batch, jax.random.key(0))
     scored, _ = score(vlm.variables, batch, Completions(out.tokens, out.mask), vlm.model, c.rollout.temperature)
     gap = np.abs(np.where(out.mask, out.logps - scored, 0)).max()
-    assert (gap > 1e-3) == (loop.update.loss_settings(c).importance_cap > 0), gap
+    assert (gap > 1e-3) == (update.loss_settings(c).importance_cap > 0), gap
 
 
 # --- Dynamic sampling ---------------------------------------------------------------------------------------------
