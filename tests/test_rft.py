@@ -421,6 +421,30 @@ def test_tokens_are_weighed_where_they_are_not_drawn_as_they_are_scored(name: st
     assert (gap > 1e-3) == (update.loss_settings(c).importance_cap > 0), gap
 
 
+# --- What draws depend on -----------------------------------------------------------------------------------------
+
+
+def test_what_is_drawn_for_an_example_depends_on_it_alone(model_folder: Path, dataset: Path) -> None:
+    """Not on the order of the batch, nor on its size; another step draws anew, and so does an example that repeats."""
+    t = loop.Run(config(model_folder, dataset))
+    items = t.feed.next().examples
+    t.close()
+
+    def drawn(items: list[pipeline.Loaded], key: int = 0) -> dict[str, list]:
+        batch = t.learner.encode_vision(jax.device_put(t.feed.collate(items).batch, sharding.examples(t.mesh)))
+        repeats = [items[:i].count(item) for i, item in enumerate(items)]
+        keys = pipeline.keys_of(jax.random.key(key), pipeline.draw_numbers(items, repeats))
+        out = t.worker.engine.sample(t.learner.variables, batch, keys)
+        return {f"{item.example.id}/{i}": row.tolist() for item, i, row in zip(items, repeats, out.tokens, strict=True)}
+
+    whole = drawn(items)
+    assert drawn(items[::-1]) == whole
+    assert drawn(items[2:]).items() <= whole.items()
+    assert all(drawn(items, 1)[name] != tokens for name, tokens in whole.items())
+    twice = drawn([items[0], items[0]])
+    assert twice[f"{items[0].example.id}/0"] == whole[f"{items[0].example.id}/0"] != twice[f"{items[0].example.id}/1"]
+
+
 # --- Dynamic sampling ---------------------------------------------------------------------------------------------
 
 

@@ -431,12 +431,26 @@ def eval_batches(
     return iter(_ahead(batches, config))
 
 
+def draw_numbers(items: Sequence[Loaded], repeats: Sequence[int] | None = None) -> np.ndarray:
+    """uint32 [B]: a number for each example, by its id and rotation alone, and by how often it stood in the batch
+    before, where it does more than once."""
+    repeats = [0] * len(items) if repeats is None else repeats
+    names = [f"{item.example.id}/{item.example.rotation}" for item in items]
+    names = [f"{name}/{repeat}" if repeat else name for name, repeat in zip(names, repeats, strict=True)]
+    digests = [hashlib.sha256(name.encode()).digest() for name in names]
+    return np.asarray([int.from_bytes(digest[:4]) for digest in digests], np.uint32)
+
+
+@jax.jit
+def keys_of(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    """A key for each example [B], from `draw_numbers`: what is drawn for it does not depend on which others stand in
+    its batch, and where."""
+    return jax.vmap(partial(jax.random.fold_in, key))(numbers)
+
+
 def sampling_keys(items: Sequence[Loaded], seed: int) -> jax.Array:
-    """A key for each example [B], to sample its completions with: by the seed, the example's name and its rotation
-    alone, so that they do not depend on which others stand in its batch, and where."""
-    names = [f"{item.example.id}/{item.example.rotation}".encode() for item in items]
-    numbers = [int.from_bytes(hashlib.sha256(name).digest()[:4]) for name in names]
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.asarray(numbers, np.uint32))
+    """A key for each example [B], to sample its completions with in an evaluation."""
+    return keys_of(jax.random.key(seed), draw_numbers(items))
 
 
 def make_loader(processor: Processor, config: ConfigDict, augment: bool, blind: bool = False) -> Loader:

@@ -108,7 +108,8 @@ class RolloutWorker:
             with clock("rollout"):
                 host = self.feed.agreed(host)
                 batch = policy.encode_vision(self.feed.on_devices(host).batch)
-                sampled = self.engine.sample(policy.variables, batch, jax.random.fold_in(key, len(draws)))
+                keys = self.keys(host, jax.random.fold_in(key, len(draws)))
+                sampled = self.engine.sample(policy.variables, batch, keys)
                 sampled = self.feed.rows.fetch(sampled)
             with clock("reward"):
                 draws.append(self.scorer.read(host, sampled))
@@ -124,6 +125,15 @@ class RolloutWorker:
         else:
             chosen = self._of_several(policy, draws, outcomes)
         return chosen, outcomes, pipeline.summed(levels)
+
+    def keys(self, host: HostBatch, key: jax.Array) -> jax.Array:
+        """A key for each prompt of the whole batch [B], by its example alone: token t of its completion g is drawn with
+        fold_in(fold_in(keys[b], g), t). So neither the position in the batch nor the number of devices or processes
+        changes what is drawn."""
+        ids = self.feed.rows.gather([item.example.id for item in host.examples])
+        repeats = [ids[:row].count(ids[row]) for row in self.feed.rows.mine]
+        numbers = self.feed.rows.put(pipeline.draw_numbers(host.examples, repeats))
+        return pipeline.keys_of(key, numbers)
 
     def _of_several(self, policy: Policy, draws: list[RolloutBatch], outcomes: list[Outcome]) -> SelectedGroups:
         """Of several draws; a group may go to the devices of another process than the one that has read it."""
