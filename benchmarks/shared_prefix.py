@@ -62,7 +62,7 @@ def packed(rows: int, groups: int, prompt: int, length: int) -> tuple[Batch, Com
 def whole_logits(variables: Any, batch: Batch, completions: Completions, model: QwenVL) -> jax.Array:
     hidden = model.apply(variables, batch, completions, method="hidden")
     predicting = logprobs.completion_hidden(hidden, batch.mask, completions.tokens.shape[1])
-    scores = jax.nn.log_softmax(logprobs.logits(predicting, qwen_vl.unembedding(variables, model.config)))
+    scores = jax.nn.log_softmax(logprobs.logits(predicting, model.head(variables)))
     return jnp.take_along_axis(scores, completions.tokens[..., None], axis=-1)
 
 

@@ -8,6 +8,7 @@ from vau_jax.tasks import TASKS, prompts
 def get_config() -> ConfigDict:
     """The defaults: VAU-R1's settings where the papers state them."""
     c = ConfigDict()
+    c.format = 2  # of these fields: a run of an earlier format resumes with the defaults of what it lacks
     c.stage = "sft"  # sft: learn given completions; rft: GRPO on sampled ones
     c.model = ""  # Hugging Face folder: config, tokenizer, safetensors
     c.init_from = ""  # folder or earlier run (its last step now, for good) that the weights come from; empty: model

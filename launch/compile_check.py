@@ -45,7 +45,7 @@ from vau_jax.models.config import Motion, QwenVLConfig  # noqa: E402
 from vau_jax.rl import logprobs, sampling  # noqa: E402
 from vau_jax.rl.engine import Engine  # noqa: E402
 from vau_jax.rl.rollout import abstract_inputs  # noqa: E402
-from vau_jax.train import settings  # noqa: E402
+from vau_jax.train import loop  # noqa: E402
 from vau_jax.train.learner import Learner  # noqa: E402
 from vau_jax.types import Batch, Completions, Groups, Params, TrainBatch, Vision  # noqa: E402
 from vau_jax.types import Motion as PatchMotion  # noqa: E402
@@ -429,7 +429,7 @@ def table(reports: list[Report], known: Chip) -> str:
 
 def run(args: argparse.Namespace, config: ConfigDict) -> int:
     """Prints the table; the exit code."""
-    settings.check(config)
+    loop.check(config)
     if args.size and args.size not in model_config.SIZES:
         raise InputError(f"--size={args.size} is unknown: expected one of {', '.join(model_config.SIZES)}")
     if not args.size and not config.model:

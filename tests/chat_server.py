@@ -10,7 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, BinaryIO
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
+
+from configs import base
 
 
 @dataclass
@@ -109,3 +112,17 @@ def pictures(request: dict[str, Any]) -> list[np.ndarray]:
     content = request["messages"][-1]["content"]
     urls = [item["image_url"]["url"] for item in content if item["type"] == "image_url"]
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))) for url in urls]
+
+
+def endpoint(url: str, **changes: Any) -> ConfigDict:
+    c = base.endpoint()
+    c.update({"url": url, "model": "m", "seconds": 5.0, **changes})
+    return c
+
+
+def question(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+def last(request: dict[str, Any]) -> str:
+    return request["messages"][-1]["content"]

@@ -1,9 +1,10 @@
-"""Short training runs: as a command line, for tests that start one in processes of its own, and what one computed.
+"""Short training runs: their configs, their command lines for tests that start processes, and what one computed.
 
 A step of AdamW makes much of small gradients: their rounding, which is another on every processor, becomes a whole
 step. Tests that compare two ways to compute one thing compare gradients, or go on with steps IN_PROPORTION to them.
 """
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 from vau_jax.train.loop import Run
 
@@ -50,3 +52,28 @@ def arguments(stage: str, model: Path, data: Path, workdir: Path, steps: int, **
 WITH_LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is for x86-64 alone"
 )
+
+
+ROOT = Path(__file__).parents[1]
+
+
+TRAINING = sorted(p.stem for p in (ROOT / "configs").glob("*vau_r1*.py"))
+
+
+def small(name: str, model: Path, data: Path, split: str = "train") -> ConfigDict:
+    """A config with the test's paths and sizes, and nothing else changed."""
+    c = importlib.import_module(f"configs.{name}").get_config()
+    c.dtype = "float32"
+    c.batch_size = 4
+    c.data.csv, c.data.videos = str(data / f"{split}.csv"), str(data / "videos")
+    c.data.max_frames, c.data.wording = 8, "short"
+    c.data.bucket = (128, 576, 48, 64, 12, 64)
+    if name == "eval":
+        c.checkpoint = str(model)
+        c.data.max_completion_tokens = 8
+        return c
+    c.model, c.steps = str(model), 1
+    c.data.max_completion_tokens = 16 if c.stage == "rft" else 160
+    if c.data.style == "reflection":
+        c.data.reflection = str(data / "train_reflection.jsonl")
+    return c

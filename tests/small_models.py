@@ -11,7 +11,7 @@ from vau_jax.datasets import synthetic
 from vau_jax.models import hf, lora
 from vau_jax.models.config import QwenVLConfig
 from vau_jax.models.lora import LoRA
-from vau_jax.types import Params
+from vau_jax.types import Batch, Params
 from vau_jax.vlm import VideoLM
 
 TEXT = {
@@ -107,3 +107,16 @@ def with_adapters(vlm: VideoLM, kind: LoRA) -> VideoLM:
 def targets_of(vlm: VideoLM) -> tuple[str, ...]:
     deep = vlm.processor.config.vision.deepstack_layers
     return EVERYWHERE if deep else (*EVERYWHERE[:2], r"visual/merger/mlp/fc[12]")
+
+
+def two_prompts(vlm: VideoLM, left: bool = False) -> Batch:
+    """Of different length, one with a longer clip; padded after the prompt, or before it."""
+    rng = np.random.default_rng(1)
+    n = vlm.processor.factor
+    clips = [rng.integers(0, 256, (f, 2 * n, 3 * n, 3), dtype=np.uint8) for f in (4, 8)]
+    texts = ["What happens in the video? a fire breaks out", "fire?"]
+    items = [
+        [{"type": "video", "video": c, "fps": 2.0}, {"type": "text", "text": t}]
+        for c, t in zip(clips, texts, strict=True)
+    ]
+    return vlm.encode([[{"role": "user", "content": content}] for content in items], left=left)

@@ -5,28 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.tables import BASE
 from vau_jax.common.files import InputError
 from vau_jax.datasets import vau_bench as annotations
 from vau_jax.datasets.vau_bench import COLUMNS, Row, load
-
-BASE = {
-    "Video Name": "Assault_2.mp4",
-    "Question": "What is seen?",
-    "Option 1": "a fight",
-    "Option 2": "a fire",
-    "Option 3": "a crash",
-    "Option 4": "nothing",
-    "Correct Option": "A",
-    "Key Object": "two men",
-    "Description": "Two men fight.",
-    "Reasoning": (
-        "### Specific Anomaly Type: fight ### Location: street ### Key Evidence: fists ### Detailed Explanation: a row "
-        "### Cause and Effect: a quarrel ### Conclusion: a fight"
-    ),
-    "Anomaly Class": "Assault",
-    "Start Time": "4.0",
-    "End Time": "35.0",
-}
 
 
 def write(path: Path, *rows: dict[str, str]) -> Path:

@@ -12,7 +12,7 @@ import pytest
 
 from data_prep import vau_bench as vau_bench_tool
 from tests.records import example
-from tests.test_annotations import BASE
+from tests.tables import BASE
 from vau_jax.common import files
 from vau_jax.common.files import InputError
 from vau_jax.datasets import reflections, vau_bench

@@ -2,36 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from configs import base
-from tests.chat_server import Answer, pictures, serve
+from tests.chat_server import Answer, endpoint, last, pictures, question, serve
 from vau_jax.common import chat
 from vau_jax.common.chat import Chat
 from vau_jax.common.files import InputError
 
 
-def config(url: str, **changes: Any) -> ConfigDict:
-    c = base.endpoint()
-    c.update({"url": url, "model": "m", "seconds": 5.0, **changes})
-    return c
-
-
-def question(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
-
-
-def last(request: dict[str, Any]) -> str:
-    return request["messages"][-1]["content"]
-
-
 def test_many_questions_get_their_own_answers(tmp_path: Path) -> None:
     with serve(lambda request, n: Answer(f"re: {last(request)}", delay=0.05)) as server:
-        asked = Chat(config(server.url, concurrency=4), tmp_path / "a.jsonl")
+        asked = Chat(endpoint(server.url, concurrency=4), tmp_path / "a.jsonl")
         found = dict(asked.ask_all([question(f"q{i}") for i in range(20)]))
     assert {i: reply.text for i, reply in found.items()} == {i: f"re: q{i}" for i in range(20)}
     assert 1 < server.most_at_once <= 4
@@ -40,7 +23,7 @@ def test_many_questions_get_their_own_answers(tmp_path: Path) -> None:
 
 def test_cost_is_counted(tmp_path: Path) -> None:
     with serve(lambda request, n: Answer("x")) as server:
-        asked = Chat(config(server.url, price_prompt=2.0, price_completion=10.0), tmp_path / "a.jsonl")
+        asked = Chat(endpoint(server.url, price_prompt=2.0, price_completion=10.0), tmp_path / "a.jsonl")
         asked.ask(question("q"))
     assert asked.cost == pytest.approx((100 * 2 + 10 * 10) / 1e6)
 
@@ -57,29 +40,29 @@ def test_cost_is_counted(tmp_path: Path) -> None:
 )
 def test_a_passing_failure_is_tried_again(tmp_path: Path, first: Answer) -> None:
     with serve(lambda request, n: first if n == 0 else Answer("fine")) as server:
-        reply = Chat(config(server.url, seconds=1.0), tmp_path / "a.jsonl").ask(question("q"))
+        reply = Chat(endpoint(server.url, seconds=1.0), tmp_path / "a.jsonl").ask(question("q"))
     assert (reply.text, reply.error) == ("fine", "")
     assert len(server.requests) == 2
 
 
 def test_a_lasting_failure_is_an_error_and_is_not_kept(tmp_path: Path) -> None:
     with serve(lambda request, n: Answer(status=503, body=b"{}")) as server:
-        reply = Chat(config(server.url, retries=1), tmp_path / "a.jsonl").ask(question("q"))
+        reply = Chat(endpoint(server.url, retries=1), tmp_path / "a.jsonl").ask(question("q"))
     assert reply.text == "" and reply.error == "HTTP 503: {}"
     with serve(lambda request, n: Answer("now")) as server:
-        assert Chat(config(server.url), tmp_path / "a.jsonl").ask(question("q")).text == "now"
+        assert Chat(endpoint(server.url), tmp_path / "a.jsonl").ask(question("q")).text == "now"
 
 
 def test_an_endpoint_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    reply = Chat(config("http://127.0.0.1:9/v1", retries=0), tmp_path / "a.jsonl").ask(question("q"))
+    reply = Chat(endpoint("http://127.0.0.1:9/v1", retries=0), tmp_path / "a.jsonl").ask(question("q"))
     assert reply.error.startswith("ConnectError: ")
 
 
 def test_answers_are_paid_for_once(tmp_path: Path) -> None:
     with serve(lambda request, n: Answer(f"answer {n}")) as server:
-        first = Chat(config(server.url), tmp_path / "a.jsonl").ask(question("q"))
-        again = Chat(config(server.url), tmp_path / "a.jsonl").ask(question("q"))
-        other = Chat(config(server.url, model="another"), tmp_path / "a.jsonl").ask(question("q"))
+        first = Chat(endpoint(server.url), tmp_path / "a.jsonl").ask(question("q"))
+        again = Chat(endpoint(server.url), tmp_path / "a.jsonl").ask(question("q"))
+        other = Chat(endpoint(server.url, model="another"), tmp_path / "a.jsonl").ask(question("q"))
     assert first == again != other
     assert len(server.requests) == 2
 
@@ -87,15 +70,15 @@ def test_answers_are_paid_for_once(tmp_path: Path) -> None:
 def test_after_a_kill_whole_answers_count_and_a_half_one_is_asked_again(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with serve(lambda request, n: Answer("x" * 50)) as server:
-        asked = Chat(config(server.url), path)
+        asked = Chat(endpoint(server.url), path)
         for text in ("a", "b"):
             asked.ask(question(text))
         path.write_bytes(path.read_bytes()[:-20])
-        asked = Chat(config(server.url), path)
+        asked = Chat(endpoint(server.url), path)
         for text in ("a", "b", "c"):
             assert asked.ask(question(text)).text == "x" * 50
         assert len(server.requests) == 4
-        asked = Chat(config(server.url), path)
+        asked = Chat(endpoint(server.url), path)
         for text in ("a", "b", "c"):
             asked.ask(question(text))
         assert len(server.requests) == 4
@@ -106,7 +89,7 @@ def test_an_answer_that_fails_its_check_is_asked_again_a_few_times(tmp_path: Pat
         return "" if text.startswith("{") else "no JSON"
 
     with serve(lambda request, n: Answer("{}" if n == 1 else "nonsense")) as server:
-        asked = Chat(config(server.url), tmp_path / "a.jsonl")
+        asked = Chat(endpoint(server.url), tmp_path / "a.jsonl")
         assert asked.ask(question("q"), check).text == "{}"
         assert asked.ask(question("hopeless"), check).error == "no JSON"
     assert len(server.requests) == 2 + chat.ATTEMPTS
@@ -117,7 +100,7 @@ def test_json_mode_and_frames_are_sent(tmp_path: Path, rng: np.random.Generator)
     frames = np.full((2, 32, 48, 3), (200, 40, 40), np.uint8)
     with serve(lambda request, n: Answer("{}")) as server:
         content = [*chat.frames_content(frames), {"type": "text", "text": "What?"}]
-        Chat(config(server.url), tmp_path / "a.jsonl").ask(question(content))
+        Chat(endpoint(server.url), tmp_path / "a.jsonl").ask(question(content))
     shown = pictures(server.requests[0])
     assert len(shown) == 2 and all(np.abs(image.astype(int) - frames[0]).max() < 12 for image in shown)
     assert server.requests[0]["response_format"] == {"type": "json_object"}
@@ -125,12 +108,12 @@ def test_json_mode_and_frames_are_sent(tmp_path: Path, rng: np.random.Generator)
 
 def test_an_endpoint_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs url and model"):
-        Chat(config("http://x", model=""), tmp_path / "a.jsonl")
+        Chat(endpoint("http://x", model=""), tmp_path / "a.jsonl")
 
 
 def test_the_file_of_answers_holds_no_key_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with serve(lambda request, n: Answer("x")) as server:
-        Chat(config(server.url), tmp_path / "a.jsonl").ask(question("q"))
+        Chat(endpoint(server.url), tmp_path / "a.jsonl").ask(question("q"))
     assert "sk-secret" not in (tmp_path / "a.jsonl").read_text()
     assert set(json.loads((tmp_path / "a.jsonl").read_text())) == {"key", "text"}

@@ -1,14 +1,19 @@
 """Checkpoints that storage has damaged: they are found, named, and never used."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
 from vau_jax.common import checksums
 from vau_jax.common.files import InputError
 from vau_jax.models import checkpoint
+from vau_jax.train import loop
 from vau_jax.types import State
 
 
@@ -106,3 +111,45 @@ def test_a_step_whose_checksums_a_kill_has_prevented_is_read_and_errors_say_so(
     (folder / "state" / "_METADATA").unlink()
     with pytest.raises(InputError, match=r"cannot read the checkpoint .*/2 \(.*no other step of the run is whole"):
         checkpoint.restore_params(folder)
+
+
+# --- Formats ------------------------------------------------------------------------------------------------------
+
+
+def stored(workdir: Path, state: State, number: int | None) -> checkpoint.Checkpoints:
+    """A checkpoint of a format; None: of the time when there was none."""
+    checkpoints = checkpoint.Checkpoints(workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", number)
+        checkpoints.save(1, state, {"tokens_seen": 3}, 0.0)
+    return checkpoints
+
+
+def numbers(params: dict[str, object]) -> State:
+    return State(jnp.int32(1), jax.tree.map(jnp.float32, params), ())
+
+
+def test_an_earlier_format_is_resumed(tmp_path: Path) -> None:
+    state = numbers({"decoder": {"norm": 2.0}})
+    restored, data = stored(tmp_path, state, 1).restore(1, state)
+    assert float(restored.params["decoder"]["norm"]) == 2.0 and data == {"tokens_seen": 3}
+
+
+def test_a_later_format_is_refused_in_a_line(tmp_path: Path) -> None:
+    state = numbers({"decoder": {"norm": 2.0}})
+    with pytest.raises(InputError, match=r"has format 3, of a later version: this one reads up to 2"):
+        stored(tmp_path, state, 3).restore(1, state)
+
+
+def test_a_motion_prompt_of_format_1_is_refused_in_a_line(tmp_path: Path) -> None:
+    state = numbers({"visual": {"motion_prompt": {"m": 1.0, "n": 0.0}}})
+    with pytest.raises(InputError, match=r"format 1.*begin another run from it with config\.init_from="):
+        stored(tmp_path, state, 1).restore(1, state)
+
+
+def test_a_config_of_a_later_format_is_refused_in_a_line(tmp_path: Path) -> None:
+    config = base.get_config()
+    (tmp_path / checkpoint.CHECKPOINTS / "1").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps({"format": config.format + 1}))
+    with pytest.raises(InputError, match="of a later version"):
+        loop.check_same_run(config, tmp_path)

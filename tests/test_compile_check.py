@@ -13,9 +13,8 @@ import pytest
 from benchmarks import compile_table
 from launch import hlo
 from launch.compile_check import Programs, held
-from tests.runs import WITH_LIBTPU
+from tests.runs import TRAINING, WITH_LIBTPU, small
 from tests.small_models import make_model
-from tests.test_train import TRAINING, small
 from vau_jax.common import sharding
 from vau_jax.models import config as model_config
 from vau_jax.rl.rollout import Clock

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from data_prep import vau_bench as vau_bench_tool
-from tests.test_train import small
+from tests.runs import small
 from vau_jax.common.files import InputError
 from vau_jax.common.metric_writer import read_metrics
 from vau_jax.data import pipeline

@@ -10,11 +10,10 @@ import pytest
 from scipy import stats
 
 from configs import judge as judge_config
-from tests.chat_server import Answer, Server, serve
+from tests.chat_server import Answer, Server, endpoint, serve
 from tests.records import record
-from tests.test_chat import config as endpoint
-from tests.test_rft import judged, loss_inputs
-from tests.test_train import small
+from tests.rollouts import judged, loss_inputs
+from tests.runs import small
 from vau_jax.common.chat import Chat
 from vau_jax.common.files import InputError
 from vau_jax.common.metric_writer import read_metrics

@@ -11,8 +11,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from tests.chat_server import Answer, serve
-from tests.test_chat import config, last, question
+from tests.chat_server import Answer, endpoint, last, question, serve
 from vau_jax.common import cli
 from vau_jax.common.chat import Chat, Reply
 from vau_jax.common.files import InputError
@@ -149,7 +148,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
         serve(lambda request, n: answers[last(request)]) as server,
     ):
         answers = {name: make(other.url) for name, make in ODD.items()} | {"fine": Answer("hello", delay=0.3)}
-        chat = Chat(config(server.url, seconds=SECONDS, retries=0, concurrency=len(names)), cache)
+        chat = Chat(endpoint(server.url, seconds=SECONDS, retries=0, concurrency=len(names)), cache)
         peak()
         before, start = peak(), time.monotonic()
         found = dict(chat.ask_all(map(question, names)))
@@ -184,7 +183,7 @@ def test_a_prompt_goes_to_no_other_server(outcome: Outcome) -> None:
 def test_a_redirect_on_the_same_server_is_followed(tmp_path: Path) -> None:
     first = Answer(status=307, headers={"Location": "/v1/chat/completions/"}, body=b"")
     with serve(lambda request, n: Answer("fine") if n else first) as server:
-        assert Chat(config(server.url), None).ask(question("q")).text == "fine"
+        assert Chat(endpoint(server.url), None).ask(question("q")).text == "fine"
     assert server.requests[0] == server.requests[1]
 
 
@@ -194,7 +193,7 @@ def test_a_redirect_on_the_same_server_is_followed(tmp_path: Path) -> None:
 def test_an_answer_with_odd_usage_is_an_answer(usage: Any) -> None:
     whole = {"choices": [{"message": {"content": "hello"}}], "usage": usage}
     with serve(lambda request, n: plain(whole)) as server:
-        chat = Chat(config(server.url), None)
+        chat = Chat(endpoint(server.url), None)
         assert chat.ask(question("q")) == Reply("hello")
     assert chat.tokens.total() == 0
 
@@ -203,24 +202,24 @@ def test_a_question_takes_no_longer_than_all_its_tries_may() -> None:
     slow = Answer(status=429, headers={"Retry-After": "30"}, body=b"{}")
     with serve(lambda request, n: slow) as server:
         start = time.monotonic()
-        reply = Chat(config(server.url, seconds=0.3, retries=2), None).ask(question("q"))
+        reply = Chat(endpoint(server.url, seconds=0.3, retries=2), None).ask(question("q"))
     assert time.monotonic() - start < 20
     assert reply.error == "no answer within 0.9 s"
 
 
 def test_an_empty_answer_is_asked_for_again(tmp_path: Path) -> None:
     with serve(lambda request, n: content("" if n == 0 else "now")) as server:
-        assert Chat(config(server.url), tmp_path / "a.jsonl").ask(question("q")) == Reply("now")
+        assert Chat(endpoint(server.url), tmp_path / "a.jsonl").ask(question("q")) == Reply("now")
     assert len(server.requests) == 2
 
 
 def test_an_empty_text_in_the_file_of_answers_is_none(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with serve(lambda request, n: Answer("now")) as server:
-        key = Chat(config(server.url), path).key(question("q"), 0)
+        key = Chat(endpoint(server.url), path).key(question("q"), 0)
         lines = [{"key": key, "text": ""}, {"key": key, "text": None}, {"key": [], "text": "x"}]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "[" * 100_000 + "\n")
-        assert Chat(config(server.url), path).ask(question("q")).text == "now"
+        assert Chat(endpoint(server.url), path).ask(question("q")).text == "now"
 
 
 @pytest.mark.parametrize(
@@ -229,7 +228,7 @@ def test_an_empty_text_in_the_file_of_answers_is_none(tmp_path: Path) -> None:
 )
 def test_a_secret_in_the_url_is_refused_and_not_shown(url: str) -> None:
     with pytest.raises(InputError, match="no user, password or query") as caught:
-        Chat(config(url), None)
+        Chat(endpoint(url), None)
     assert "secret" not in str(caught.value)
 
 
@@ -244,23 +243,23 @@ def test_a_secret_in_the_url_of_an_endpoint_that_is_not_used_is_refused_too(monk
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://localhost/v1", "http:///v1", "http://[::1", "http://a:0/v1"])
 def test_an_url_that_is_no_address_is_named(url: str) -> None:
     with pytest.raises(InputError, match="expected one such as http://localhost"):
-        Chat(config(url), None)
+        Chat(endpoint(url), None)
 
 
 @pytest.mark.parametrize("changed", [{"concurrency": 0}, {"seconds": 0.0}, {"retries": -1}])
 def test_limits_that_allow_no_answer_are_named(changed: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected one question at once or more"):
-        Chat(config("http://localhost/v1", **changed), None)
+        Chat(endpoint("http://localhost/v1", **changed), None)
 
 
 def test_a_server_that_repeats_our_key_does_not_get_it_into_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with serve(lambda request, n: Answer(status=401, body=b"wrong key sk-secret")) as server:
-        assert Chat(config(server.url), None).ask(question("q")).error == "HTTP 401: wrong key ***"
+        assert Chat(endpoint(server.url), None).ask(question("q")).error == "HTTP 401: wrong key ***"
 
 
 def test_a_key_that_fits_no_header_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
     with pytest.raises(InputError, match="the key in OPENAI_API_KEY has spaces") as caught:
-        Chat(config("http://localhost/v1"), None)
+        Chat(endpoint("http://localhost/v1"), None)
     assert "secret" not in str(caught.value)

@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests import tables, video_files
-from tests.test_train import small
+from tests.runs import small
 from vau_jax.common.files import InputError
 from vau_jax.data import pipeline
 from vau_jax.data.processor import Processor

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_train import small
+from tests.runs import small
 from vau_jax.common import chips
 from vau_jax.models import flops
 from vau_jax.train import loop, update

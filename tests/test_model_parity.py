@@ -19,7 +19,8 @@ from tests import oracle
 from tests.oracle import ask, difference, image, video
 from tests.small_models import FAMILIES, make_model
 from vau_jax.data.processor import Processor
-from vau_jax.models import hf, qwen_vl
+from vau_jax.models import hf
+from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.rl import logprobs
 from vau_jax.types import Params
 from vau_jax.vlm import VideoLM
@@ -85,7 +86,7 @@ def test_every_gradient_equals_torch(model: VideoLM, theirs: PreTrainedModel, rn
 
     def ours(params: Params) -> jax.Array:
         hidden = model.model.apply({"params": params}, batch, method="hidden")[:, :-1]
-        head = qwen_vl.unembedding({"params": params}, config)
+        head = QwenVL(config).head({"params": params})
         return jnp.sum(weights * logprobs.token_logps(hidden, head, tokens)[0])
 
     grads = jax.jit(jax.grad(ours))(model.params)

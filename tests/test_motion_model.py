@@ -11,12 +11,13 @@ from ml_collections import ConfigDict
 from configs import base
 from tests import video_files
 from tests.oracle import ask
-from tests.test_train import small
+from tests.runs import small
 from vau_jax.common.files import InputError, read_json
 from vau_jax.common.metric_writer import read_metrics
 from vau_jax.data.processor import collate, encode_visual, patchify
-from vau_jax.models import motion_prompt
+from vau_jax.models import lora, motion_prompt
 from vau_jax.models.config import MOTION_FILE
+from vau_jax.models.motion_prompt import MotionPrompt
 from vau_jax.models.vision import normalise
 from vau_jax.train import loop
 from vau_jax.types import Batch
@@ -59,7 +60,7 @@ def layer(vlm: VideoLM, shot: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Arr
     """`motion_prompt` on the clip's normalised frames."""
     c = vlm.processor.config.vision
     normal = (shot / 255 - np.asarray(c.image_mean)) / np.asarray(c.image_std)
-    numbers = vlm.params["motion_prompt"]
+    numbers = vlm.params["visual"]["motion_prompt"]
     return motion_prompt.motion_prompt(
         jnp.asarray(normal[None], jnp.float32), numbers["m"], numbers["n"], mean=c.image_mean, std=c.image_std
     )
@@ -69,7 +70,7 @@ def test_the_tower_sees_what_the_layer_gives(prompted: VideoLM) -> None:
     """Patches weighed in the model are patches of the layer's prompted frames."""
     c, shot = prompted.processor.config.vision, frames(prompted)
     batch = encoded(prompted, shot)
-    weights = prompted.model.apply(prompted.variables, batch, method=lambda model, b: model.motion_prompt(b.vision))
+    weights = MotionPrompt(c).apply({"params": prompted.params["visual"]["motion_prompt"]}, batch.vision)
     real = np.asarray(batch.vision.motion.moves)[0]
     pixels = np.asarray(normalise(batch.vision.patches, c)).reshape(*real.shape, c.in_channels, -1)[real]
     ours = pixels * np.asarray(weights).reshape(*real.shape, 1, -1)[real]
@@ -77,10 +78,21 @@ def test_the_tower_sees_what_the_layer_gives(prompted: VideoLM) -> None:
     np.testing.assert_allclose(ours.reshape(expected.shape), expected, atol=1e-5)
 
 
+def total(vlm: VideoLM, batch: Batch) -> float:
+    """What a forward pass sows."""
+    _, sown = vlm.model.apply(vlm.variables, batch, method="encode_vision", mutable=["losses"])
+    (value,) = jax.tree.leaves(sown["losses"])
+    return float(value)
+
+
+def variation(vlm: VideoLM, batch: Batch) -> float:
+    return total(vlm, batch) / float(vlm.model.loss_counts(batch)[motion_prompt.VARIATION])
+
+
 def test_the_variation_is_the_layers(prompted: VideoLM) -> None:
     """Also over a batch of clips of different lengths, padded."""
     shots = frames(prompted, 5), frames(prompted, 9, seed=1)
-    found = prompted.model.apply(prompted.variables, encoded(prompted, *shots), method="motion_variation")
+    found = variation(prompted, encoded(prompted, *shots))
     parts = [(float(layer(prompted, shot)[2]), len(shot) - 2) for shot in shots]
     expected = sum(value * pairs for value, pairs in parts) / sum(pairs for _, pairs in parts)
     assert float(found) == pytest.approx(expected, rel=1e-5)
@@ -88,14 +100,10 @@ def test_the_variation_is_the_layers(prompted: VideoLM) -> None:
 
 def test_the_variations_of_parts_add_up_to_that_of_the_whole(prompted: VideoLM) -> None:
     batch = encoded(prompted, frames(prompted, 5), frames(prompted, 9, seed=1) // 4)
-    pairs = motion_prompt.pairs_of(batch.vision, prompted.processor.config.vision)
-
-    def variation(batch: Batch, *given: jax.Array) -> float:
-        return float(prompted.model.apply(prompted.variables, batch, *given, method="motion_variation"))
-
+    pairs = prompted.model.loss_counts(batch)[motion_prompt.VARIATION]
     parts = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(2)]
-    assert variation(parts[0]) != pytest.approx(variation(parts[1]), rel=0.1)
-    assert sum(variation(part, pairs) for part in parts) == pytest.approx(variation(batch), rel=1e-5)
+    assert variation(prompted, parts[0]) != pytest.approx(variation(prompted, parts[1]), rel=0.1)
+    assert sum(total(prompted, part) for part in parts) / pairs == pytest.approx(variation(prompted, batch), rel=1e-5)
 
 
 def test_two_clips_of_one_row_are_not_one(prompted: VideoLM) -> None:
@@ -108,7 +116,7 @@ def test_two_clips_of_one_row_are_not_one(prompted: VideoLM) -> None:
     )
     visuals = [encode_visual(shot, config, 0.5, 0.5 * np.arange(5)) for shot in shots]
     batch = collate([prompted.processor.encode_text(text, visuals)], config)
-    found = prompted.model.apply(prompted.variables, batch, method="motion_variation")
+    found = variation(prompted, batch)
     expected = np.mean([float(layer(prompted, shot)[2]) for shot in shots])
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
@@ -117,7 +125,7 @@ def test_gradients_reach_both_numbers_through_the_whole_model(prompted: VideoLM)
     batch = encoded(prompted, frames(prompted))
 
     def loss(numbers: dict[str, jax.Array]) -> jax.Array:
-        variables = {"params": prompted.params | {"motion_prompt": numbers}}
+        variables = {"params": lora.overlay(prompted.params, {"visual": {"motion_prompt": numbers}})}
         return jnp.mean(prompted.model.apply(variables, batch, method="hidden") ** 2)
 
     numbers = {"m": jnp.float32(0.3), "n": jnp.float32(-0.2)}
@@ -187,11 +195,13 @@ def test_sft_trains_both_numbers_at_their_own_rate(model_folder: Path, dataset: 
     c = small("srvau_r1_sft", model_folder, dataset)
     c.steps, c.motion.lr_scale = 2, 50.0
     run(c, tmp_path)
-    numbers = VideoLM.load(tmp_path).params["motion_prompt"]
+    numbers = VideoLM.load(tmp_path).params["visual"]["motion_prompt"]
     moved = [abs(float(numbers[name]) - value) for name, value in zip("mn", (0.8916, -0.2543), strict=True)]
     assert all(0.02 < change < 0.11 for change in moved), "two steps of Adam at 50 times 1e-3"
     low = VideoLM.load(tmp_path, "bfloat16")
-    assert all(low.params["motion_prompt"][name] == value for name, value in numbers.items()), "float32 all the same"
+    assert all(low.params["visual"]["motion_prompt"][name] == value for name, value in numbers.items()), (
+        "float32 all the same"
+    )
     assert low.params["embed_tokens"]["embedding"].dtype == jnp.bfloat16
 
 
@@ -223,8 +233,8 @@ def test_with_adapters_alone_the_numbers_are_among_them(model_folder: Path, data
     c.lora.rank = 2
     run(c, tmp_path / "run")
     vlm = VideoLM.load(tmp_path / "run")
-    m = float(vlm.adapters["motion_prompt"]["m"])
-    assert VideoLM.load(tmp_path / "run", "bfloat16").merged().params["motion_prompt"]["m"] == m
+    m = float(vlm.adapters["visual"]["motion_prompt"]["m"])
+    assert VideoLM.load(tmp_path / "run", "bfloat16").merged().params["visual"]["motion_prompt"]["m"] == m
     assert m != pytest.approx(0.8916, abs=1e-6)
     batch = encoded(vlm, frames(vlm))
     expected = np.asarray(vlm.logits(batch))

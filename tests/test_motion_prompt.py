@@ -133,7 +133,7 @@ def test_the_strip_shows_four_rows_over_time(tmp_path: Path) -> None:
     from PIL import Image
 
     clip = video_files.write(tmp_path / "a.mp4", count=80)
-    command = [sys.executable, "-m", "vau_jax.models.motion_prompt", str(clip), f"--out={tmp_path / 'strip.png'}"]
+    command = [sys.executable, "-m", "vau_jax.motion_strip", str(clip), f"--out={tmp_path / 'strip.png'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     image = np.asarray(Image.open(tmp_path / "strip.png"))
@@ -146,6 +146,6 @@ def test_the_strip_shows_four_rows_over_time(tmp_path: Path) -> None:
 
 
 def test_the_strip_of_no_video_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vau_jax.models.motion_prompt", "/none.mp4", f"--out={tmp_path / 'strip.png'}"]
+    command = [sys.executable, "-m", "vau_jax.motion_strip", "/none.mp4", f"--out={tmp_path / 'strip.png'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr == "error: no such file: /none.mp4\n"

@@ -11,8 +11,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests.records import example, record
+from tests.runs import small
 from tests.small_models import writing_model
-from tests.test_train import small
 from vau_jax import ask
 from vau_jax.common.metric_writer import read_metrics
 from vau_jax.eval import evaluate, records, report, scores

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_shared_prefix import C, G, two_prompts
-from tests.test_train import small
+from tests.runs import small
+from tests.small_models import two_prompts
 from vau_jax.common import sharding
 from vau_jax.models import attention
 from vau_jax.models.attention import Keys
@@ -61,7 +61,7 @@ def test_no_gradient_of_the_model_is_a_sum_in_bfloat16(family_folder: Path) -> N
     completions, over the places of a table's row."""
     vlm = VideoLM.load(family_folder, "bfloat16")
     batch = two_prompts(vlm)
-    completions = Completions(np.ones((2, G, C), np.int32), np.ones((2, G, C), bool))
+    completions = Completions(np.ones((2, 3, 7), np.int32), np.ones((2, 3, 7), bool))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), vlm.params)
 
     def loss(params: dict) -> jax.Array:

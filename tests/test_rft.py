@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from configs import base
 from tests import reward_functions
 from tests.oracle import ask
-from tests.runs import first_gradient
-from tests.test_train import small
+from tests.rollouts import completions, judged, loss_inputs
+from tests.runs import first_gradient, small
 from vau_jax.common import sharding
 from vau_jax.common.files import InputError
 from vau_jax.common.metric_writer import read_metrics
@@ -29,11 +29,9 @@ from vau_jax.models import checkpoint, vision
 from vau_jax.rl import grpo
 from vau_jax.rl.difficulty import Difficulty
 from vau_jax.rl.engine import Engine
-from vau_jax.rl.outcome import RolloutBatch, SelectedGroups
 from vau_jax.rl.rollout import Clock, RolloutWorker
-from vau_jax.rl.scorer import Scorer
 from vau_jax.train import loop, optim, update
-from vau_jax.types import Completions, Features, Sampled, TrainBatch
+from vau_jax.types import Completions, Features, TrainBatch
 from vau_jax.vlm import VideoLM
 
 ROOT = Path(__file__).parents[1]
@@ -206,35 +204,6 @@ def scorer(model_folder: Path, dataset: Path) -> tuple[RolloutWorker, pipeline.H
     c = config(model_folder, dataset)
     t = loop.Run(c)
     return t.worker, t.feed.next(), c
-
-
-def written(r: RolloutWorker, texts: list[str], limit: int = 16) -> Sampled:
-    """Completions of the given texts, each with an end token where there is room."""
-    g = r.config.rollout.num_generations
-    tokens, mask = np.zeros((len(texts), limit), np.int32), np.zeros((len(texts), limit), bool)
-    for i, text in enumerate(texts):
-        ids = [*r.scorer.processor.tokenizer(text)["input_ids"], r.scorer.processor.end_tokens[0]][:limit]
-        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
-    shape = (-1, g, limit)
-    return Sampled(tokens.reshape(shape), np.full((len(texts) // g, g, limit), -1.0, np.float32), mask.reshape(shape))
-
-
-def judged(scorer: tuple, texts: list[str], **changed: Any) -> tuple[RolloutWorker, RolloutBatch]:
-    r, host, c = scorer
-    c = c.copy_and_resolve_references()
-    with c.unlocked():
-        c.update_from_flattened_dict(changed)
-    r = replace(r, config=c, scorer=Scorer(c, r.scorer.processor))
-    return r, r.scorer.read(host, written(r, texts))
-
-
-def completions(r: RolloutWorker, draw: RolloutBatch) -> Completions:
-    return r.completions(SelectedGroups(draw, None, draw.sampled, []))
-
-
-def loss_inputs(r: RolloutWorker, draw: RolloutBatch, kl: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    chosen = SelectedGroups(draw, None, draw.sampled, [])
-    return r.loss_inputs(chosen, completions(r, draw).mask, kl)[0]
 
 
 def test_a_users_reward_that_fails_costs_its_completion_alone(scorer: tuple, capsys: pytest.CaptureFixture) -> None:

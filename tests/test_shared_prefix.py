@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.small_models import targets_of, with_adapters
+from tests.small_models import targets_of, two_prompts, with_adapters
 from vau_jax.models.lora import LoRA
 from vau_jax.rl import sampling
 from vau_jax.train import update
@@ -26,19 +26,6 @@ def vlm(family_folder: Path) -> VideoLM:
 @pytest.fixture(scope="module")
 def adapted(vlm: VideoLM) -> VideoLM:
     return with_adapters(vlm, LoRA(rank=4, alpha=6.0, targets=targets_of(vlm)))
-
-
-def two_prompts(vlm: VideoLM, left: bool = False) -> Batch:
-    """Of different length, one with a longer clip; padded after the prompt, or before it."""
-    rng = np.random.default_rng(1)
-    n = vlm.processor.factor
-    clips = [rng.integers(0, 256, (f, 2 * n, 3 * n, 3), dtype=np.uint8) for f in (4, 8)]
-    texts = ["What happens in the video? a fire breaks out", "fire?"]
-    items = [
-        [{"type": "video", "video": c, "fps": 2.0}, {"type": "text", "text": t}]
-        for c, t in zip(clips, texts, strict=True)
-    ]
-    return vlm.encode([[{"role": "user", "content": content}] for content in items], left=left)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from launch import sweep
+from tests.runs import ROOT, TRAINING, small
 from vau_jax.common.chips import Chip
 from vau_jax.common.files import LOCK, InputError, locked, read_json
 from vau_jax.common.metric_writer import MetricWriter, RunLog, read_metrics
@@ -21,29 +22,6 @@ from vau_jax.models import checkpoint, hf
 from vau_jax.train import loop
 from vau_jax.types import State
 from vau_jax.vlm import VideoLM
-
-ROOT = Path(__file__).parents[1]
-TRAINING = sorted(p.stem for p in (ROOT / "configs").glob("*vau_r1*.py"))
-
-
-def small(name: str, model: Path, data: Path, split: str = "train") -> ConfigDict:
-    """A config with the test's paths and sizes, and nothing else changed."""
-    c = importlib.import_module(f"configs.{name}").get_config()
-    c.dtype = "float32"
-    c.batch_size = 4
-    c.data.csv, c.data.videos = str(data / f"{split}.csv"), str(data / "videos")
-    c.data.max_frames, c.data.wording = 8, "short"
-    c.data.bucket = (128, 576, 48, 64, 12, 64)
-    if name == "eval":
-        c.checkpoint = str(model)
-        c.data.max_completion_tokens = 8
-        return c
-    c.model, c.steps = str(model), 1
-    c.data.max_completion_tokens = 16 if c.stage == "rft" else 160
-    if c.data.style == "reflection":
-        c.data.reflection = str(data / "train_reflection.jsonl")
-    return c
-
 
 ALIKE = ("vau_r1_qa_rft", "vau_r1_tag_rft", "vau_r1_cls_rft")  # vau_r1_multi_rft with one task
 

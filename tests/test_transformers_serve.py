@@ -10,7 +10,7 @@ import pytest
 from configs import reflection as reflection_config
 from data_prep import reflection
 from tests import transformers_server
-from tests.test_chat import config
+from tests.chat_server import endpoint
 from vau_jax.common.chat import Chat, frames_content
 from vau_jax.vlm import VideoLM
 
@@ -22,7 +22,7 @@ def url(model_folder: Path) -> Iterator[str]:
 
 
 def asked(url: str, model: Path, **changed: object) -> Chat:
-    return Chat(config(url, model=str(model), json_mode=False, temperature=0.0, max_tokens=12, **changed), None)
+    return Chat(endpoint(url, model=str(model), json_mode=False, temperature=0.0, max_tokens=12, **changed), None)
 
 
 def test_its_answer_is_the_models(url: str, model_folder: Path, vlm: VideoLM) -> None:
@@ -50,7 +50,7 @@ def test_it_sees_our_pictures(url: str, model_folder: Path) -> None:
 def test_its_errors_are_told_and_do_not_raise(
     changed: dict[str, object], error: str, url: str, model_folder: Path
 ) -> None:
-    chat = Chat(config(url, **{"model": str(model_folder), "retries": 0, **changed}), None)
+    chat = Chat(endpoint(url, **{"model": str(model_folder), "retries": 0, **changed}), None)
     assert error in chat.ask([{"role": "user", "content": "What?"}]).error
 
 
@@ -59,8 +59,8 @@ def test_student_and_teacher_of_random_weights(url: str, model_folder: Path, dat
     c = reflection_config.get_config()
     c.data.csv, c.data.videos = str(dataset / "test.csv"), str(dataset / "videos")
     c.data.tasks, c.data.max_examples = ("grounding",), 4
-    for endpoint in (c.student, c.teacher):  # this server hangs on two questions at once
-        endpoint.update({"url": url, "model": str(model_folder), "max_tokens": 24, "frames": 2, "concurrency": 1})
+    for asked in (c.student, c.teacher):  # this server hangs on two questions at once
+        asked.update({"url": url, "model": str(model_folder), "max_tokens": 24, "frames": 2, "concurrency": 1})
     c.student.samples = 2
     card = reflection.run(c, tmp_path)
     assert len((tmp_path / "student.jsonl").read_text().splitlines()) == 8

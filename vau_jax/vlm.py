@@ -34,7 +34,6 @@ from vau_jax.models.config import Motion
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.rl import logprobs, sampling
-from vau_jax.train import optim
 from vau_jax.types import Batch, Params, Sampled, Variables
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -120,7 +119,7 @@ class VideoLM:
         if found.adapter is not None:  # the checkpoint holds adapters alone: the rest is where the run began
             source = checkpoint.find_source(found.adapter.base, found.folder.parent)
             base = cls._whole(source, "float32" if stored else dtype, mesh, stored, (*users, here))
-            flat = hf.flatten(checkpoint.restore_params(found.step_folder))
+            flat = _restored(found.step_folder)
             base = base._in_form(model_config.read_motion(found.folder))
             return base._with_adapters(found.adapter.lora, flat, mesh)
         processor = Processor(found.folder)
@@ -129,9 +128,10 @@ class VideoLM:
         if found.step_folder is None:
             params = hf.load(found.folder, processor.config, held, sharding.layout(mesh))
             if processor.config.vision.motion:
-                params |= _place(_motion_numbers(motion_prompt.read_file(processor.folder)), "float32", mesh)
+                numbers = _motion_numbers(motion_prompt.read_file(processor.folder))
+                params = lora.overlay(params, _place(numbers, "float32", mesh))
             return cls(processor, model, params)
-        return cls(processor, model, _place(hf.flatten(checkpoint.restore_params(found.step_folder)), held, mesh))
+        return cls(processor, model, _place(_restored(found.step_folder), held, mesh))
 
     def _with_adapters(self, kind: LoRA, flat: dict[str, np.ndarray], mesh: jax.sharding.Mesh | None) -> "VideoLM":
         adapters = _place(flat, jnp.float32, mesh)
@@ -153,7 +153,7 @@ class VideoLM:
         m, n = motion_prompt.start(config.start)
         numbers = _place(_motion_numbers({"m": m, "n": n}), "float32", self.model.mesh)
         formed = self._in_form(Motion(config.signed, config.order))
-        return VideoLM(formed.processor, formed.model, self.params | numbers, self.adapters)
+        return VideoLM(formed.processor, formed.model, lora.overlay(self.params, numbers), self.adapters)
 
     @property
     def variables(self) -> Variables:
@@ -245,14 +245,20 @@ class VideoLM:
         """Writes the adapters alone as a PEFT folder, complete or not at all."""
         if self.adapters is None:
             raise InputError("this model has no adapters to save: train with config.lora.rank, or load with adapter=")
-        flat = {name: x for name, x in hf.flatten(self.adapters).items() if not name.startswith("motion_prompt/")}
+        flat = {name: x for name, x in hf.flatten(self.adapters).items() if not name.startswith(motion_prompt.PREFIX)}
         peft.save(path, self.model.lora, flat, self.processor.config, str(self.processor.folder))
         if motion := self.processor.config.vision.motion:
-            motion_prompt.write_file(path, motion, self.adapters["motion_prompt"])
+            motion_prompt.write_file(path, motion, self.adapters["visual"]["motion_prompt"])
+
+
+def _restored(step_folder: Path) -> dict[str, np.ndarray]:
+    """The parameters of a checkpoint by path; those of format 1 had a motion prompt beside the tower, not in it."""
+    flat = hf.flatten(checkpoint.restore_params(step_folder))
+    return {f"visual/{name}" if name.startswith("motion_prompt/") else name: x for name, x in flat.items()}
 
 
 def _motion_numbers(numbers: dict[str, float]) -> dict[str, np.ndarray]:
-    return {f"motion_prompt/{name}": np.float32(value) for name, value in numbers.items()}
+    return {motion_prompt.PREFIX + name: np.float32(value) for name, value in numbers.items()}
 
 
 def _place(flat: dict[str, np.ndarray], dtype: Any | None, mesh: jax.sharding.Mesh | None) -> Params:
@@ -261,7 +267,7 @@ def _place(flat: dict[str, np.ndarray], dtype: Any | None, mesh: jax.sharding.Me
     layout = sharding.layout(mesh)
 
     def one(path: str, x: np.ndarray) -> jax.Array:
-        own = np.float32 if path.startswith(optim.MOTION) else dtype or x.dtype
+        own = np.float32 if path.startswith(motion_prompt.PREFIX) else dtype or x.dtype
         return jax.device_put(np.asarray(x).astype(own), layout(path, x.shape))
 
     return hf.unflatten({path: one(path, x) for path, x in flat.items()})
@@ -270,7 +276,7 @@ def _place(flat: dict[str, np.ndarray], dtype: Any | None, mesh: jax.sharding.Me
 @partial(jax.jit, static_argnames="model")
 def _logits(variables: Variables, batch: Batch, *, model: QwenVL) -> jax.Array:
     hidden = model.apply(variables, batch, method="hidden")
-    return logprobs.logits(hidden, qwen_vl.unembedding(variables, model.config))
+    return logprobs.logits(hidden, model.head(variables))
 
 
 def save_folder(path: str | os.PathLike, processor: Processor, params: Params) -> None:
@@ -283,4 +289,4 @@ def save_folder(path: str | os.PathLike, processor: Processor, params: Params) -
         files.write_text(part / "config.json", dump_json(raw, indent=2))
         hf.save_weights(part, params, processor.config)
         if processor.config.vision.motion:
-            motion_prompt.write_file(part, processor.config.vision.motion, params["motion_prompt"])
+            motion_prompt.write_file(part, processor.config.vision.motion, params["visual"]["motion_prompt"])

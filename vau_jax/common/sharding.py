@@ -38,7 +38,7 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"decoder/layers/.*(o_proj|down_proj)/a", P(None, "tensor")),
     (r"decoder/layers/.*(o_proj|down_proj)/b", P(None, None, "fsdp")),
     (r"visual/.*/[ab]", P()),
-    (r"motion_prompt/[mn]", P()),
+    (r"visual/motion_prompt/[mn]", P()),
 )
 
 

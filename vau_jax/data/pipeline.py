@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax.common.files import InputError
+from vau_jax.common.checks import COUNT, NOT_NEGATIVE, SHARE, check_choices, check_ranges
+from vau_jax.common.files import InputError, check_range
 from vau_jax.data.processor import Encoded, Processor, Shape, batch_shape, collate
 from vau_jax.data.video import clips
 from vau_jax.data.video.clips import Clip, VideoOptions
@@ -94,19 +95,37 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], Audit]:
     return examples[: config.max_examples or None], audit
 
 
+RANGES = {
+    "fps": (1e-3, 1e3),
+    "min_frames": COUNT,
+    "max_frames": COUNT,
+    "min_pixels": NOT_NEGATIVE,
+    "max_pixels": NOT_NEGATIVE,
+    "total_pixels": NOT_NEGATIVE,
+    "max_examples": NOT_NEGATIVE,
+    "length_window": COUNT,
+    "workers": COUNT,
+    "video_seconds": (1e-6, 1e6),
+}
+DIFFICULTY_RANGES = {"memory": COUNT, "noise": NOT_NEGATIVE, "drop": SHARE}
+
+
 def check(config: ConfigDict) -> None:
-    """Raises InputError for names that config.data may not have."""
+    """Raises InputError for the first setting that config.data may not have."""
     unknown = [task for task in config.tasks if task not in TASKS]
     if unknown or not config.tasks:
         raise InputError(f"data.tasks={tuple(config.tasks)}: expected some of {', '.join(TASKS)}")
-    for name, value, known in (
-        ("dataset", config.dataset, tuple(DATASETS)),
-        ("style", config.style, prompts.STYLES),
-        ("wording", config.wording, prompts.WORDINGS),
-        ("budget", config.budget, tuple(clips.BUDGETS)),
-    ):
-        if value not in known:
-            raise InputError(f"data.{name}={value!r} is unknown: expected one of {', '.join(known)}")
+    choices = {
+        "dataset": tuple(DATASETS),
+        "style": prompts.STYLES,
+        "wording": prompts.WORDINGS,
+        "budget": tuple(clips.BUDGETS),
+    }
+    check_choices(config, "data.", choices)
+    check_ranges(config, "data.", RANGES)
+    check_ranges(config.difficulty, "data.difficulty.", DIFFICULTY_RANGES)
+    for task, weight in config.task_weights.items():
+        check_range(f"data.task_weights.{task}", weight, 0)
 
 
 def _with_media(examples: Sequence[Example], audit: Audit) -> list[Example]:

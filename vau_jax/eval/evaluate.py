@@ -30,7 +30,6 @@ from vau_jax.rl import sampling
 from vau_jax.tasks import TASKS, rewards
 from vau_jax.tasks.example import Example
 from vau_jax.tasks.record import Record
-from vau_jax.train import settings
 from vau_jax.vlm import VideoLM
 
 Key = tuple[str, int]  # of an example: its id, and its rotation
@@ -83,7 +82,7 @@ def _run(config: ConfigDict, workdir: Path, examples: list[Example], audit: Audi
 
 def check(config: ConfigDict) -> None:
     """Raises InputError for settings that no evaluation can have."""
-    settings.check_data(config.data)
+    pipeline.check(config.data)
     check_range("seed", config.seed, 0, 2**31 - 1)
     if config.samples < 1 or not 1 <= config.rotations <= 4:
         raise InputError(f"samples={config.samples}, rotations={config.rotations}: expected at least 1, and 1 to 4")

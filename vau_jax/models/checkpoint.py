@@ -28,6 +28,7 @@ ADAPTER = "adapter.json"
 INPUTS = "inputs.json"  # what a run reads, with hashes
 NEEDED = "needed_by"  # in the workdir: a note of each run that began with one of its checkpoints
 DAMAGED = "damaged"  # in the workdir: checkpoints that are not as they were written
+FORMAT = 2  # of checkpoints; in 1, which had no number, a motion prompt's numbers were not part of the tower
 STATE = "state/"  # how the names of a checkpoint's large files begin
 
 
@@ -58,7 +59,8 @@ class Checkpoints:
 
     def save(self, step: int, state: State, data: dict[str, Any], score: float) -> None:
         """Writes state and the data iterator's state, and returns when they are on disk; higher scores are better."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+        numbered = ocp.args.JsonSave({**data, "format": FORMAT})
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=numbered)
         self.manager.save(step, args=args, metrics={"score": score if np.isfinite(score) else None})
         self.manager.wait_until_finished()
         processes.meet("saved")  # the first process has given the folder its name
@@ -108,14 +110,29 @@ class Checkpoints:
         return max(scores, key=scores.get) if scores else None
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
-        """Reads a step back onto the shapes and shardings of `like`. Raises InputError."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
-        with _reading(self.folder / str(step)):
-            restored = self.manager.restore(step, args=args)
-        return restored.state, restored.data
+        """Reads a step back onto the shapes and shardings of `like`. Raises InputError, also for a format that cannot
+        be resumed."""
+        path = self.folder / str(step)
+        with _reading(path):
+            data = self.manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
+        _check_format(data.pop("format", 1), like, path)
+        with _reading(path):
+            state = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
+        return state, data
 
     def close(self) -> None:
         self.manager.close()
+
+
+def _check_format(number: int, like: State, path: Path) -> None:
+    """Raises InputError for a checkpoint that a run with the state `like` cannot resume from."""
+    if number > FORMAT:
+        raise InputError(f"checkpoint {path} has format {number}, of a later version: this one reads up to {FORMAT}")
+    if number == 1 and "motion_prompt" in like.params.get("visual", {}):
+        raise InputError(
+            f"checkpoint {path} has format 1, in which a run with a motion prompt cannot be resumed: begin another run "
+            f"from it with config.init_from={path}"
+        )
 
 
 def _score(metrics: dict[str, float | None]) -> float:

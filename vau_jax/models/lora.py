@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from vau_jax.common.checks import NOT_NEGATIVE, SHARE, check_patterns, check_ranges
 from vau_jax.common.fields import Fields
 from vau_jax.common.files import InputError
 
@@ -34,6 +36,12 @@ class LoRA:
     @property
     def scale(self) -> float:
         return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for the first setting that config.lora may not have."""
+    check_ranges(config, "lora.", {"rank": NOT_NEGATIVE, "dropout": SHARE})
+    check_patterns(config, "lora.", ("targets",))
 
 
 def read(fields: Fields) -> LoRA:
@@ -81,17 +89,41 @@ def init(key: jax.Array, kernels: dict[str, tuple[int, ...]], lora: LoRA, dtype:
     return flat
 
 
-def merge(params: dict[str, Any], adapters: dict[str, Any], lora: LoRA, dtype: Any | None = None) -> dict[str, Any]:
-    """The parameters with the adapters added in, in float32 and rounded once: to `dtype`, or each to its own; nested
-    trees.
+def split(trained: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(adapters, parameters that are trained whole) of a tree that has both."""
+    adapters: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
+    for name, tree in trained.items():
+        if not isinstance(tree, dict):
+            whole[name] = tree
+        elif set(tree) == {"a", "b"}:
+            adapters[name] = tree
+        else:
+            parts = split(tree)
+            adapters |= {name: parts[0]} if parts[0] else {}
+            whole |= {name: parts[1]} if parts[1] else {}
+    return adapters, whole
 
-    What is trained whole beside adapters, a motion prompt's numbers, takes the parameters' place as it is.
-    """
+
+def overlay(params: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """The parameters, with those of `whole` in their places."""
+    below = {name: overlay(params.get(name, {}), x) if isinstance(x, dict) else x for name, x in whole.items()}
+    return {**params, **below}
+
+
+def merge(params: dict[str, Any], trained: dict[str, Any], lora: LoRA, dtype: Any | None = None) -> dict[str, Any]:
+    """The parameters with what was trained beside them: adapters added in, in float32 and rounded once (to `dtype`, or
+    each to its own), parameters trained whole in their places, as they are; nested trees."""
+    adapters, whole = split(trained)
+    return overlay(_added(params, adapters, lora, dtype), whole)
+
+
+def _added(params: Any, adapters: dict[str, Any], lora: LoRA, dtype: Any | None) -> Any:
     if not isinstance(params, dict):
         return params.astype(dtype or params.dtype)
-    merged = {name: merge(tree, adapters.get(name, {}), lora, dtype) for name, tree in params.items()}
-    if set(adapters) == {"a", "b"}:
-        kernel, factors = params["kernel"], (adapters[name].astype(jnp.float32) for name in ("a", "b"))
-        change = jnp.einsum("...ir,...ro->...io", *factors) * lora.scale
-        return {**merged, "kernel": (kernel.astype(jnp.float32) + change).astype(dtype or kernel.dtype)}
-    return merged | {name: x for name, x in adapters.items() if name not in params or not isinstance(x, dict)}
+    merged = {name: _added(tree, adapters.get(name, {}), lora, dtype) for name, tree in params.items()}
+    if set(adapters) != {"a", "b"}:
+        return merged
+    kernel, factors = params["kernel"], (adapters[name].astype(jnp.float32) for name in ("a", "b"))
+    change = jnp.einsum("...ir,...ro->...io", *factors) * lora.scale
+    return {**merged, "kernel": (kernel.astype(jnp.float32) + change).astype(dtype or kernel.dtype)}

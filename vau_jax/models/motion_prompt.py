@@ -4,13 +4,8 @@
 
 with slope a = 5 / (0.45 |tanh m| + 0.1) in [9.09, 50] and shift b = 0.6 tanh n in (-0.6, 0.6). What does not move gets
 the weight sigmoid(-a b): b below 0 keeps a still scene, b above 0 takes it away. m = 0 is a point without gradient.
-
-    python -m vau_jax.models.motion_prompt VIDEO --out=strip.png [--m=0.8916] [--n=-0.2543]
-
-draws frames, differences, attention and prompted frames over time.
 """
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +13,9 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from PIL import Image
 
 from vau_jax.common.fields import Fields
-from vau_jax.common.files import InputError, dump_json, exit_on_input_error, read_json, write_text
-from vau_jax.data.video import clips
-from vau_jax.data.video.decode_worker import DecoderPool
-from vau_jax.data.video.decoders import VideoError
+from vau_jax.common.files import InputError, dump_json, read_json, write_text
 from vau_jax.models.config import FILE_BYTES, MOTION_FILE, ORDERS, Motion, VisionConfig
 from vau_jax.types import Vision
 
@@ -89,52 +79,45 @@ def motion_prompt(
     return prompted, attention, variation
 
 
-NAMES = ("motion_prompt/m", "motion_prompt/n")  # of its parameters
+PREFIX = "visual/motion_prompt/"  # how the names of its parameters begin
+NAMES = (PREFIX + "m", PREFIX + "n")
+VARIATION = "motion/variation"  # name of the auxiliary loss
 
 
 # --- In front of a vision tower -----------------------------------------------------------------------------------
 
 
 class MotionPrompt(nn.Module):
-    """The layer on patches. Its numbers m and n are adapters where there are such, else parameters; a model that has
-    neither is the one before it got a motion prompt."""
+    """The layer on patches, a submodule of the vision tower with two parameters, m and n. A model whose parameters lack
+    them is the one before it got a motion prompt."""
 
     config: VisionConfig
 
-    def _numbers(self) -> tuple[jax.Array, jax.Array] | None:
-        for collection in ("lora", "params"):
-            if self.has_variable(collection, "m"):
-                m, n = (self.get_variable(collection, name) for name in ("m", "n"))
-                return m.astype(jnp.float32), n.astype(jnp.float32)
-        return None
-
     def __call__(self, vision: Vision) -> jax.Array | None:
         """float32 [B, P, depth, size^2]: weights of the patches' pixels; 1 where nothing can move."""
-        c, numbers = self.config, self._numbers()
-        if numbers is None:
+        c = self.config
+        if not self.has_variable("params", "m"):
             return None
+        m, n = (self.get_variable("params", name).astype(jnp.float32) for name in ("m", "n"))
         grey = jnp.asarray(GREY if c.motion.order == "rgb" else GREY[::-1], jnp.float32)
         now, before = (
             jnp.einsum("bpcx,c->bpx", x.reshape(*x.shape[:2], c.in_channels, -1).astype(jnp.float32) / 255, grey)
             for x in (vision.patches, vision.motion.before)
         )
         difference = (now - before).reshape(*now.shape[:2], c.temporal_patch_size, -1)
-        attention = attention_of(difference if c.motion.signed else jnp.abs(difference), *numbers)
+        attention = attention_of(difference if c.motion.signed else jnp.abs(difference), m, n)
         return jnp.where(vision.motion.moves[..., None, None], attention, 1.0)
 
-    def variation(self, vision: Vision, pairs: jax.Array | None = None) -> jax.Array:
-        """The mean of (A_{t+1} - A_t)^2 over all neighbouring frames of the clips; 0 without any. For a part of a
-        batch, `pairs` of the whole are given (see `pairs_of`), and what the parts give adds up to the mean."""
-        weights = self(vision)
-        if weights is None:
-            return jnp.float32(0)
-        inside = jnp.diff(weights, axis=2)
-        linked = vision.motion.following < weights.shape[1]
-        index = jnp.minimum(vision.motion.following, weights.shape[1] - 1)[..., None]
-        across = jnp.take_along_axis(weights[:, :, 0], index, axis=1) - weights[:, :, -1]
-        moves = vision.motion.moves[..., None]
-        total = jnp.sum(jnp.where(moves[..., None], inside**2, 0)) + jnp.sum(jnp.where(linked[..., None], across**2, 0))
-        return total / jnp.maximum(pairs_of(vision, self.config) if pairs is None else pairs, 1)
+
+def variation_total(weights: jax.Array, vision: Vision) -> jax.Array:
+    """float32 []: the sum of (A_{t+1} - A_t)^2 over all neighbouring frames of the clips. Over `pairs_of` it is the
+    paper's variation; the totals of parts of a batch add up to that of the whole."""
+    inside = jnp.diff(weights, axis=2)
+    linked = vision.motion.following < weights.shape[1]
+    index = jnp.minimum(vision.motion.following, weights.shape[1] - 1)[..., None]
+    across = jnp.take_along_axis(weights[:, :, 0], index, axis=1) - weights[:, :, -1]
+    moves = vision.motion.moves[..., None, None]
+    return jnp.sum(jnp.where(moves, inside**2, 0)) + jnp.sum(jnp.where(linked[..., None], across**2, 0))
 
 
 def pairs_of(vision: Vision, config: VisionConfig) -> jax.Array:
@@ -162,43 +145,3 @@ def write_file(folder: str | Path, motion: Motion, numbers: Mapping[str, Any]) -
     """MOTION_FILE of a model folder."""
     values = {name: float(numbers[name]) for name in ("m", "n")}
     write_text(Path(folder) / MOTION_FILE, dump_json({**values, "signed": motion.signed, "order": motion.order}))
-
-
-# --- A picture of it ----------------------------------------------------------------------------------------------
-
-
-def strip(frames: np.ndarray, m: float, n: float, most: int = 12) -> np.ndarray:
-    """Rows of frames, differences, attention and prompted frames over time: uint8 [H', W', 3] of frames uint8
-    [T, H, W, 3], at most `most` columns."""
-    prompted, attention, _ = motion_prompt(jnp.asarray(frames[None] / 255.0), m, n, mean=(0, 0, 0), std=(1, 1, 1))
-    grey = frames @ np.asarray(GREY) / 255
-    difference = (grey[1:] - grey[:-1]) / 2 + 0.5
-    columns = np.unique(np.linspace(0, len(frames) - 2, min(most, len(frames) - 1)).round().astype(int))
-
-    def row(values: np.ndarray) -> np.ndarray:
-        coloured = values if values.ndim == 4 else values[..., None].repeat(3, -1)
-        return np.concatenate(list(coloured[columns]), axis=1)
-
-    rows = [frames[1:] / 255, difference, np.asarray(attention[0]), np.asarray(prompted[0])]
-    return (np.concatenate([row(values) for values in rows]) * 255).round().astype(np.uint8)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--m", type=float, default=PUBLISHED["ucf_crime"][0], help="slope before its bounds")
-    parser.add_argument("--n", type=float, default=PUBLISHED["ucf_crime"][1], help="shift before its bounds")
-    parser.add_argument("--fps", type=float, default=2.0, help="frames a second")
-    args = parser.parse_args()
-    options = clips.VideoOptions.from_item({"fps": args.fps, "min_pixels": 64 * 64, "max_pixels": 160 * 160})
-    try:
-        clip = DecoderPool(1).read(args.video, options, factor=4, multiple=2)
-    except VideoError as error:
-        raise InputError(str(error)) from error
-    Image.fromarray(strip(clip.frames, args.m, args.n)).save(args.out)
-    print(f"{args.out}: frames, differences, attention, prompted frames; m={args.m:g}, n={args.n:g}")
-
-
-if __name__ == "__main__":
-    exit_on_input_error(main)

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vau_jax.common import sharding
-from vau_jax.models import attention, rope
+from vau_jax.models import attention, lora, rope
 from vau_jax.models.attention import Keys
 from vau_jax.models.config import QwenVLConfig, with_motion
 from vau_jax.models.layers import UNIT_NORMAL, Dense, RMSNorm, SwiGLU, rows_of
 from vau_jax.models.lora import LoRA
-from vau_jax.models.motion_prompt import MotionPrompt
+from vau_jax.models.motion_prompt import VARIATION, pairs_of
 from vau_jax.models.vision import VisionTower
 from vau_jax.types import Batch, Completions, Features, Groups, KVCache, Params, Variables, Vision
 
@@ -170,10 +170,9 @@ class QwenVL(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.dtype)
-        self.visual = VisionTower(c.vision, self.dtype, self.lora, self.remat, self.unroll, self.mesh)
+        if c.vision:
+            self.visual = VisionTower(c.vision, self.dtype, self.lora, self.remat, self.unroll, self.mesh)
         self.decoder = Decoder(c, self.dtype, self.attention, self.lora, self.remat, self.unroll, self.mesh)
-        if c.vision.motion:
-            self.motion_prompt = MotionPrompt(c.vision)
         if not c.tie_word_embeddings:
             self.lm_head = self.param("lm_head", UNIT_NORMAL, (c.vocab_size, c.hidden_size))
 
@@ -185,11 +184,19 @@ class QwenVL(nn.Module):
         """The visual features of a batch that has visual input."""
         if isinstance(batch.vision, Features):
             return batch.vision
-        return self.visual(batch.vision, self.motion_prompt(batch.vision) if self.config.vision.motion else None)
+        return self.visual(batch.vision)
 
-    def motion_variation(self, batch: Batch, pairs: jax.Array | None = None) -> jax.Array:
-        """How much the motion prompt's weights change over time, see MotionPrompt."""
-        return self.motion_prompt.variation(batch.vision, pairs)
+    @nn.nowrap
+    def loss_counts(self, batch: Batch) -> dict[str, jax.Array]:
+        """What the totals that a forward pass sows among the "losses" are divided by, by name: float32 [] each."""
+        prompted = self.config.vision and self.config.vision.motion and isinstance(batch.vision, Vision)
+        return {VARIATION: pairs_of(batch.vision, self.config.vision)} if prompted else {}
+
+    @nn.nowrap
+    def head(self, variables: Variables) -> jax.Array:
+        """The matrix [V, D] that turns hidden states into logits: its own, or the embedding where tied."""
+        params = variables["params"]
+        return params["embed_tokens"]["embedding"] if self.config.tie_word_embeddings else params["lm_head"]
 
     def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Token embeddings [B, T, D] with visual features in the places of visual tokens, and `Packed.deep`."""
@@ -264,12 +271,10 @@ def init(config: QwenVLConfig, key: jax.Array) -> Params:
     )
 
 
-def with_adapters(params: Params, adapters: Params | None) -> Variables:
-    """What `apply` takes: the parameters, and LoRA's factors where there are any."""
-    return {"params": params} if adapters is None else {"params": params, "lora": adapters}
-
-
-def unembedding(variables: Variables, config: QwenVLConfig) -> jax.Array:
-    """The matrix [V, D] that turns hidden states to logits: its own, or the embedding where tied."""
-    params = variables["params"]
-    return params["embed_tokens"]["embedding"] if config.tie_word_embeddings else params["lm_head"]
+def with_adapters(params: Params, trained: Params | None) -> Variables:
+    """What `apply` takes: the parameters, and what is trained beside them: LoRA's factors, and parameters that are
+    trained whole and take the place of those in `params`."""
+    if trained is None:
+        return {"params": params}
+    adapters, whole = lora.split(trained)
+    return {"params": lora.overlay(params, whole), "lora": adapters}

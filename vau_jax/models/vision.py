@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vau_jax.common import sharding
-from vau_jax.models import attention, rope
+from vau_jax.models import attention, motion_prompt, rope
 from vau_jax.models.config import VisionConfig
 from vau_jax.models.layers import MLP, UNIT_NORMAL, Dense, LayerNorm, RMSNorm, SwiGLU, rows_of
 from vau_jax.models.lora import LoRA
@@ -107,7 +107,8 @@ class Merger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """`Vision` to `Features`; `weights` [B, P, depth, size^2] of a motion prompt weigh the normalised pixels."""
+    """`Vision` to `Features`. A motion prompt weighs the normalised pixels, and sows the total of its variation among
+    the "losses"."""
 
     config: VisionConfig
     dtype: Any
@@ -117,10 +118,12 @@ class VisionTower(nn.Module):
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, vision: Vision, weights: jax.Array | None = None) -> Features:
+    def __call__(self, vision: Vision) -> Features:
         c = self.config
         pixels = normalise(vision.patches, c)
+        weights = motion_prompt.MotionPrompt(c, name="motion_prompt")(vision) if c.motion else None
         if weights is not None:
+            self.sow("losses", motion_prompt.VARIATION, motion_prompt.variation_total(weights, vision))
             by_channel = pixels.reshape(*pixels.shape[:2], c.in_channels, -1)
             pixels = (by_channel * weights.reshape(*weights.shape[:2], 1, -1)).reshape(pixels.shape)
         x = Dense(c.hidden_size, self.dtype, bias=c.patch_bias, name="patch_embed")(pixels.astype(self.dtype))

@@ -3,12 +3,14 @@
 Another engine has the same two methods.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
+from vau_jax.common.checks import COUNT, check_ranges
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.rl import sampling
 from vau_jax.types import Batch, Sampled, Variables
@@ -21,6 +23,16 @@ class Program(NamedTuple):
     function: Any
     args: tuple
     static: dict[str, Any]
+
+
+RANGES = {"max_draws": COUNT, "reward_workers": COUNT, "num_generations": (2, math.inf)}  # a group is compared
+
+
+def check(config: ConfigDict, max_new_tokens: int) -> None:
+    """Raises InputError for the first setting that config.rollout may not have."""
+    check_ranges(config, "rollout.", RANGES)
+    names = ("temperature", "top_p", "top_k", "min_new_tokens")
+    sampling.check("rollout.", max_new_tokens=max_new_tokens, **{name: config[name] for name in names})
 
 
 class Engine:

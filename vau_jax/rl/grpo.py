@@ -7,18 +7,46 @@ Every loss is a sum over tokens of a term times a weight, and the weights come f
 how many completions and how many tokens the whole update has. So a batch may be computed in parts and the parts added.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from vau_jax.common.files import InputError
+from vau_jax.common.checks import COUNT, NOT_NEGATIVE, SHARE, check_choices, check_ranges
+from vau_jax.common.files import InputError, check_range
 
 Array = jax.Array
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "reg_grpo")
 KL_FORMS = ("k1", "k2", "k3")
 SCALES = ("group", "batch", "none")
+CHOICES = {
+    "loss_type": LOSS_TYPES,
+    "scale": SCALES,
+    "kl": KL_FORMS,
+    "kl_in": ("loss", "reward"),
+    "importance": ("auto", "always", "never"),
+}
+RANGES = {
+    "iterations": COUNT,
+    "beta": NOT_NEGATIVE,
+    "reference_every": NOT_NEGATIVE,
+    "reference_mix": SHARE,
+    "epsilon_low": NOT_NEGATIVE,
+    "epsilon_high": NOT_NEGATIVE,
+    "delta": NOT_NEGATIVE,
+    "importance_cap": COUNT,
+    "regression_eps": (1e-6, math.inf),
+}
+
+
+def check(config: ConfigDict, max_new_tokens: int) -> None:
+    """Raises InputError for the first setting that config.grpo may not have."""
+    check_choices(config, "grpo.", CHOICES)
+    check_ranges(config, "grpo.", RANGES)
+    check_range("grpo.overlong_buffer", config.overlong_buffer, 0, max_new_tokens)
 
 
 # --- Advantages ---------------------------------------------------------------------------------------------------

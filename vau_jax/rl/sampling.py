@@ -18,7 +18,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from vau_jax.common import sharding
 from vau_jax.common.files import check_range
-from vau_jax.models import qwen_vl
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.rl import logprobs
 from vau_jax.types import Array, Batch, KVCache, Sampled, Variables
@@ -378,7 +377,7 @@ def _pick(
 ) -> tuple[jax.Array, jax.Array]:
     """One token [B, G] and its log-probability."""
     config = static.model.config
-    head = qwen_vl.unembedding(variables, config)
+    head = static.model.head(variables)
     temperature = 1.0 if static.greedy else dynamic.temperature
     scores = logprobs.sampling_logits(hidden, head, temperature, config.never_sampled)  # [B, G, V]
     ends = jnp.asarray(static.end_tokens, jnp.int32)

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax.common.chat import Chat
-from vau_jax.common.files import InputError
+from vau_jax.common.files import InputError, check_range
 from vau_jax.data.pipeline import HostBatch
 from vau_jax.data.processor import Processor
 from vau_jax.rl import grpo
@@ -23,6 +23,22 @@ from vau_jax.tasks.columns import Columns
 from vau_jax.tasks.example import Example
 from vau_jax.tasks.rewards import REWARDS, task_score, verifiable
 from vau_jax.types import Sampled
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for rewards that cannot be trained on."""
+    for name, weight in config.rewards.items():
+        check_range(f"rewards.{name}", weight)
+    built_in = [name for name, weight in config.rewards.items() if weight]
+    if not (built_in or config.user_rewards or config.grpo.overlong_buffer):
+        raise InputError("no reward has a weight: set one of config.rewards, or config.user_rewards")
+    unearned = [f"rewards.{name}={config.rewards[name]}" for name in built_in if name in REWARDS]
+    if config.data.style == "direct" and unearned:
+        raise InputError(
+            f"data.style=direct earns nothing of {', '.join(unearned)}, which want reasoning before the answer: take "
+            f"another style ({', '.join(style for style in prompts.STYLES if style != 'direct')}), or weights 0 and "
+            "config.user_rewards"
+        )
 
 
 @dataclass

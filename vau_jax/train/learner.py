@@ -4,6 +4,7 @@ A learner is made of shapes alone, so that its programs can be compiled for devi
 (launch/compile_check.py); `begin` gives it parameters. What is sharded how follows from parameter names.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vau_jax.common import sharding
-from vau_jax.models import hf, lora, qwen_vl
+from vau_jax.models import hf, lora, motion_prompt, qwen_vl
 from vau_jax.models.config import QwenVLConfig
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
@@ -38,10 +39,10 @@ class Learner:
         )
         # Unrolled layers pay in the update; in the sampler's loop their weights would be copied at every token.
         self.sampler = self.model.clone(unroll=1)
+        self.groups = groups_of(config, model_config)
         trained, self.abstract_base = self._split(shapes)
-        motion = config.motion if model_config.vision.motion else None
         rounds = config.grpo.iterations if config.stage == "rft" else 1
-        self.optimiser = optim.make(config.optim, config.steps * rounds, trained, self.abstract_base, motion)
+        self.optimiser = optim.make(config.optim, config.steps * rounds, trained, self.abstract_base, self.groups)
         state = jax.eval_shape(self._initial, trained)
         self.shardings = sharding.state_shardings(state, mesh)
         self.abstract_state: State = jax.tree.map(_with_sharding, state, self.shardings)
@@ -70,8 +71,8 @@ class Learner:
         self.state = jax.device_put(self._initial(trained), self.shardings)
 
     def _split(self, params: Params) -> tuple[Params, Params | None]:
-        """(trained, frozen base): all parameters and None; or fresh adapters and what they are trained on. Arrays or
-        shapes."""
+        """(trained, frozen base), of arrays or shapes: all parameters and None; or fresh adapters, with what is trained
+        whole beside them, and what they are trained on."""
         if self.lora is None:
             return params, None
         if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
@@ -85,9 +86,12 @@ class Learner:
         shapes = {path: leaf.shape for path, leaf in hf.flatten(params).items()}
         key = jax.random.fold_in(jax.random.key(self.config.seed), ADAPTER_STREAM)
         flat = lora.init(key, shapes, self.lora, jnp.dtype(self.config.param_dtype))
-        if "motion_prompt" in params:
-            flat |= {f"motion_prompt/{name}": jnp.copy(x) for name, x in params["motion_prompt"].items()}
-        return hf.unflatten(flat)
+        whole = {
+            path: jnp.copy(x)
+            for path, x in hf.flatten(params).items()
+            if any(re.fullmatch(group.pattern, path) for group in self.groups)
+        }
+        return hf.unflatten(flat | whole)
 
     def _initial(self, trained: Params) -> State:
         following = None
@@ -96,7 +100,7 @@ class Learner:
         return State(jnp.int32(0), trained, jax.jit(self.optimiser.init)(trained), following)
 
     def _tower_is_frozen(self, tower: list[str], trained: Params) -> bool:
-        if self.model.config.vision.motion:  # what goes into the tower is trained
+        if self.groups:  # what goes into the tower is trained
             return False
         if self.lora is None:
             return optim.all_frozen(self.config.optim, tower)
@@ -155,7 +159,7 @@ class Learner:
     @cached_property
     def update_program(self) -> update.Update:
         """(State, base, TrainBatch) to State and metrics."""
-        return update.make(self.config, self.model, self.optimiser, self.shardings, self.mesh)
+        return update.make(self.config, self.model, self.optimiser, self.shardings, self.mesh, self.groups)
 
     @cached_property
     def logps_program(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -195,6 +199,13 @@ class Learner:
         """After step `number`, from 0: moves the reference to (a mix with) the policy every grpo.reference_every."""
         if self.state.reference is not None and (number + 1) % self.config.grpo.reference_every == 0:
             self.state = replace(self.state, reference=self._follow_program(self.state.reference, self.state.params))
+
+
+def groups_of(config: ConfigDict, model_config: QwenVLConfig) -> tuple[optim.Group, ...]:
+    """Parameters with an optimiser of their own: the numbers of a motion prompt."""
+    if model_config.vision is None or model_config.vision.motion is None:
+        return ()
+    return (optim.Group(motion_prompt.PREFIX + ".*", config.motion.lr_scale, config.motion.weight_decay),)
 
 
 def _with_sharding(shape: jax.ShapeDtypeStruct, layout: Any) -> jax.ShapeDtypeStruct:

@@ -23,26 +23,69 @@ from ml_collections import ConfigDict
 
 from vau_jax.common import processes, sharding
 from vau_jax.common.about import about
+from vau_jax.common.checks import COUNT, check_choices, check_ranges
 from vau_jax.common.chips import chip
 from vau_jax.common.fields import Fields
-from vau_jax.common.files import InputError, content_hash, dump_json, read_json, short, write_text
+from vau_jax.common.files import InputError, check_range, content_hash, dump_json, read_json, short, write_text
 from vau_jax.common.metric_writer import RunLog
 from vau_jax.common.processes import Rows
 from vau_jax.data import pipeline
 from vau_jax.data.feed import Feed
 from vau_jax.data.pipeline import HostBatch
-from vau_jax.models import checkpoint, flops, motion_prompt
+from vau_jax.models import checkpoint, flops, lora, motion_prompt
+from vau_jax.rl import engine, grpo, scorer
 from vau_jax.rl.difficulty import Difficulty
 from vau_jax.rl.engine import Engine
 from vau_jax.rl.rollout import Clock, RolloutWorker
 from vau_jax.rl.scorer import Scorer
+from vau_jax.tasks import prompts
+from vau_jax.train import optim, update
 from vau_jax.train.learner import Learner, shapes_of
-from vau_jax.train.settings import check
 from vau_jax.types import TrainBatch
-from vau_jax.vlm import VideoLM
+from vau_jax.vlm import DTYPES, VideoLM
 
 PREEMPTED = "preempted.json"  # in the workdir of a run that was asked to end before its last step
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+RANGES = {
+    "steps": COUNT,
+    "log_every": COUNT,
+    "seed": (0, 2**31 - 1),
+    "unroll": COUNT,
+    "batch_size": COUNT,
+    "micro_batches": COUNT,
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for the first setting that no training run can have, before anything is loaded; each part of
+    a config is checked by the module that reads it."""
+    c, limit = config, config.data.max_completion_tokens
+    check_choices(c, "", {"stage": tuple(update.STAGES), "dtype": tuple(DTYPES)})
+    check_ranges(c, "", RANGES)
+    check_ranges(c.checkpoint, "checkpoint.", {"every": COUNT, "keep": COUNT})
+    check_range("data.max_completion_tokens", limit, 1)
+    pipeline.check(c.data)
+    optim.check(c.optim)
+    lora.check(c.lora)
+    if len(c.profile_steps) != 2:
+        raise InputError(f"profile_steps={tuple(c.profile_steps)}: expected the first and the last step of a trace")
+    if c.batch_size % c.micro_batches:
+        raise InputError(f"micro_batches={c.micro_batches} does not divide batch_size={c.batch_size}")
+    if c.stage == "rft":
+        engine.check(c.rollout, limit)
+        grpo.check(c.grpo, limit)
+        scorer.check(c)
+    if c.stage == "rft" and c.lora.rank and c.lora.dropout:
+        raise InputError(
+            f"lora.dropout={c.lora.dropout} with stage=rft: completions are sampled, and their log-probabilities "
+            "computed, without dropout, so that the update's ratios would be its noise: set lora.dropout=0"
+        )
+    if c.stage == "sft" and c.data.style in prompts.WITH_DRAFT and not c.data.reflection:
+        raise InputError(
+            f"SFT with data.style={c.data.style} needs the records to learn from: set config.data.reflection"
+        )
 
 
 class Run:
@@ -78,8 +121,8 @@ class Run:
     def _worker(self, workdir: Path | None) -> RolloutWorker:
         c, end_tokens = self.config, self.processor.end_tokens
         answers = processes.own_lines(workdir / "judge.jsonl") if workdir and c.rewards.get("judge") else None
-        engine = Engine(c.rollout, self.learner.sampler, end_tokens, c.data.max_completion_tokens)
-        return RolloutWorker(c, engine, Scorer(c, self.processor, answers), self.feed, self.difficulty)
+        sampler = Engine(c.rollout, self.learner.sampler, end_tokens, c.data.max_completion_tokens)
+        return RolloutWorker(c, sampler, Scorer(c, self.processor, answers), self.feed, self.difficulty)
 
     # --- Where a run stands, besides its state ---
 
@@ -266,7 +309,8 @@ def _describe(run: Run, workdir: Path, source: checkpoint.Source) -> None:
     shutil.rmtree(workdir / "heartbeats", ignore_errors=True)
     checkpoint.copy_model_files(run.processor.folder, workdir)
     if motion := run.processor.config.vision.motion:
-        motion_prompt.write_file(workdir / checkpoint.MODEL_FOLDER, motion, run.learner.state.params["motion_prompt"])
+        numbers = run.learner.state.params["visual"]["motion_prompt"]
+        motion_prompt.write_file(workdir / checkpoint.MODEL_FOLDER, motion, numbers)
     if run.learner.lora:
         checkpoint.write_adapter(workdir, checkpoint.Adapter(source, run.learner.lora))
     checkpoint.need(source, workdir)
@@ -275,6 +319,7 @@ def _describe(run: Run, workdir: Path, source: checkpoint.Source) -> None:
 
 
 MAY_CHANGE = (
+    "format",
     "steps",
     "log_every",
     "checkpoint.every",
@@ -297,15 +342,21 @@ MAY_CHANGE = (
 
 
 def check_same_run(config: ConfigDict, workdir: Path) -> None:
-    """Raises InputError when `workdir` holds a run with other settings, but for those of MAY_CHANGE."""
+    """Raises InputError when `workdir` holds a run with other settings, but for those of MAY_CHANGE, or of a later
+    format of configs."""
     path = workdir / "config.json"
     if not path.exists() or not checkpoint.steps(workdir):
         return
     from configs import base  # noqa: PLC0415 - which imports our own names in turn
 
+    stored = read_json(path)
+    if stored.get("format", 1) > config.format:
+        raise InputError(
+            f"{path} has format {stored['format']}, of a later version: this one resumes runs up to {config.format}"
+        )
     new = _flat(json.loads(config.to_json_best_effort()))
     # A field that was not there yet did what its default does; one that is there no longer does nothing.
-    old = _flat(json.loads(base.get_config().to_json_best_effort())) | _flat(read_json(path))
+    old = _flat(json.loads(base.get_config().to_json_best_effort())) | _flat(stored)
     changed = sorted(name for name in new if old.get(name) != new[name] and name not in MAY_CHANGE)
     changed = [f"{name} (was {old.get(name)!r}, is {new[name]!r})" for name in changed]
     if changed:

@@ -1,12 +1,15 @@
 """The optimiser: AdamW with a schedule, gradient clipping, and freezing and weight decay by parameter name."""
 
 import re
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import optax
 from ml_collections import ConfigDict
 
+from vau_jax.common.checks import NOT_NEGATIVE, SHARE, check_choices, check_patterns, check_ranges
 from vau_jax.common.files import InputError
 from vau_jax.models import hf
 from vau_jax.types import Params
@@ -14,10 +17,26 @@ from vau_jax.types import Params
 SCHEDULES = ("constant", "linear", "cosine")
 
 
+RANGES = {
+    "lr": NOT_NEGATIVE,
+    "b1": SHARE,
+    "b2": SHARE,
+    "eps": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "warmup_steps": NOT_NEGATIVE,
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for the first setting that config.optim may not have."""
+    check_choices(config, "optim.", {"schedule": SCHEDULES})
+    check_ranges(config, "optim.", RANGES)
+    check_patterns(config, "optim.", ("freeze", "no_decay"))
+
+
 def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """Learning rate by step: a linear warm-up, then constant, or linear or cosine down to `final_lr` * lr."""
-    if config.schedule not in SCHEDULES:
-        raise InputError(f"optim.schedule={config.schedule!r} is unknown: expected one of {', '.join(SCHEDULES)}")
+    check_choices(config, "optim.", {"schedule": SCHEDULES})
     rest, end = max(1, steps - config.warmup_steps), config.lr * config.final_lr
     main = {
         "constant": optax.constant_schedule(config.lr),
@@ -28,7 +47,13 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, main], [config.warmup_steps]) if config.warmup_steps else main
 
 
-MOTION = "motion_prompt/"  # how the names of a motion prompt's numbers begin
+class Group(NamedTuple):
+    """Parameters whose whole name matches `pattern` have a learning rate, as a share of the others', and a weight decay
+    of their own, and their gradients are not clipped with the others'."""
+
+    pattern: str
+    lr_scale: float
+    weight_decay: float
 
 
 def make(
@@ -36,15 +61,13 @@ def make(
     steps: int,
     params: Params,
     frozen: Params | None = None,
-    motion: ConfigDict | None = None,
+    groups: Sequence[Group] = (),
 ) -> optax.GradientTransformation:
     """The optimiser for `params` (arrays or shapes) over `steps` updates.
 
-    The numbers of a motion prompt have a learning rate (motion.lr_scale times the others') and weight decay of
-    their own.
-
-    Parameters whose name matches one of `freeze` keep their values and have no optimiser slots; those that match one
-    of `no_decay` have no weight decay. A pattern that matches neither them nor `frozen` is an InputError.
+    Parameters in one of `groups` are trained as that says, also where `config.freeze` names them. Of the others those
+    whose name matches one of `freeze` keep their values and have no optimiser slots; those that match one of `no_decay`
+    have no weight decay. A pattern that matches neither them nor `frozen` is an InputError.
     """
     names = list(hf.flatten(params)) + list(hf.flatten(frozen or {}))
     for pattern in (*config.freeze, *config.no_decay):
@@ -53,30 +76,34 @@ def make(
     rate = schedule(config, steps)
     moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     decayed = _labels(params, lambda name: not _any(config.no_decay, name))
-    groups = {
+    transforms = {
         "trained": optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
             optax.adamw(rate, weight_decay=config.weight_decay, mask=decayed, **moments),
         ),
         "frozen": optax.set_to_zero(),
     }
-    if motion is not None:
-        own_rate = lambda step: motion.lr_scale * rate(step)  # noqa: E731
-        groups["motion"] = optax.adamw(own_rate, weight_decay=motion.weight_decay, **moments)
+    for group in groups:
+        own_rate = partial(_scaled, rate, group.lr_scale)
+        transforms[group.pattern] = optax.adamw(own_rate, weight_decay=group.weight_decay, **moments)
 
-    def group(name: str) -> str:
-        if _any(config.freeze, name):
-            return "frozen"
-        return "motion" if name.startswith(MOTION) else "trained"
+    def label(name: str) -> str:
+        own = next((group.pattern for group in groups if re.fullmatch(group.pattern, name)), None)
+        return own or ("frozen" if _any(config.freeze, name) else "trained")
 
-    return optax.multi_transform(groups, _labels(params, group))
+    return optax.multi_transform(transforms, _labels(params, label))
 
 
-def stop_frozen(config: ConfigDict, params: Params) -> Params:
+def _scaled(rate: optax.Schedule, scale: float, step: jax.Array) -> jax.Array:
+    return scale * rate(step)
+
+
+def stop_frozen(config: ConfigDict, params: Params, groups: Sequence[Group] = ()) -> Params:
     """The same parameters, through which no gradient goes to those that `config.freeze` names: none is computed."""
     if not config.freeze:
         return params
-    frozen = _labels(params, lambda name: _any(config.freeze, name))
+    own = tuple(group.pattern for group in groups)
+    frozen = _labels(params, lambda name: _any(config.freeze, name) and not _any(own, name))
     return jax.tree.map(lambda stop, x: jax.lax.stop_gradient(x) if stop else x, frozen, params)
 
 

@@ -1,6 +1,6 @@
 """One update: log-probabilities of a batch's completions, the loss of its stage, gradients, the optimiser's step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from vau_jax.train import optim, sft
 from vau_jax.types import Array, Batch, Completions, Params, State, TrainBatch, Variables
 
 STAGES = {"sft": sft, "rft": grpo}
-SHARES = ("motion/variation",)  # metrics that a part gives its share of
 DROPOUT_STREAM = 2**31 - 1  # no step number: dropout's keys and the sampler's never meet
 
 Metrics = dict[str, jax.Array]
@@ -26,23 +25,37 @@ Update = Callable[[State, Params | None, TrainBatch], tuple[State, Metrics]]
 
 
 def policy_logps(
+    variables: Variables, batch: Batch, completions: Completions, model: QwenVL, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of the completions' tokens and entropies, float32 [B, G, C], prompts read once a group."""
+    return logps_and_losses(variables, batch, completions, model, temperature)[:2]
+
+
+def logps_and_losses(
     variables: Variables,
     batch: Batch,
     completions: Completions,
     model: QwenVL,
     temperature: float,
     dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of the completions' tokens and entropies, float32 [B, G, C], prompts read once a group.
-
-    With a `dropout_key`, LoRA's dropout is on.
-    """
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """`policy_logps`, and the totals of the losses that modules sow, by name. With a `dropout_key`, LoRA's dropout is
+    on."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    hidden = model.apply(variables, batch, completions, method="hidden", rngs=rngs)
+    hidden, sown = model.apply(variables, batch, completions, method="hidden", rngs=rngs, mutable=["losses"])
     predicting = logprobs.completion_hidden(hidden, batch.mask, completions.tokens.shape[1])
-    head = qwen_vl.unembedding(variables, model.config)
-    never = model.config.never_sampled
-    return logprobs.token_logps(predicting, head, completions.tokens, temperature, never, model.mesh)
+    head, never = model.head(variables), model.config.never_sampled
+    logps, entropies = logprobs.token_logps(predicting, head, completions.tokens, temperature, never, model.mesh)
+    return logps, entropies, _totals(sown.get("losses", {}))
+
+
+def _totals(sown: Mapping[str, Any]) -> Metrics:
+    """The sum of each loss over all modules that sowed it."""
+    totals: Metrics = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(sown):
+        name = next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey))
+        totals[name] = totals.get(name, 0.0) + value
+    return totals
 
 
 def policy(trained: Params, base: Params | None) -> Variables:
@@ -50,30 +63,45 @@ def policy(trained: Params, base: Params | None) -> Variables:
     return qwen_vl.with_adapters(trained, None) if base is None else qwen_vl.with_adapters(base, trained)
 
 
+def auxiliary_losses(config: ConfigDict) -> dict[str, float]:
+    """Weights of the losses that modules of the model sow, by name."""
+    return {motion_prompt.VARIATION: config.motion.weight}
+
+
 def make(
-    config: ConfigDict, model: QwenVL, optimiser: optax.GradientTransformation, shardings: State, mesh: Mesh
+    config: ConfigDict,
+    model: QwenVL,
+    optimiser: optax.GradientTransformation,
+    shardings: State,
+    mesh: Mesh,
+    groups: Sequence[optim.Group] = (),
 ) -> Update:
     """The compiled update: State, frozen parameters (LoRA's base, or None) and TrainBatch to State and metrics.
 
     The batch is computed in config.micro_batches parts, one after the other, whose losses and gradients add up to those
     of the whole: the result does not depend on their number. The old state's memory is given up.
     """
-    stage, settings = STAGES[config.stage], loss_settings(config)
+    stage, settings, weights = STAGES[config.stage], loss_settings(config), auxiliary_losses(config)
     temperature = config.rollout.temperature if config.stage == "rft" else 1.0
 
     def objective(
-        trained: Params, base: Params | None, part: TrainBatch, whole: Metrics, key: jax.Array | None
+        trained: Params,
+        base: Params | None,
+        part: TrainBatch,
+        whole: Metrics,
+        counts: Metrics,
+        key: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
-        """The part's share of the loss, and its metrics. `whole` are sums over the whole batch."""
-        variables = policy(optim.stop_frozen(config.optim, trained), base)
-        logps, entropies = policy_logps(variables, part.batch, part.completions, model, temperature, key)
+        """The part's share of the loss, and its metrics. `whole` are sums over the whole batch, `counts` those that
+        auxiliary losses are divided by."""
+        variables = policy(optim.stop_frozen(config.optim, trained, groups), base)
+        logps, entropies, totals = logps_and_losses(variables, part.batch, part.completions, model, temperature, key)
         inputs = _by_completion(part.loss_inputs)
         logps, entropies = (x.reshape(-1, x.shape[-1]) for x in (logps, entropies))
         loss, metrics = stage.loss(logps, {**inputs, "entropies": entropies, **whole}, settings)
-        if model.config.vision.motion:
-            variation = model.apply(variables, part.batch, whole["motion_pairs"], method="motion_variation")
-            loss += config.motion.weight * variation
-            metrics["motion/variation"] = variation
+        for name, total in totals.items():
+            metrics[name] = total / jnp.maximum(counts[name], 1)
+            loss += weights[name] * metrics[name]
         if "sampler_logps" in inputs:
             metrics |= _token_metrics(logps, entropies, inputs)
         return loss, metrics
@@ -83,24 +111,23 @@ def make(
         if model.lora is not None and model.lora.dropout:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT_STREAM), state.step)
         whole = stage.totals(_by_completion(train.loss_inputs))
-        if model.config.vision.motion:
-            whole["motion_pairs"] = motion_prompt.pairs_of(train.batch.vision, model.config.vision)
+        counts = model.loss_counts(train.batch)
         differentiate = jax.value_and_grad(objective, has_aux=True)
         if config.micro_batches == 1:
-            (loss, metrics), grads = differentiate(state.params, base, train, whole, key)
+            (loss, metrics), grads = differentiate(state.params, base, train, whole, counts, key)
             return loss, metrics, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
 
         def add(sums: tuple[jax.Array, Params], numbered: tuple[jax.Array, TrainBatch]) -> tuple[Any, Metrics]:
             number, part = numbered
             part_key = None if key is None else jax.random.fold_in(key, number)
-            (loss, metrics), grads = differentiate(state.params, base, part, whole, part_key)
+            (loss, metrics), grads = differentiate(state.params, base, part, whole, counts, part_key)
             share = stage.totals(_by_completion(part.loss_inputs))["num_tokens"] / whole["num_tokens"]
             return (sums[0] + loss, jax.tree.map(jnp.add, sums[1], grads)), {**metrics, "share": share}
 
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
         parts = jnp.arange(config.micro_batches), _split(train, config.micro_batches)
         (loss, grads), metrics = jax.lax.scan(add, (jnp.float32(0), blank), parts)
-        return loss, _combine(metrics), grads
+        return loss, _combine(metrics, counts), grads
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
     def update(state: State, base: Params | None, train: TrainBatch) -> tuple[State, Metrics]:
@@ -111,7 +138,7 @@ def make(
         new = State(state.step + 1, optax.apply_updates(state.params, changes), opt_state, state.reference)
         metrics = {**metrics, "loss": loss, "grad_norm": optax.global_norm(grads)}
         if model.config.vision.motion:
-            metrics |= {f"motion/{name}": value for name, value in new.params["motion_prompt"].items()}
+            metrics |= {f"motion/{name}": value for name, value in new.params["visual"]["motion_prompt"].items()}
         if config.skip_nonfinite:
             good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
             new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
@@ -158,14 +185,14 @@ def _split(train: TrainBatch, parts: int) -> TrainBatch:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), train)
 
 
-def _combine(metrics: Metrics) -> Metrics:
-    """Metrics of the parts [parts] as those of the whole: maxima of maxima, the sum of SHARES, the others mean by
-    tokens."""
+def _combine(metrics: Metrics, sums: Collection[str]) -> Metrics:
+    """Metrics of the parts [parts] as those of the whole: maxima of maxima, the sums of `sums`, the others mean
+    by tokens."""
     share = metrics.pop("share")
 
     def one(name: str, values: jax.Array) -> jax.Array:
         if name.endswith("/max"):
             return values.max()
-        return values.sum() if name in SHARES else jnp.sum(share * values)
+        return values.sum() if name in sums else jnp.sum(share * values)
 
     return {name: one(name, values) for name, values in metrics.items()}
