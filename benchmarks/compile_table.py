@@ -114,9 +114,9 @@ def main() -> None:
         if not file.exists():
             print(f"{name}: no result, see {file.with_suffix('.log')}", file=sys.stderr, flush=True)
             continue
-        found = json.loads(file.read_text())
-        cells.append(line(model, training, pod, found))
-        sent.append([*cells[-1][:4], *collectives(found)])
+        result = json.loads(file.read_text())
+        cells.append(line(model, training, pod, result))
+        sent.append([*cells[-1][:4], *collectives(result)])
         print(" | ".join(cells[-1]), file=sys.stderr, flush=True)  # how far it is
     print_tables(cells, sent)
 

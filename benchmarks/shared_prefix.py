@@ -94,14 +94,14 @@ def point(sizes: dict[str, int], most_tokens: int) -> dict[str, Any]:
         "shared": packed(1, s["G"], s["P"], s["C"]),
         "repeated": packed(s["G"], 1, s["P"], s["C"]),
     }
-    found = {
+    results = {
         name: {"tokens": tokens[name]} | measure(ours, params, data[name], tokens[name] <= most_tokens) for name in data
     }
     plain = measure(lambda *a: whole_logits(*a, model), params, data["shared"], False)
-    found["whole_logits_mb"] = plain["peak_mb"]
-    if "seconds" in found["repeated"]:
-        found["times_faster"] = found["repeated"]["seconds"] / found["shared"]["seconds"]
-    return s | found
+    results["whole_logits_mb"] = plain["peak_mb"]
+    if "seconds" in results["repeated"]:
+        results["times_faster"] = results["repeated"]["seconds"] / results["shared"]["seconds"]
+    return s | results
 
 
 def main() -> None:

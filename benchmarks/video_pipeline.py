@@ -134,12 +134,12 @@ def child(reader: str, core: int, cache: Path, paths: list[Path]) -> None:
     os.sched_setaffinity(0, {core})
     read = reference_reader() if reader == "reference" else our_reader(cache if reader == "cached" else None)
     read(paths[0])
-    found = []
+    results = []
     for path in paths:
         began = time.perf_counter()
         frames = read(path)
-        found.append((time.perf_counter() - began, frames))
-    print(dump_json(found))
+        results.append((time.perf_counter() - began, frames))
+    print(dump_json(results))
 
 
 def start(reader: str, core: int, cache: Path, paths: list[Path]) -> subprocess.Popen[str]:
@@ -183,7 +183,7 @@ def compare(paths: list[Path], workers: int, rounds: int, cache: Path, readers: 
 
 def memory(path: Path, count: int) -> list[dict[str, float]]:
     """Resident MB of this process and of the decoding one after every tenth of `count` reads of a clip."""
-    pool, found = DecoderPool(1), []
+    pool, result = DecoderPool(1), []
     for number in range(1, count + 1):
         clip: Clip = pool.read(path, OPTIONS, SAMPLING.factor, SAMPLING.multiple)
         encode_visual(clip.frames, VISION, clip.seconds_per_frame, clip.times)
@@ -191,9 +191,9 @@ def memory(path: Path, count: int) -> list[dict[str, float]]:
             worker = pool.idle.get()
             sizes = {"clips": number, "here": resident("self"), "decoder": resident(str(worker.process.pid))}
             pool.idle.put(worker)
-            found.append(sizes)
+            result.append(sizes)
             print(dump_json(sizes), flush=True)
-    return found
+    return result
 
 
 def resident(process: str) -> float:

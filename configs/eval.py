@@ -13,10 +13,10 @@ def get_config() -> ConfigDict:
     c.name = "evaluate"  # shown in progress lines and tables
     c.checkpoint = ""  # workdir of a run, workdir/checkpoints/STEP, or a Hugging Face folder
     c.blind = False  # grey frames instead of the video
-    c.seed = 0  # of the options' order, and of sampling
+    c.seed = 0  # seed of the options' order and of sampling
     c.temperature = 0.0  # 0: greedy
-    c.samples = 1  # completions of a question; several give pass@k and votes, and want a temperature
-    c.rotations = 1  # orders of the options that each multiple-choice question is asked with, up to 4
+    c.samples = 1  # completions per question; several give pass@k and majority votes, and need a temperature
+    c.rotations = 1  # rotations of the options that each multiple-choice question is asked with, up to 4
     c.batch_size = 8
     c.dtype = train.dtype
     c.mesh = train.mesh

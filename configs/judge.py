@@ -8,5 +8,5 @@ from configs import base
 def get_config() -> ConfigDict:
     c = base.endpoint()
     c.temperature = 0.0  # the same marks each time
-    c.name = "judge"  # of the judge: several may mark the same evaluation
+    c.name = "judge"  # name of the judge; several judges can mark the same evaluation
     return c

@@ -60,8 +60,8 @@ def make(config: ConfigDict, workdir: Path, examples: list[Example]) -> list[Dra
                 file.write(dump_json(known[example.id]) + "\n")
                 file.flush()
             progress.show(len(known))
-    found = [known[example.id] for example in examples]
-    return [(e, [Draft(**d) for d in r["drafts"]], r["reason"]) for e, r in zip(examples, found, strict=True)]
+    results = [known[example.id] for example in examples]
+    return [(e, [Draft(**d) for d in r["drafts"]], r["reason"]) for e, r in zip(examples, results, strict=True)]
 
 
 # --- A student ----------------------------------------------------------------------------------------------------
@@ -87,8 +87,8 @@ def by_model(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iter
         )
         texts = vlm.processor.decode_completions(np.asarray(out.tokens), np.asarray(out.mask))
         left = examples[number * s.batch_size : (number + 1) * s.batch_size]
-        for item, example, found in zip(host.examples, left, texts, strict=False):
-            yield _read(example, [] if item.failure else found, f"the video cannot be read: {item.failure}")
+        for item, example, result in zip(host.examples, left, texts, strict=False):
+            yield _read(example, [] if item.failure else result, f"the video cannot be read: {item.failure}")
 
 
 def by_endpoint(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iterator[Drafted]:
@@ -115,9 +115,9 @@ def by_endpoint(config: ConfigDict, workdir: Path, examples: list[Example]) -> I
     for number, reply in student.ask_all(questions(), samples=s.samples):
         replies[number].append(reply)
         if len(replies[number]) == s.samples:
-            found = replies.pop(number)
-            texts = [reply.text for reply in found if not reply.error]
-            yield _read(asked[number], texts, f"{UNANSWERED}: {found[-1].error}")
+            result = replies.pop(number)
+            texts = [reply.text for reply in result if not reply.error]
+            yield _read(asked[number], texts, f"{UNANSWERED}: {result[-1].error}")
     pool.close()
     yield from unread
 
@@ -170,8 +170,8 @@ def first_sentence(text: str) -> str:
     """Up to the first full stop that ends a sentence, tags taken out."""
     text = " ".join(grammar.prose(text).split())
     match = re.match(r".+?[.!?](?=\s|$)", text)
-    found = match[0] if match else text
-    return found if found.endswith((".", "!", "?")) or not found else f"{found}."
+    result = match[0] if match else text
+    return result if result.endswith((".", "!", "?")) or not result else f"{result}."
 
 
 # --- Scores -------------------------------------------------------------------------------------------------------

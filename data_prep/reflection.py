@@ -105,7 +105,7 @@ class Likeness:
         self.most, self.count = most, 0
         self.texts_with: defaultdict[int, list[int]] = defaultdict(list)
 
-    def seen(self, text: str) -> bool:
+    def is_duplicate(self, text: str) -> bool:
         """Whether the text is like one before; one that is not is remembered."""
         words = re.findall(r"\w+", text.lower())
         runs = {hash(tuple(words[i : i + 5])) for i in range(max(1, len(words) - 4))}
@@ -162,20 +162,20 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         )
     examples = _examples(config)
     drafted = drafts.make(config, workdir, examples)
-    chosen = [_choose(config, example, found) for example, found, _ in drafted if found]
+    chosen = [_choose(config, example, result) for example, result, _ in drafted if result]
     if config.dry_run:
         for one in chosen[: config.dry_run]:
             print("\n".join(f"--- {m['role']}\n{m['content']}" for m in teacher.messages(*one, [])), flush=True)
         return {}
     written, teacher_card = teacher.reflect(config, workdir, chosen)
     accepted, likeness = [], {name: Likeness(config.keep.likeness) for name in verifiable}
-    rejected = [(example, reason) for example, found, reason in drafted if not found]
+    rejected = [(example, reason) for example, result, reason in drafted if not result]
     for (example, draft, right), (texts, error) in zip(chosen, written, strict=True):
         reason, record = error, None
         if texts:
             record = Reflection(draft.think, draft.value, right, *texts)
             reason = fault(example, record, config.keep)
-        if not reason and likeness[example.task].seen(f"{record.reflect} {record.revise}"):
+        if not reason and likeness[example.task].is_duplicate(f"{record.reflect} {record.revise}"):
             reason = "nearly the same as an earlier one"
         if reason:
             rejected.append((example, reason))

@@ -90,8 +90,8 @@ def messages(example: Example, draft: Draft, right: bool, shown: list[Message]) 
 
 def read_reply(text: str) -> tuple[str, str] | None:
     """(reflect, revise) of a teacher's JSON; None where it is something else."""
-    found = json_object(text) or {}
-    reflect, revise = found.get("reflect"), found.get("revise")
+    result = json_object(text) or {}
+    reflect, revise = result.get("reflect"), result.get("revise")
     return (reflect.strip(), revise.strip()) if isinstance(reflect, str) and isinstance(revise, str) else None
 
 

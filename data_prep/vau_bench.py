@@ -43,12 +43,12 @@ def audit(paths: Sequence[str], source: str, protocol: str, each_row: bool) -> s
     """The table of every file, its denominators, and the videos that two of them share."""
     lines, loaded = [], {}
     for path in paths:
-        rows, found = vau_bench.load(path, source, protocol)
+        rows, result = vau_bench.load(path, source, protocol)
         loaded[path] = rows
         counts = ", ".join(f"{task} {n}" for task, n in vau_bench.denominators(rows).items())
-        lines += [found.table(), f"  scored by: {counts}"]
+        lines += [result.table(), f"  scored by: {counts}"]
         if each_row:
-            lines += [f"    line {e.line}  {e.video}  {e.action} {e.what}: {e.reason}" for e in found.entries]
+            lines += [f"    line {e.line}  {e.video}  {e.action} {e.what}: {e.reason}" for e in result.entries]
     for number, first in enumerate(paths):
         for second in paths[number + 1 :]:
             if shared := vau_bench.shared_videos(loaded[first], loaded[second]):
@@ -87,9 +87,9 @@ class Found:
             "beyond_end": "intervals reach beyond the end of their video",
         }
         for name, words in kinds.items():
-            found = getattr(self, name)
-            lines.append(f"{len(found):5d}  {words}")
-            lines += [f"         {line}" for line in _some(found)]
+            result = getattr(self, name)
+            lines.append(f"{len(result):5d}  {words}")
+            lines += [f"         {line}" for line in _some(result)]
         return "\n".join(lines)
 
 
@@ -107,14 +107,14 @@ def import_splits(
     records: bool = False,
 ) -> Found:
     """Writes the splits; `annotation_files` by split, `folders` of videos by source; `records`: as ArrayRecord too."""
-    found = Found()
-    splits = {split: _load(paths, found) for split, paths in annotation_files.items() if paths}
+    result = Found()
+    splits = {split: _load(paths, result) for split, paths in annotation_files.items() if paths}
     if not splits:
         raise InputError("nothing to import: give annotation files with --train, --val or --test")
-    splits = _without_leaks(splits, found)
+    splits = _without_leaks(splits, result)
     splits = {split: [_shuffled(row, seed) for row in rows] for split, rows in splits.items()}
     if folders:
-        splits = _joined(splits, folders, workers, found)
+        splits = _joined(splits, folders, workers, result)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -122,8 +122,8 @@ def import_splits(
     texts = {}
     for split, rows in splits.items():
         texts[f"{split}.jsonl"] = "".join(dump_json(vau_bench.to_json(row)) + "\n" for row in rows)
-        found.rows[split] = len(rows)
-    texts["import.json"] = dump_json(asdict(found), indent=1)
+        result.rows[split] = len(rows)
+    texts["import.json"] = dump_json(asdict(result), indent=1)
     for name, text in texts.items():
         files.write_text(out / name, text)
     sums = [f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in texts.items()]
@@ -131,7 +131,7 @@ def import_splits(
     if records:
         for split, rows in splits.items():
             array_record.write(out / f"{split}.array_record", rows)
-    return found
+    return result
 
 
 def _load(paths: list[str], found: Found) -> list[Row]:
@@ -256,9 +256,9 @@ def main() -> None:
     audits = commands.add_parser("audit", help="what is irregular in annotation files")
     audits.add_argument("files", nargs="+")
     audits.add_argument("--source", default="auto", help="rules for times: msad, ucf, ecva, or auto by file name")
-    audits.add_argument("--protocol", default="clean", help="clean: mended; paper: as the published denominators")
+    audits.add_argument("--protocol", default="clean", help="clean: corrected; paper: as the published denominators")
     audits.add_argument("--rows", action="store_true", help="every entry, not their counts alone")
-    imports = commands.add_parser("import", help="mended rows joined with videos")
+    imports = commands.add_parser("import", help="corrected rows joined with videos")
     for split in SPLITS:
         imports.add_argument(f"--{split}", nargs="+", default=[], metavar="FILE")
     imports.add_argument("--videos", nargs="+", default=[], metavar="SOURCE=DIR")
@@ -272,8 +272,8 @@ def main() -> None:
         return
     folders = _folders(args.videos)
     given = {split: getattr(args, split) for split in SPLITS}
-    found = import_splits(args.out, given, folders, args.seed, args.workers, args.array_record)
-    print(found.table())
+    result = import_splits(args.out, given, folders, args.seed, args.workers, args.array_record)
+    print(result.table())
     if folders:
         print(f"use with --config.data.videos={common_folder(list(folders.values()))}")
 

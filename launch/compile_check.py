@@ -85,13 +85,13 @@ def chips_of(name: str) -> list[Any]:
     sides = [int(side) for side in re.findall(r"\d+", name.partition(":")[2])]
     bounds = tuple(min(side, most) for side, most in zip([*sides, 1, 1], (2, 2, 1), strict=False))
     try:
-        found = topologies.get_topology_desc(topology_name=name, platform="tpu", chips_per_host_bounds=bounds)
+        result = topologies.get_topology_desc(topology_name=name, platform="tpu", chips_per_host_bounds=bounds)
     except Exception as error:
         raise InputError(
             f"--topology={name} is unknown to libtpu ({str(error).splitlines()[0][:200]}): expected one such as "
             "v5e:4x4, v5e:8x8, v5p:2x2x4, v6e:8x8; with the package libtpu installed"
         ) from error
-    return list(found.devices)
+    return list(result.devices)
 
 
 class Programs:
@@ -215,8 +215,8 @@ class Programs:
         )
 
     @property
-    def _read_apart(self) -> bool:
-        return sampling.read_apart(self.learner.abstract_variables, self.model.dtype, self.mesh)
+    def _copies_weights(self) -> bool:
+        return sampling.copies_weights(self.learner.abstract_variables, self.model.dtype, self.mesh)
 
     # --- Memory by arithmetic ---
 
@@ -229,10 +229,10 @@ class Programs:
             "optimiser": held(state.opt_state),
             "reference": held((fixed, state.reference)),
         }
-        found = {"update": {**run, "gradients": held(self.trained), **self._activations()}}
+        result = {"update": {**run, "gradients": held(self.trained), **self._activations()}}
         if self.config.stage == "rft":
             weights = 0.0
-            if self._read_apart:
+            if self._copies_weights:
                 count = sum(x.size for x in jax.tree.leaves(self.learner.abstract_variables))
                 weights = count * self.model.dtype(0).itemsize
                 weights /= self.mesh.shape["tensor"]
@@ -244,8 +244,8 @@ class Programs:
             )
             heads = max(1, c.num_kv_heads // self.mesh.shape["tensor"])
             caches = 2 * c.num_layers * tokens * heads * c.head_dim * self.model.dtype(0).itemsize
-            found["sampling"] = {**run, "weights for reading": weights, "caches": caches}
-        return found
+            result["sampling"] = {**run, "weights for reading": weights, "caches": caches}
+        return result
 
     def _activations(self) -> dict[str, float]:
         """Of an update with remat: each layer's input, and one layer at work with its gradients."""
@@ -392,18 +392,18 @@ def check(programs: Programs, program: Program, known: Chip) -> Report:
 def advice(programs: Programs) -> str:
     """What would make a program that does not fit smaller, in the order to try it."""
     c, parts = programs.config, sharding.example_parts(programs.mesh)
-    found = []
+    results = []
     if not c.remat:
-        found.append("remat=True")
+        results.append("remat=True")
     if c.batch_size // c.micro_batches > parts:
-        found.append(f"micro_batches={c.batch_size // parts} (now {c.micro_batches}: one prompt a chip at a time)")
+        results.append(f"micro_batches={c.batch_size // parts} (now {c.micro_batches}: one prompt a chip at a time)")
     if programs.mesh.shape["data"] > 1:
-        found.append("mesh.data=1 and a larger mesh.fsdp: parameters and optimiser split further")
+        results.append("mesh.data=1 and a larger mesh.fsdp: parameters and optimiser split further")
     if programs.mesh.shape["tensor"] < programs.model.config.num_heads:
-        found.append(f"a larger mesh.tensor (now {programs.mesh.shape['tensor']})")
+        results.append(f"a larger mesh.tensor (now {programs.mesh.shape['tensor']})")
     if not programs.base:
-        found.append("lora.rank=16, or more chips")
-    return "; ".join(found) or "more chips"
+        results.append("lora.rank=16, or more chips")
+    return "; ".join(results) or "more chips"
 
 
 def table(reports: list[Report], known: Chip) -> str:
@@ -450,9 +450,9 @@ def run(args: argparse.Namespace, config: ConfigDict) -> int:
     print(table(reports, known), flush=True)
     if args.json:
         given = {name: value for name, value in vars(args).items() if name != "json"}
-        found = [asdict(report) | {"needed": report.needed} for report in reports]
+        results = [asdict(report) | {"needed": report.needed} for report in reports]
         about = {"settings": given, "mesh": dict(programs.mesh.shape), "chip": known._asdict()}
-        write_text(args.json, dump_json({**about, "programs": found}, indent=1))
+        write_text(args.json, dump_json({**about, "programs": results}, indent=1))
     if any(report.problem for report in reports):
         print(f"does not fit; what would help: {advice(programs)}", file=sys.stderr)
         return 1
@@ -461,15 +461,15 @@ def run(args: argparse.Namespace, config: ConfigDict) -> int:
 
 def estimate(args: argparse.Namespace, programs: Programs, known: Chip) -> int:
     """Prints the memory of a run on GPUs by what holds it; the exit code."""
-    found = programs.estimate()
+    result = programs.estimate()
     model, mesh = args.size or programs.config.model, dict(programs.mesh.shape)
     print(f"{model}, {programs.config.stage}, {args.topology}, mesh {mesh}")
-    for name, parts in found.items():
+    for name, parts in result.items():
         shares = ", ".join(f"{part} {value / GIB:.2f}" for part, value in parts.items())
         print(f"{name}: {sum(parts.values()) / GIB:.2f} of {known.memory / GIB:.0f} GiB ({shares})", flush=True)
     if args.json:
-        write_text(args.json, dump_json({"chip": known._asdict(), "bytes": found}, indent=1))
-    if max(sum(parts.values()) for parts in found.values()) > 0.9 * known.memory:  # XLA needs room too
+        write_text(args.json, dump_json({"chip": known._asdict(), "bytes": result}, indent=1))
+    if max(sum(parts.values()) for parts in result.values()) > 0.9 * known.memory:  # XLA needs room too
         print(f"does not fit; what would help: {advice(programs)}", file=sys.stderr)
         return 1
     return 0

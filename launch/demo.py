@@ -25,7 +25,7 @@ from vau_jax.train import loop
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """All stages; each skips what is done already, so a second call is quick and a killed one goes on."""
+    """All stages; each skips what is done already, so a second call is quick and a killed one resumes."""
     check(config)
     jax.config.update("jax_compilation_cache_dir", str(shared(config, workdir).resolve() / "compiled"))
     stages = {

@@ -61,8 +61,8 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
         if line.endswith("{") and (begin := re.match(r"^(ENTRY )?%(\S+) \(", line)):
             current = computations.setdefault(begin[2], [])
             entry = begin[2] if begin[1] else entry
-        elif current is not None and (found := LINE.match(line)):
-            name, shape, kind, rest = found.groups()
+        elif current is not None and (result := LINE.match(line)):
+            name, shape, kind, rest = result.groups()
             operands = re.findall(r"%([^\s,)]+)", rest.split("), ")[0])
             current.append(Instruction(name, shape, kind, operands, rest, "ROOT" in line[:12]))
     return computations, entry
@@ -93,11 +93,11 @@ def read(text: str, one_round: bool = False) -> Traffic:
                     key = channel[1] if channel else instruction.name
                     if times > seen.get(key, (0,))[0]:
                         seen[key] = times, kind, sent
-    found: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "bytes": 0.0})
+    result: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "bytes": 0.0})
     for times, kind, sent in seen.values():
-        found[kind]["count"] += times
-        found[kind]["bytes"] += times * sent
-    traffic.collectives = dict(found)
+        result[kind]["count"] += times
+        result[kind]["bytes"] += times * sent
+    traffic.collectives = dict(result)
     return traffic
 
 
@@ -142,11 +142,11 @@ def _trips(condition: list[Instruction]) -> int:
 
 def _with_fusions(name: str, computations: dict[str, list[Instruction]]) -> list[str]:
     """A computation and those that are fused into its instructions."""
-    found = [name]
+    results = [name]
     for instruction in computations[name]:
         if instruction.kind == "fusion":
-            found += _with_fusions(_called(instruction)["calls"], computations)
-    return found
+            results += _with_fusions(_called(instruction)["calls"], computations)
+    return results
 
 
 def _sent(kind: str, instruction: Instruction) -> float:

@@ -5,11 +5,11 @@
 # Environment:
 #   EXTRA       packages to set up the first time: tpu or cuda12 (default: neither)
 #   RUN_PYTHON  an interpreter that has everything, instead of a .venv made here
-#   RESTARTS    how often a run that failed is begun again; it goes on from its last checkpoint (default 0)
+#   RESTARTS    how often a run that failed is restarted; it resumes from its last checkpoint (default 0)
 #   ALONE=1     this is the only process; else the others are found by the cluster, or by JAX_COORDINATOR_ADDRESS,
 #               JAX_NUM_PROCESSES and JAX_PROCESS_ID
 #
-# Exit code 0: done, or asked to end by SIGTERM (preempted.json is in the workdir then). 2: a mistake in the arguments.
+# Exit code 0: done, or preempted by SIGTERM (preempted.json is in the workdir then). 2: a mistake in the arguments.
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

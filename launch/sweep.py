@@ -71,7 +71,7 @@ class Trial:
             print(f"{self.name}: FAILED with code {code}: {''.join(last)} ({self.folder / 'log.txt'})", flush=True)
             return False
         if any(self.folder.rglob(PREEMPTED)):
-            print(f"{self.name}: was asked to end, and goes on when the sweep is called again", flush=True)
+            print(f"{self.name}: was preempted; rerun the sweep to resume it", flush=True)
             return False
         write_text(self.folder / "done.json", dump_json(self.command[1:]))
         print(f"{self.name}: took {time.monotonic() - began:.0f} s", flush=True)
@@ -132,17 +132,17 @@ def trials(sweep: ModuleType, workdir: Path) -> list[Trial]:
     for trial in settings:
         for field in {field for other in settings for field in other}:
             values[field].add(repr(trial.get(field)))
-    found = []
+    results = []
     for trial in settings:
         told = {field: value for field, value in trial.items() if len(values[field]) > 1 and field != "shared"}
         name = _name(told)
         options = [f"--config.{field}={_text(value, workdir)}" for field, value in trial.items()]
         command = [sys.executable, "-m", sweep.PROGRAM, f"--config={sweep.CONFIG}", f"--workdir={workdir / name}"]
         group = _name({field: value for field, value in told.items() if field != "seed"})
-        found.append(Trial(name, group, workdir / name, command + options))
-    if len({trial.name for trial in found}) < len(found):
+        results.append(Trial(name, group, workdir / name, command + options))
+    if len({trial.name for trial in results}) < len(results):
         raise InputError("two trials of the sweep have the same settings")
-    return found
+    return results
 
 
 def _name(settings: dict[str, Any]) -> str:
@@ -225,14 +225,14 @@ def _cell(values: list[float]) -> str:
 def run(config: Path, workdir: Path, backend: str, at_once: int, dry_run: bool) -> int:
     """Runs what is not finished, so many at a time, or writes the jobs that will, and the table and plot of what is.
     The exit code: 1 when a trial failed."""
-    found = trials(load(config), workdir)
+    result = trials(load(config), workdir)
     if dry_run:
-        local = "\n".join(shlex.join(trial.command) for trial in found)
-        print(local if backend == "local" else jobs(found, backend), flush=True)
+        local = "\n".join(shlex.join(trial.command) for trial in result)
+        print(local if backend == "local" else jobs(result, backend), flush=True)
         return 0
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):
-        return _run(found, workdir, backend, at_once)
+        return _run(result, workdir, backend, at_once)
 
 
 def _run(found: list[Trial], workdir: Path, backend: str, at_once: int) -> int:

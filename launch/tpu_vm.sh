@@ -7,7 +7,7 @@
 # cannot rename a folder at once), RESTARTS (default 3).
 #
 # setup copies this checkout to all hosts and installs it; run starts one process a host, which find each other. Call
-# `run` again after a preemption: the run goes on from its last checkpoint.
+# `run` again after a preemption: the run resumes from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/lib.sh

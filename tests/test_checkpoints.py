@@ -62,7 +62,7 @@ def test_a_run_goes_on_from_the_step_before_a_damaged_one(
     damage(saved(tmp_path, 2, 4))
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("warning: the checkpoint of step 4 is damaged (") and line.endswith("goes on from step 2")
+    assert line.startswith("warning: the checkpoint of step 4 is damaged (") and line.endswith("resumes from step 2")
     assert checkpoints.latest() == checkpoints.best() == 2
     found, place = checkpoints.restore(2, state(0.0))
     assert place == {"place": 2} and set(np.asarray(found.params["w"])) == {2.0}

@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vau_jax.data.processor import Processor
 from vau_jax.eval import evaluate, records, scores
 from vau_jax.models import checkpoint
 from vau_jax.tasks import TASKS, prompts
+from vau_jax.tasks.record import Record
 from vau_jax.types import State
 from vau_jax.vlm import VideoLM
 
@@ -365,3 +367,12 @@ def test_two_devices_predict_what_one_does(model_folder: Path, dataset: Path, tm
         assert done.returncode == 0, done.stderr[-2000:]
         texts.append([(r["example"], r["completions"]) for r in predictions(tmp_path / str(count))])
     assert texts[0] == texts[1] and len(texts[0]) == 8
+
+
+def test_the_readme_documents_the_fields_of_a_record() -> None:
+    """Each with its comment in the type."""
+    source = (ROOT / "vau_jax" / "tasks" / "record.py").read_text()
+    commented = re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", source, re.MULTILINE)
+    assert [name for name, _ in commented] == [field.name for field in fields(Record)]
+    readme = (ROOT / "launch" / "README.md").read_text()
+    assert "\n".join(f"| `{name}` | {comment} |" for name, comment in commented) in readme

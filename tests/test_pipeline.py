@@ -118,7 +118,7 @@ def items(host: HostBatch) -> list[tuple]:
 
 
 def counts(host: HostBatch, config: ConfigDict) -> dict[str, int]:
-    return pipeline.summed(pipeline.troubles(item, config) for item in host.examples)
+    return pipeline.summed(pipeline.problem_counts(item, config) for item in host.examples)
 
 
 @pytest.mark.parametrize("window", [1, 3])
@@ -260,7 +260,7 @@ def test_frames_come_from_the_cache_and_others_are_counted(
 
 
 def test_batches_are_placed_ahead(config: ConfigDict, processor: Processor) -> None:
-    """The next batch is on the device before it is asked for, and the saved place is that of the batch given."""
+    """The next batch is on the device before it is asked for, and the saved position is that of the batch given."""
     placed = []
 
     def place(host: HostBatch) -> HostBatch:
@@ -268,7 +268,7 @@ def test_batches_are_placed_ahead(config: ConfigDict, processor: Processor) -> N
         return replace(host, batch=jax.device_put(host.batch))
 
     examples, _ = pipeline.load_examples(config)
-    iterator = pipeline.train_iterator(examples, processor, config, 4, seed=3, place=place)
+    iterator = pipeline.train_iterator(examples, processor, config, 4, seed=3, put=place)
     straight, _ = batches(config, processor, 3)
     first = next(iterator)
     assert isinstance(first.batch.tokens, jax.Array) and same(first, straight[0])

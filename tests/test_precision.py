@@ -96,9 +96,9 @@ def test_sampling_reads_matrices_in_the_dtype_of_activations(vlm: VideoLM) -> No
     mesh = sharding.make_mesh({"fsdp": -1})
     params = jax.device_put(vlm.params, sharding.state_shardings(vlm.params, mesh))
     for where in (None, mesh):
-        read = sampling.for_reading({"params": params}, jnp.bfloat16, where)["params"]
+        read = sampling.decode_weights({"params": params}, jnp.bfloat16, where)["params"]
         assert read["embed_tokens"]["embedding"].dtype == jnp.bfloat16
         assert read["decoder"]["layers"]["q_proj"]["kernel"].dtype == jnp.bfloat16
         assert read["decoder"]["norm"]["weight"] is params["decoder"]["norm"]["weight"]
-        again = sampling.for_reading({"params": read}, jnp.bfloat16, where)["params"]
+        again = sampling.decode_weights({"params": read}, jnp.bfloat16, where)["params"]
         assert all(a is b for a, b in zip(*map(jax.tree.leaves, (read, again)), strict=True))

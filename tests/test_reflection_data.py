@@ -241,9 +241,11 @@ def test_faults(changes: dict[str, Any], reason: str) -> None:
 def test_texts_that_share_most_of_their_words_are_alike() -> None:
     likeness = reflection.Likeness(0.8)
     long = "the man in the red coat walks to the door and breaks its lock with a long iron bar before he runs"
-    assert not likeness.seen(long)
-    assert likeness.seen(long.replace("before he runs", "before he flees"))
-    assert not likeness.seen("two cars meet at the crossing and the smaller one turns over on the wet road at night")
+    assert not likeness.is_duplicate(long)
+    assert likeness.is_duplicate(long.replace("before he runs", "before he flees"))
+    assert not likeness.is_duplicate(
+        "two cars meet at the crossing and the smaller one turns over on the wet road at night"
+    )
 
 
 def test_the_mix_has_its_share_and_spreads_over_classes() -> None:

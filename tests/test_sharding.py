@@ -75,7 +75,7 @@ for stage in ("sft", "rft"):
             advantages = np.cos(np.arange(32.0)).reshape(8, 4).astype(np.float32)
             inputs = {"mask": out_.mask, "advantages": advantages, "sampler_logps": out_.logps}
             completions = Completions(out_.tokens, out_.mask)
-            scored = t.worker.score(learner, batch, completions)
+            scored = t.worker.scored_logps(learner, batch, completions)
             if i == 0:
                 programs = sampling.compiled_programs()
                 t.worker.engine.sample(learner.variables, batch, jax.random.key(9))

@@ -21,28 +21,28 @@ def damaged(folder: Path) -> list[str]:
         folder.mkdir()
         for number in range(7):
             (folder / str(number)).write_text("as it was" * number)
-    processes.meet("written")
+    processes.barrier("written")
     checksums.write(folder)
-    processes.meet("noted")
+    processes.barrier("noted")
     found = [checksums.damage(folder, together=True)]
     if processes.is_first():
         (folder / "4").write_text("otherwise")
         (folder / "5").unlink()
-    processes.meet("changed")
+    processes.barrier("changed")
     return [*found, checksums.damage(folder, together=True)]
 
 
 def main() -> None:
     processes.start()
     folder, number = Path(sys.argv[1]), jax.process_index()
-    told = {"found": processes.from_first(lambda: {"process": number})}
+    told = {"found": processes.broadcast_from_first(lambda: {"process": number})}
     try:
-        processes.from_first(refuse if number == 0 else dict)
+        processes.broadcast_from_first(refuse if number == 0 else dict)
     except InputError as error:
         told["error"] = str(error)
-    with processes.alone_in(folder):
+    with processes.exclusive(folder):
         try:
-            with processes.alone_in(folder):
+            with processes.exclusive(folder):
                 raise AssertionError("two runs are in the folder")
         except InputError as error:
             told["held"] = str(error)

@@ -85,7 +85,7 @@ class VideoLM:
         kind, flat = peft.load(adapter, vlm.processor.config)
         if motion := model_config.read_motion(adapter):
             flat |= _motion_numbers(motion_prompt.read_file(adapter))
-            vlm = vlm._in_form(motion)
+            vlm = vlm._with_motion_config(motion)
         return vlm._with_adapters(kind, flat, mesh)
 
     @classmethod
@@ -113,31 +113,31 @@ class VideoLM:
     ) -> "VideoLM":
         """With `stored`, parameters keep the dtype that they are stored in, or float32 where adapters were added in.
         `users` are the runs whose adapters belong on this model."""
-        found = checkpoint.find_model(path)
+        result = checkpoint.find_model(path)
         if (here := Path(path).resolve()) in users:
             raise InputError(f"{path} holds adapters for itself ({checkpoint.ADAPTER}): name the model they belong to")
-        if found.adapter is not None:  # the checkpoint holds adapters alone: the rest is where the run began
-            source = checkpoint.find_source(found.adapter.base, found.folder.parent)
+        if result.adapter is not None:  # the checkpoint holds adapters alone: the rest is where the run started
+            source = checkpoint.find_source(result.adapter.base, result.folder.parent)
             base = cls._whole(source, "float32" if stored else dtype, mesh, stored, (*users, here))
-            flat = _restored(found.step_folder)
-            base = base._in_form(model_config.read_motion(found.folder))
-            return base._with_adapters(found.adapter.lora, flat, mesh)
-        processor = Processor(found.folder)
+            flat = _restored(result.step_folder)
+            base = base._with_motion_config(model_config.read_motion(result.folder))
+            return base._with_adapters(result.adapter.lora, flat, mesh)
+        processor = Processor(result.folder)
         model = QwenVL(processor.config, DTYPES[dtype], mesh=mesh)
         held = None if stored else DTYPES[dtype]
-        if found.step_folder is None:
-            params = hf.load(found.folder, processor.config, held, sharding.layout(mesh))
+        if result.step_folder is None:
+            params = hf.load(result.folder, processor.config, held, sharding.layout(mesh))
             if processor.config.vision.motion:
                 numbers = _motion_numbers(motion_prompt.read_file(processor.folder))
-                params = lora.overlay(params, _place(numbers, "float32", mesh))
+                params = lora.overlay(params, _to_devices(numbers, "float32", mesh))
             return cls(processor, model, params)
-        return cls(processor, model, _place(_restored(found.step_folder), held, mesh))
+        return cls(processor, model, _to_devices(_restored(result.step_folder), held, mesh))
 
     def _with_adapters(self, kind: LoRA, flat: dict[str, np.ndarray], mesh: jax.sharding.Mesh | None) -> "VideoLM":
-        adapters = _place(flat, jnp.float32, mesh)
+        adapters = _to_devices(flat, jnp.float32, mesh)
         return VideoLM(self.processor, self.model.clone(lora=kind), self.params, adapters)
 
-    def _in_form(self, motion: Motion | None) -> "VideoLM":
+    def _with_motion_config(self, motion: Motion | None) -> "VideoLM":
         """The model with a motion prompt of this form, whose numbers are still to come; None: as it is."""
         if motion is None:
             return self
@@ -151,8 +151,8 @@ class VideoLM:
         if self.processor.config.vision.motion:
             return self
         m, n = motion_prompt.start(config.start)
-        numbers = _place(_motion_numbers({"m": m, "n": n}), "float32", self.model.mesh)
-        formed = self._in_form(Motion(config.signed, config.order))
+        numbers = _to_devices(_motion_numbers({"m": m, "n": n}), "float32", self.model.mesh)
+        formed = self._with_motion_config(Motion(config.signed, config.order))
         return VideoLM(formed.processor, formed.model, lora.overlay(self.params, numbers), self.adapters)
 
     @property
@@ -261,7 +261,7 @@ def _motion_numbers(numbers: dict[str, float]) -> dict[str, np.ndarray]:
     return {motion_prompt.PREFIX + name: np.float32(value) for name, value in numbers.items()}
 
 
-def _place(flat: dict[str, np.ndarray], dtype: Any | None, mesh: jax.sharding.Mesh | None) -> Params:
+def _to_devices(flat: dict[str, np.ndarray], dtype: Any | None, mesh: jax.sharding.Mesh | None) -> Params:
     """Host arrays by path to a tree of parameters on the mesh, a motion prompt's two numbers in float32 always; `dtype`
     None: as they are."""
     layout = sharding.layout(mesh)

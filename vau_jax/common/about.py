@@ -1,4 +1,4 @@
-"""With what a result was made: for metrics.json, about.json and reports."""
+"""Provenance of a result, for metrics.json, about.json and reports."""
 
 import subprocess
 import time

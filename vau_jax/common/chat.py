@@ -123,29 +123,29 @@ class Chat:
         if key in self.answers:
             return self.answers[key], ""
         try:
-            found = await self.endpoint.complete(client, messages, attempt)
+            result = await self.endpoint.complete(client, messages, attempt)
         except NoCompletion:
             raise
         except Exception as error:  # whatever a server provokes costs this question alone
             raise NoCompletion(self.endpoint.one_line(f"{type(error).__name__}: {error}")) from error
-        self.tokens["prompt"] += found.prompt_tokens
-        self.tokens["completion"] += found.completion_tokens
-        if found.text:
-            self.answers[key] = found.text
+        self.tokens["prompt"] += result.prompt_tokens
+        self.tokens["completion"] += result.completion_tokens
+        if result.text:
+            self.answers[key] = result.text
             if self.cache:
-                _append(self.cache, {"key": key, "text": found.text})
-        return found.text, self.endpoint.one_line(found.complaint)
+                _append(self.cache, {"key": key, "text": result.text})
+        return result.text, self.endpoint.one_line(result.complaint)
 
 
 def json_object(text: str) -> dict[str, Any] | None:
     """The JSON object that an answer is, also inside a fence of backticks; None where it is something else."""
     fenced = re.search(r"```(?:json)?(.*?)```", text, re.DOTALL)
     try:
-        found = json.loads(fenced.group(1) if fenced else text)
-        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half of a surrogate pair
+        result = json.loads(fenced.group(1) if fenced else text)
+        json.dumps(result, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half of a surrogate pair
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return result if isinstance(result, dict) else None
 
 
 def frames_content(frames: np.ndarray) -> list[Message]:
@@ -168,7 +168,7 @@ def _read_answers(path: Path) -> dict[str, str]:
         with path.open("a", encoding="utf-8") as file:
             file.write("\n")
         lines.pop()
-    found = {}
+    result = {}
     for line in lines:
         try:
             record = json.loads(line)
@@ -176,8 +176,8 @@ def _read_answers(path: Path) -> dict[str, str]:
         except (ValueError, RecursionError, KeyError, TypeError):
             continue  # the rest of a line that was cut short
         if isinstance(key, str) and isinstance(text, str) and text.strip():  # an empty text was never an answer
-            found[key] = text
-    return found
+            result[key] = text
+    return result
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

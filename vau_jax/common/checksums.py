@@ -18,7 +18,7 @@ THREADS = 8  # hashing lets other threads go on: a second for 1 to 2 GB on one c
 
 def write(folder: Path) -> None:
     """Notes what the files of `folder` hold. All processes call this, and each reads some of the files."""
-    names = processes.from_first(lambda: _by_size(folder))
+    names = processes.broadcast_from_first(lambda: _by_size(folder))
     shares = processes.exchange(_hashes(folder, names[jax.process_index() :: jax.process_count()]))
     if processes.is_first():
         write_text(folder / NOTE, dump_json({name: sum_ for share in shares for name, sum_ in share.items()}))
@@ -28,10 +28,10 @@ def noted(folder: Path) -> dict[str, str] | None:
     """The files' names and hashes as `write` left them; None where it did not. Raises InputError."""
     if not (folder / NOTE).exists():
         return None
-    found = read_json(folder / NOTE)
-    if not isinstance(found, dict):
+    result = read_json(folder / NOTE)
+    if not isinstance(result, dict):
         raise InputError(f"{folder / NOTE} is no list of checksums")
-    return found
+    return result
 
 
 def damage(folder: Path, skip: str | None = None, together: bool = False) -> str:
@@ -47,9 +47,9 @@ def damage(folder: Path, skip: str | None = None, together: bool = False) -> str
     names = [name for name in known if skip is None or not name.startswith(skip)]
     if together:
         names = names[jax.process_index() :: jax.process_count()]
-    for name, found in _hashes(folder, names).items():
-        if found != known[name]:
-            problems.append(f"{name} {'differs from what was written' if found else 'cannot be read'}")
+    for name, result in _hashes(folder, names).items():
+        if result != known[name]:
+            problems.append(f"{name} {'differs from what was written' if result else 'cannot be read'}")
     if together:
         problems = sorted({problem for share in processes.exchange(problems) for problem in share})
     return ", ".join(problems[:2]) + (f" and {len(problems) - 2} more" if len(problems) > 2 else "")
@@ -70,9 +70,9 @@ def of_files(folder: Path, names: Iterable[str] = (), below: str | None = None) 
 
 def _by_size(folder: Path) -> list[str]:
     """The names of all files below `folder`, the largest first, so that each of several readers gets as much."""
-    found = [path for path in folder.rglob("*") if path.is_file() and path.name != NOTE]
-    found.sort(key=lambda path: (-path.stat().st_size, path))
-    return [path.relative_to(folder).as_posix() for path in found]
+    results = [path for path in folder.rglob("*") if path.is_file() and path.name != NOTE]
+    results.sort(key=lambda path: (-path.stat().st_size, path))
+    return [path.relative_to(folder).as_posix() for path in results]
 
 
 def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:

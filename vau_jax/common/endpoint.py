@@ -136,16 +136,16 @@ def check_url(url: str) -> None:
 def read_completion(body: bytes) -> Completion:
     """What a response to a chat request holds, whatever it is."""
     try:
-        found = json.loads(body)
+        result = json.loads(body)
     except (ValueError, RecursionError):
-        found = None
-    content = _at(found, "choices", 0, "message", "content")
+        result = None
+    content = _at(result, "choices", 0, "message", "content")
     text = content if isinstance(content, str) and _is_unicode(content) else ""
     return Completion(
         text if text.strip() else "",
         "" if text.strip() else f"the response has no text: {body.decode(errors='replace')}",
-        _count(_at(found, "usage", "prompt_tokens")),
-        _count(_at(found, "usage", "completion_tokens")),
+        _count(_at(result, "usage", "prompt_tokens")),
+        _count(_at(result, "usage", "completion_tokens")),
     )
 
 

@@ -111,11 +111,11 @@ def read_json(path: str | os.PathLike, most: int = JSON_BYTES) -> Any:
     """Parses a JSON file of at most `most` bytes. Raises InputError that names it for anything else than a regular file
     of JSON in UTF-8, for a key that stands twice in an object, and for what nests too deeply to be read."""
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
+        result = os.stat(path)
+        if not stat.S_ISREG(result.st_mode):
             raise InputError(f"cannot read {path} as JSON: it is no regular file")
-        if found.st_size > most:
-            raise InputError(f"cannot read {path} as JSON: it has {found.st_size} bytes, expected at most {most}")
+        if result.st_size > most:
+            raise InputError(f"cannot read {path} as JSON: it has {result.st_size} bytes, expected at most {most}")
         return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except InputError:
         raise
@@ -130,11 +130,11 @@ def read_json(path: str | os.PathLike, most: int = JSON_BYTES) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object of its keys and values. Raises ValueError where a key stands twice: which of the two is meant?"""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {reprlib.repr(twice)} stands twice")
-    return found
+    return result
 
 
 def dump_json(value: Any, **options: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics to metrics.jsonl, TensorBoard and Weights & Biases, a progress line to the
+"""Metrics and progress of a run: to metrics.jsonl, TensorBoard and Weights & Biases, a progress line to the
 terminal, and a sign of life of every process."""
 
 import hashlib
@@ -23,7 +23,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX says after e
 
 
 class Progress:
-    """Prints how far a stage is and how long it still takes, a line every few seconds and one at the end."""
+    """Prints the progress of a stage with elapsed time and ETA, a line every few seconds and one at the end."""
 
     def __init__(self, stage: str, total: int, every: float = 5.0, start: int = 0) -> None:
         self.stage, self.total, self.every = stage, total, every
@@ -35,8 +35,8 @@ class Progress:
             return
         self.last = now
         elapsed = now - self.began
-        left = elapsed * (self.total - done) / max(1, done - self.start)
-        clock = f"{_clock(elapsed)} gone, {_clock(left)} left" if done < self.total else f"took {_clock(elapsed)}"
+        eta = elapsed * (self.total - done) / max(1, done - self.start)
+        clock = f"elapsed {_clock(elapsed)}" + (f", ETA {_clock(eta)}" if done < self.total else "")
         print(f"{self.stage}: {done}/{self.total}  {clock}  {note}".rstrip(), flush=True)
 
 
@@ -128,11 +128,11 @@ class Heartbeat:
 
 def memory() -> dict[str, float]:
     """The most memory held so far, in GiB: of this process on the host, and of its first device where it tells."""
-    found = {"memory/host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    result = {"memory/host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     told = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in told:
-        found["memory/device_gib"] = told["peak_bytes_in_use"] / 2**30
-    return found
+        result["memory/device_gib"] = told["peak_bytes_in_use"] / 2**30
+    return result
 
 
 class Programs:
@@ -151,9 +151,9 @@ class Programs:
 
     def take(self) -> dict[str, float]:
         """How many there were since the last call, and the seconds that they took."""
-        found = {"compile/programs": self.count, "compile/seconds": self.seconds}
+        result = {"compile/programs": self.count, "compile/seconds": self.seconds}
         self.count, self.seconds = 0, 0.0
-        return found
+        return result
 
 
 _programs = cache(Programs)  # one for all runs of the process: JAX's listeners stay

@@ -1,4 +1,4 @@
-"""Runs of several processes: their start, what each holds of a batch, and what they tell each other.
+"""Runs of several processes: their start, which rows of a batch each has, and what they exchange.
 
 Every process runs the same program on the same steps. Each loads, reads and scores the rows of a batch that its own
 devices hold; arrays on the devices are whole batches, and what a decision depends on is gathered first, so that all
@@ -61,7 +61,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def meet(place: str) -> None:
+def barrier(place: str) -> None:
     """Returns when all processes have come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(place)
@@ -85,7 +85,7 @@ def exchange(value: Any) -> list[Any]:
     return [json.loads(bytes(t[:size])) for t, size in zip(texts, sizes, strict=True)]
 
 
-def from_first(find: Callable[[], Any]) -> Any:
+def broadcast_from_first(find: Callable[[], Any]) -> Any:
     """What `find` returns in the first process, as a JSON value; the others wait for it. All raise its InputError."""
     if jax.process_count() == 1:
         return find()
@@ -107,17 +107,17 @@ def own_lines(path: Path) -> Path:
     own = path if is_first() else path.with_stem(f"{path.stem}.{jax.process_index():05d}")
     files = sorted(path.parent.glob(f"{path.stem}*{path.suffix}"))
     lines = dict.fromkeys(line for file in files for line in file.read_bytes().split(b"\n")[:-1])
-    meet("lines are read")
+    barrier("lines are read")
     if lines:
         write_bytes(own, b"".join(line + b"\n" for line in lines))
     return own
 
 
 @contextmanager
-def alone_in(workdir: Path) -> Iterator[None]:
+def exclusive(workdir: Path) -> Iterator[None]:
     """Keeps other runs out of `workdir` until the block ends: the first process holds it. Raises InputError."""
     with ExitStack() as held:
-        from_first(lambda: held.enter_context(locked(workdir)))
+        broadcast_from_first(lambda: held.enter_context(locked(workdir)))
         yield
 
 
@@ -189,11 +189,11 @@ class Rows:
         """A JSON value for each of this process's rows to those of all rows."""
         if jax.process_count() == 1:
             return values
-        found: list[Any] = [None] * self.count
+        result: list[Any] = [None] * self.count
         for rows, theirs in zip(self.of_process, exchange(values), strict=True):
             for row, value in zip(rows, theirs, strict=True):
-                found[row] = value
-        return found
+                result[row] = value
+        return result
 
 
 def _take(pools: Sequence[Any], numbers: jax.Array) -> Any:

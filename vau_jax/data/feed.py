@@ -31,14 +31,14 @@ class Feed:
             seed=config.seed,
             rows=rows.mine,
             # Several processes first agree on the size.
-            place=self.on_devices if jax.process_count() == 1 else None,
+            put=self.on_devices if jax.process_count() == 1 else None,
         )
         self.counts = Counter(pipeline.excluded(audit))
 
     def next(self) -> HostBatch:
         """This process's rows of the next batch; what is wrong with the whole of it is counted."""
         host = next(self.iterator)
-        troubles = [pipeline.troubles(item, self.config.data) for item in host.examples]
+        troubles = [pipeline.problem_counts(item, self.config.data) for item in host.examples]
         self.counts.update(pipeline.summed(self.rows.gather(troubles)))
         return host
 

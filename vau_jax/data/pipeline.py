@@ -296,32 +296,34 @@ class Collator:
         return HostBatch(batch, Completions(tokens, mask), weights, target, list(items))
 
 
-def troubles(item: Loaded, config: ConfigDict) -> dict[str, int]:
+def problem_counts(item: Loaded, config: ConfigDict) -> dict[str, int]:
     """What went wrong with an example, as counts for the metrics; failed videos by reason too."""
-    found = {
+    result = {
         "data/failed_videos": int(item.failure is not None),
         "data/damaged_videos": int(bool(item.damage)),
         "data/truncated_targets": int(len(item.target_tokens) > config.max_completion_tokens),
     }
     if item.failure:
-        found[f"data/failed_videos/{item.reason}"] = 1
+        result[f"data/failed_videos/{item.reason}"] = 1
     if config.cache:
-        found["data/not_cached"] = int(not item.cached and not item.failure)
-    return found
+        result["data/not_cached"] = int(not item.cached and not item.failure)
+    return result
 
 
 def summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     """The counts of many examples, zeros among them."""
     total: Counter[str] = Counter()
-    for found in counts:
-        total.update(found)
+    for result in counts:
+        total.update(result)
     return dict(total)
 
 
 def excluded(audit: Audit) -> dict[str, int]:
     """How many rows `load_examples` left out of a task or of all, by reason, for the run's metrics."""
-    found = {reason: n for (action, reason), n in audit.counts().items() if action == "excluded"}
-    return {f"data/excluded/{re.sub(r'[^a-z0-9]+', '_', reason.lower()).strip('_')}": n for reason, n in found.items()}
+    results = {reason: n for (action, reason), n in audit.counts().items() if action == "excluded"}
+    return {
+        f"data/excluded/{re.sub(r'[^a-z0-9]+', '_', reason.lower()).strip('_')}": n for reason, n in results.items()
+    }
 
 
 # --- The order of examples ----------------------------------------------------------------------------------------
@@ -340,8 +342,8 @@ class BatchRows(grain.MapDataset):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        number, place = divmod(index, len(self._rows))
-        return self._parent[number * self._batch_size + self._rows[place]]
+        number, position = divmod(index, len(self._rows))
+        return self._parent[number * self._batch_size + self._rows[position]]
 
 
 class SimilarLengths(grain.MapDataset):
@@ -365,8 +367,8 @@ class SimilarLengths(grain.MapDataset):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        number, place = divmod(index % len(self), self._size)
-        return self._parent[number * self._size + int(self._order(number)[place])]
+        number, position = divmod(index % len(self), self._size)
+        return self._parent[number * self._size + int(self._order(number)[position])]
 
     def _sorted(self, number: int) -> np.ndarray:
         """The places of a window's examples in their new order."""
@@ -406,12 +408,12 @@ def train_iterator(
     batch_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
-    place: Callable[[HostBatch], HostBatch] | None = None,
+    put: Callable[[HostBatch], HostBatch] | None = None,
 ) -> grain.DatasetIterator:
     """An endless iterator of `HostBatch`: of every batch of `batch_size` examples those at the places `rows`, or all.
 
     Tasks are mixed by config.task_weights (a task without one: 1). `get_state` and `set_state` save and restore the
-    place, which is the number of batches given: it means the same for any number of workers and processes. `place`
+    position, which is the number of batches given: it means the same for any number of workers and processes. `put`
     puts a batch on the devices while the one before is in use.
     """
     rows = range(batch_size) if rows is None else rows
@@ -429,10 +431,10 @@ def train_iterator(
         ordered = SimilarLengths(
             ordered, batch_size, config.length_window, lambda e: expected_tokens(e, sampling), seed
         )
-    # Randomness by the place in the whole order, before it is cut into shares.
+    # Randomness by the position in the whole order, before that is split among processes.
     mine = BatchRows(ordered.seed(seed).random_map(loader), batch_size, rows)
     batches = mine.batch(len(rows), batch_fn=Collator(processor, config))
-    return iter(_ahead(batches, config, place))
+    return iter(_ahead(batches, config, put))
 
 
 def eval_batches(
@@ -479,11 +481,11 @@ def make_loader(processor: Processor, config: ConfigDict, augment: bool, blind: 
 
 
 def _ahead(
-    batches: grain.MapDataset, config: ConfigDict, place: Callable[[HostBatch], HostBatch] | None = None
+    batches: grain.MapDataset, config: ConfigDict, put: Callable[[HostBatch], HostBatch] | None = None
 ) -> grain.IterDataset:
     """Batches loaded ahead by threads, and put on the devices ahead by one more."""
     options = grain.ReadOptions(num_threads=config.workers, prefetch_buffer_size=2 * config.workers)
     loaded = batches.to_iter_dataset(options)
-    if place is None:
+    if put is None:
         return loaded
-    return grain.experimental.ThreadPrefetchIterDataset(loaded.map(place), prefetch_buffer_size=1)
+    return grain.experimental.ThreadPrefetchIterDataset(loaded.map(put), prefetch_buffer_size=1)

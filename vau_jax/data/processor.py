@@ -1,4 +1,4 @@
-"""Messages and frames to model inputs: tokens, M-RoPE positions, patches and their groups, all made on the host.
+"""Messages and frames to model inputs: tokens, M-RoPE positions, patches and their groups, all computed on the host.
 
 The model never computes an integer itself: every index it needs comes from here, with static shapes.
 """

@@ -34,8 +34,8 @@ def _byte_moves(texts: Sequence[bytes]) -> np.ndarray:
         raise InputError("a stop string is empty: give at least one character")
     prefixes = sorted({text[:n] for text in texts for n in range(len(text))}, key=len)
     number = {prefix: i for i, prefix in enumerate(prefixes)}
-    found = len(prefixes)
-    moves = np.full((found + 1, 256), found, np.int32)
+    result = len(prefixes)
+    moves = np.full((result + 1, 256), result, np.int32)
     for prefix, state in number.items():
         for byte in range(256):
             read = prefix + bytes([byte])

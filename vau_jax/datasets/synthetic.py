@@ -444,7 +444,7 @@ def make_dataset(
 ) -> Path:
     """Renders `counts` clips a split into `folder`/videos and writes `folder`/{split}.csv and {split}_reflection.jsonl.
 
-    Clips that exist are kept, so a killed call goes on where it was; a finished folder made from the same arguments
+    Clips that exist are kept, so a killed call resumes where it stopped; a finished folder made from the same arguments
     is left alone. Returns the folder.
     """
     folder = Path(folder)

@@ -63,13 +63,13 @@ def csv_rows(
     if twice := [column for column in columns if header.count(column) > 1]:
         raise InputError(f"{path} has the column {twice[0]} twice: one of them must go")
     rows, faults = [], []
-    for number, (line, found) in enumerate(_records(lines, head.line_num, len(header), header.index(name)), start=1):
-        if isinstance(found, str):
-            faults.append(Fault(number, lines[line][:60].strip(), f"{found}: line {line + 1} of the file"))
+    for number, (line, result) in enumerate(_records(lines, head.line_num, len(header), header.index(name)), start=1):
+        if isinstance(result, str):
+            faults.append(Fault(number, lines[line][:60].strip(), f"{result}: line {line + 1} of the file"))
             if len(faults) > MAX_FAULTS:
                 raise InputError(f"{path}: more than {MAX_FAULTS} rows cannot be read, the first {_told(faults[0])}")
         else:
-            cells = dict(zip(header, found, strict=True))
+            cells = dict(zip(header, result, strict=True))
             rows.append((number, {column: cells[column] for column in columns}))
     return rows, faults
 

@@ -100,7 +100,7 @@ def load(
     """Reads a CSV or JSONL file of VAU-Bench's schema, or a JSONL of rows that `data_prep.vau_bench` imported.
 
     `source` names the rules for times; "auto" takes the prefix of the video's name (`ecva_`, `ucf_`, `msad_`), then its
-    form (digits only: ECVA; `_x264`: UCF-Crime; else MSAD's plain seconds). `protocol="clean"` mends what is wrong;
+    form (digits only: ECVA; `_x264`: UCF-Crime; else MSAD's plain seconds). `protocol="clean"` corrects what is wrong;
     `"paper"` reproduces the published denominators: it keeps ECVA's misread times, drops its rows without an interval,
     and gives UCF-Crime's rows without text the class that their file name says.
 
@@ -116,21 +116,21 @@ def load(
         records = tables.json_lines(path, text)
         if records and "video" in records[0][1]:
             return imported(path, records, protocol)
-        found, faults = tables.text_rows(path, records, COLUMNS)
+        result, faults = tables.text_rows(path, records, COLUMNS)
     else:
-        found, faults = tables.csv_rows(path, text, COLUMNS, "Video Name")
-    if not found:
+        result, faults = tables.csv_rows(path, text, COLUMNS, "Video Name")
+    if not result:
         told = f", the first is row {faults[0].number}: {faults[0].reason}" if faults else ""
         raise InputError(f"{path} has no rows that can be read: at least one annotated video is needed{told}")
-    audit = Audit(str(path), protocol, len(found) + len(faults))
+    audit = Audit(str(path), protocol, len(result) + len(faults))
     audit.entries = [AuditEntry(fault.number, fault.start, "excluded", "row", fault.reason) for fault in faults]
-    return _rows(found, source, protocol, audit), audit
+    return _rows(result, source, protocol, audit), audit
 
 
 def imported(path: Path, records: Sequence[tuple[int, dict[str, Any]]], protocol: str) -> tuple[list[Row], Audit]:
     """Rows that `to_json` wrote, by number. Raises InputError for others, and for protocol "paper"."""
     if protocol == "paper":
-        raise InputError(f"{path} holds imported rows, which are mended: protocol=paper needs the CSV as published")
+        raise InputError(f"{path} holds imported, corrected rows: protocol=paper needs the CSV as published")
     audit = Audit(str(path), protocol, len(records))
     rows = [_imported_row(path, line, record) for line, record in records]
     return [row for row in rows if _stays_inside(row.video, row.line, audit)], audit
@@ -456,11 +456,11 @@ def parse_reasoning(text: str) -> dict[str, str]:
 
     A section that is absent is absent from the result; a repeated one is joined; text under no known title is dropped.
     """
-    found: dict[str, list[str]] = {}
+    result: dict[str, list[str]] = {}
     for title, body in _sections(text):
-        if body not in found.setdefault(title, []):
-            found[title].append(body)
-    return {title: " ".join(found[title]) for title in SECTIONS if title in found}
+        if body not in result.setdefault(title, []):
+            result[title].append(body)
+    return {title: " ".join(result[title]) for title in SECTIONS if title in result}
 
 
 def _sections(text: str) -> list[tuple[str, str]]:

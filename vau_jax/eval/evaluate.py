@@ -2,7 +2,7 @@
 
     python -m vau_jax.evaluate --config=configs/eval.py --workdir=DIR --config.checkpoint=RUN_OR_MODEL
 
-Writes predictions.jsonl, one object an example, and metrics.json. A killed call goes on after the examples that are
+Writes predictions.jsonl, one object an example, and metrics.json. A killed call resumes after the examples that are
 done. A video that cannot be read is a wrong answer, counted under "failed".
 """
 
@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {workdir}: {error.strerror}: choose another --workdir") from error
-    with processes.alone_in(workdir):
+    with processes.exclusive(workdir):
         return _run(config, workdir, examples, audit, fingerprint)
 
 

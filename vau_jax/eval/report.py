@@ -43,10 +43,10 @@ def rows() -> tuple[ReportRow, ...]:
 def evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The metrics.json of every finished evaluation under the folders, oldest first, each with its "folder"."""
     paths = sorted({p for f in folders for p in f.rglob("metrics.json")}, key=lambda p: p.stat().st_mtime_ns)
-    found = [{**read_json(path), "folder": path.parent} for path in paths]
-    if old := [str(result["folder"]) for result in found if "settings" not in result]:
+    results = [{**read_json(path), "folder": path.parent} for path in paths]
+    if old := [str(result["folder"]) for result in results if "settings" not in result]:
         raise InputError(f"{', '.join(old)}: made by another version, which report does not read: evaluate again")
-    return found
+    return results
 
 
 # --- Tables -------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def published(results: Sequence[dict[str, Any]]) -> list[list[str]]:
 def groups(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
     """(title, table) of each task's scores by class and by source, where there is more than one; for grounding the
     temporal IoU, in which a normal video counts 1 when nothing is found."""
-    found = []
+    values = []
     for kind, title in (("by_class", "class"), ("by_source", "source")):
         for task in TASKS:
             names = sorted({name for result in results for name in result[kind].get(task, {})})
@@ -124,21 +124,21 @@ def groups(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]]
                 cells = [result[kind].get(task, {}).get(name) for result in results]
                 lines.append([name, *map(cell, cells), sizes(cells)])
             if len(names) > 1:
-                found.append((f"{task}, by {title}", lines))
-    return found
+                values.append((f"{task}, by {title}", lines))
+    return values
 
 
 def judged(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Marks of descriptions (VAU-Eval): a column an evaluation and judge; empty without any."""
-    found = [
+    result = [
         (r, path, read_json(path)) for r in results for path in sorted((r["folder"] / judge.FOLDER).glob("*.json"))
     ]
-    if not found:
+    if not result:
         return []
-    lines = [["", *(f"{r['name']}, {path.stem} ({marks['model']}){_stale(r, marks)}" for r, path, marks in found)]]
-    lines += [[axis, *(cell(marks["axes"][axis]) for *_, marks in found)] for axis in AXES]
-    lines.append(["total, of 50", *(cell(marks["total"]) for *_, marks in found)])
-    return [*lines, ["not marked", *(str(len(marks["unmarked"])) for *_, marks in found)]]
+    lines = [["", *(f"{r['name']}, {path.stem} ({marks['model']}){_stale(r, marks)}" for r, path, marks in result)]]
+    lines += [[axis, *(cell(marks["axes"][axis]) for *_, marks in result)] for axis in AXES]
+    lines.append(["total, of 50", *(cell(marks["total"]) for *_, marks in result)])
+    return [*lines, ["not marked", *(str(len(marks["unmarked"])) for *_, marks in result)]]
 
 
 def _stale(result: dict[str, Any], marks: dict[str, Any]) -> str:
@@ -184,7 +184,7 @@ def write(folders: Sequence[Path], out: Path, examples: int = 1000) -> str:
         exclusions=exclusions(results),
         charts=drawn,
         cards=cards,
-        total=sum(len(found) for _, found in evaluated),
+        total=sum(len(outcome) for _, outcome in evaluated),
         strips=strips,
         filters=_filters(cards),
         plotly=library,
@@ -208,7 +208,7 @@ def _cards(
     evaluated: Sequence[tuple[dict[str, Any], list[Record]]], most: int
 ) -> tuple[list[gallery.Card], dict[str, gallery.Strip]]:
     """Cards of evaluations' records, `most` at most, and their strips by style class."""
-    chosen = gallery.choose([(result, record) for result, found in evaluated for record in found], most)
+    chosen = gallery.choose([(result, record) for result, results in evaluated for record in results], most)
     classes: dict[tuple[str, str], str] = {}
     for result, record in chosen:
         if folder := gallery.videos_of(result):
@@ -264,7 +264,7 @@ def compare(a: Path, b: Path) -> str:
     lines = [["score", "A", "B", "B - A", "95%", "p", "n"]]
     for task in [name for name, task in TASKS.items() if task.verifiable]:
         names = [n for n, r in both[0].items() if r.task == task and n in both[1]]
-        first, second = (np.asarray([found[n].scores[0] for n in names]) for found in both)
+        first, second = (np.asarray([result[n].scores[0] for n in names]) for result in both)
         if names:
             d = metrics.paired(first, second)
             spread = f"[{d['low']:+.3f}, {d['high']:+.3f}]"
@@ -272,8 +272,8 @@ def compare(a: Path, b: Path) -> str:
             lines.append([task, *means, f"{d['difference']:+.3f}", spread, f"{d['p']:.4f}", str(d["n"])])
     if len(lines) == 1:
         raise InputError(f"{a} and {b} have no example in common")
-    alone = [len(found) - sum(n in other for n in found) for found, other in (both, both[::-1])]
-    failed = [sum(bool(found[n].failure) for n in found if n in other) for found, other in (both, both[::-1])]
+    alone = [len(result) - sum(n in other for n in result) for result, other in (both, both[::-1])]
+    failed = [sum(bool(result[n].failure) for n in result if n in other) for result, other in (both, both[::-1])]
     notes = [f"Only in A: {alone[0]} examples, only in B: {alone[1]}."]
     notes += [f"Videos that failed, whose score is 0: {failed[0]} in A, {failed[1]} in B."] * any(failed)
     return "\n".join([markdown(lines), "", *notes])

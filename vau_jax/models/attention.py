@@ -126,11 +126,11 @@ def _softmax(q: jax.Array, parts: _Arrays, first_row: jax.Array, causal: tuple[b
 def _softmax_forward(
     q: jax.Array, parts: _Arrays, first_row: jax.Array, causal: tuple[bool, ...]
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    found = [_attend_part(q, Keys(*part, late), first_row) for part, late in zip(parts, causal, strict=True)]
-    top = jnp.max(jnp.stack([part.top for part in found]), axis=0)
-    shares = [jnp.exp(part.top - top) for part in found]
-    total = sum(share * part.total for share, part in zip(shares, found, strict=True))
-    out = sum(share[..., None] * part.out for share, part in zip(shares, found, strict=True)) / total[..., None]
+    results = [_attend_part(q, Keys(*part, late), first_row) for part, late in zip(parts, causal, strict=True)]
+    top = jnp.max(jnp.stack([part.top for part in results]), axis=0)
+    shares = [jnp.exp(part.top - top) for part in results]
+    total = sum(share * part.total for share, part in zip(shares, results, strict=True))
+    out = sum(share[..., None] * part.out for share, part in zip(shares, results, strict=True)) / total[..., None]
     out = out.astype(q.dtype)
     return out, (q, parts, first_row, out, top + jnp.log(total))
 

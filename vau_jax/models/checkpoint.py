@@ -43,7 +43,7 @@ class Checkpoints:
         self.folder = self.workdir / CHECKPOINTS
         self.removed = self.folder / "removed"
         self._empty()
-        self._put_damaged_away()
+        self._quarantine_damaged()
         best = BestN(get_metric_fn=_score, n=1)
         options = ocp.CheckpointManagerOptions(
             best_fn=_score,  # without it no metrics are kept
@@ -63,15 +63,15 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=numbered)
         self.manager.save(step, args=args, metrics={"score": score if np.isfinite(score) else None})
         self.manager.wait_until_finished()
-        processes.meet("saved")  # the first process has given the folder its name
+        processes.barrier("saved")  # the first process has given the folder its name
         checksums.write(self.folder / str(step))
         self._empty()
 
-    def _put_damaged_away(self) -> None:
+    def _quarantine_damaged(self) -> None:
         """Moves steps that are not as they were written out of the way; all of the newest is read for that (where it is
         damaged, of the one before), and of the others the small files, which are needed to know the best."""
         damaged, newest = {}, None
-        for step in reversed(processes.from_first(lambda: steps(self.workdir))):
+        for step in reversed(processes.broadcast_from_first(lambda: steps(self.workdir))):
             skip = None if newest is None else STATE
             if problem := checksums.damage(self.folder / str(step), skip, together=True):
                 damaged[step] = problem
@@ -80,21 +80,21 @@ class Checkpoints:
         if damaged and newest is None:
             told = ", ".join(f"step {step} ({problem})" for step, problem in damaged.items())
             raise InputError(
-                f"no checkpoint of {self.workdir} is whole: {told}; put a copy back, or begin anew in another --workdir"
+                f"no checkpoint of {self.workdir} is whole: {told}; restore a copy, or start again in another --workdir"
             )
         if damaged and processes.is_first():
             for step, problem in damaged.items():
-                self._put_away(step)
+                self._quarantine(step)
                 print(
                     f"warning: the checkpoint of step {step} is damaged ({problem}): it is now in "
-                    f"{self.workdir / DAMAGED / str(step)}, and the run goes on from step {newest}",
+                    f"{self.workdir / DAMAGED / str(step)}, and the run resumes from step {newest}",
                     flush=True,
                 )
-        processes.meet("damaged checkpoints are put away")
+        processes.barrier("damaged checkpoints are put away")
         if newest and processes.is_first() and not (self.folder / str(newest) / checksums.NOTE).exists():
             print(f"warning: the checkpoint of step {newest} has no checksums to be checked by", flush=True)
 
-    def _put_away(self, step: int) -> None:
+    def _quarantine(self, step: int) -> None:
         target = self.workdir / DAMAGED / str(step)
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(exist_ok=True)
@@ -242,9 +242,9 @@ class Found(NamedTuple):
 def source(path: str | os.PathLike, user: str | os.PathLike) -> Source:
     """What `path` (see `find_model`) holds now that `user`, a run, begins with it. Reads all of a model folder's
     weights. Raises InputError."""
-    found = find_model(path)
-    here = (found.step_folder or found.folder).resolve()
-    return Source(str(here), _contents(found), os.path.relpath(here, Path(user).resolve()))
+    result = find_model(path)
+    here = (result.step_folder or result.folder).resolve()
+    return Source(str(here), _contents(result), os.path.relpath(here, Path(user).resolve()))
 
 
 def read_source(fields: Fields) -> Source:
@@ -255,9 +255,9 @@ def read_source(fields: Fields) -> Source:
 
 def contents(path: str | os.PathLike) -> dict[str, str]:
     """The SHA-256 of every file that the model at `path` is loaded from; those of what its adapters are put on too."""
-    found = find_model(path)
-    base = found.adapter.base.files if found.adapter else {}
-    return _contents(found) | {f"base/{name}": x for name, x in base.items()}
+    result = find_model(path)
+    base = result.adapter.base.files if result.adapter else {}
+    return _contents(result) | {f"base/{name}": x for name, x in base.items()}
 
 
 def _contents(found: Found) -> dict[str, str]:
@@ -358,10 +358,10 @@ def find_model(path: str | os.PathLike) -> Found:
     if _is_step(path):
         return Found(path.parent.parent / MODEL_FOLDER, path, _adapter(path.parent.parent))
     if (path / MODEL_FOLDER).is_dir():
-        found = steps(path)
-        if not found:
+        result = steps(path)
+        if not result:
             raise InputError(f"{path} is a run without a finished checkpoint: train it first, or give a model folder")
-        return Found(path / MODEL_FOLDER, path / CHECKPOINTS / str(found[-1]), _adapter(path))
+        return Found(path / MODEL_FOLDER, path / CHECKPOINTS / str(result[-1]), _adapter(path))
     return Found(path, None)
 
 

@@ -193,11 +193,11 @@ class ProcessorSettings:
 
     def statistics(self) -> dict[str, tuple[float, ...]]:
         """image_mean and image_std where they are there."""
-        found = {
+        result = {
             "image_mean": self.fields.numbers("image_mean", 0, 1, (3,), ()),
             "image_std": self.fields.numbers("image_std", 1e-3, 1e3, (3,), ()),
         }
-        return {name: values for name, values in found.items() if values}
+        return {name: values for name, values in result.items() if values}
 
     def check_sizes(self, vision: VisionConfig) -> None:
         """Raises InputError where the processor would cut other patches than the model takes."""

@@ -22,7 +22,7 @@ def sizes(batch: Batch, completions: Completions) -> dict[str, jax.Array]:
     """How much of a padded batch is real, float32 scalars: tokens, pairs of a query and a key that it sees, patches."""
     prompts = jnp.sum(batch.mask, axis=1, dtype=jnp.float32)[:, None]  # [B, 1]
     lengths = jnp.sum(completions.mask, axis=2, dtype=jnp.float32)  # [B, G]
-    found = {
+    result = {
         "prompt": jnp.sum(prompts),
         "drawn": jnp.sum(lengths),
         "pairs": jnp.sum(prompts * (prompts + 1) / 2) + jnp.sum(lengths * prompts + lengths * (lengths + 1) / 2),
@@ -31,8 +31,8 @@ def sizes(batch: Batch, completions: Completions) -> dict[str, jax.Array]:
         groups = {"frame": batch.vision.frames, "window": batch.vision.windows or batch.vision.frames}
         for name, group in groups.items():
             each = jnp.sum(group.members < group.slots.shape[1], axis=2, dtype=jnp.float32)
-            found |= {"patches": jnp.sum(each), f"{name}_pairs": jnp.sum(each**2)}
-    return found
+            result |= {"patches": jnp.sum(each), f"{name}_pairs": jnp.sum(each**2)}
+    return result
 
 
 def forward(config: QwenVLConfig, size: dict[str, float]) -> dict[str, float]:
@@ -96,11 +96,11 @@ def _devices(params: dict[str, Any]) -> int:
 
 def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:
     """The programs inside an operation's parameters."""
-    found = []
+    results = []
     for value in params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
             if isinstance(one, core.ClosedJaxpr):
-                found.append(one.jaxpr)
+                results.append(one.jaxpr)
             elif isinstance(one, core.Jaxpr):
-                found.append(one)
-    return found
+                results.append(one)
+    return results

@@ -66,7 +66,7 @@ def _norm(ours: str, theirs: str, bias: bool, layers: int = 0) -> Iterator[Rule]
 
 # Names inside the vision tower that differ between families: first and second layer of a block's MLP, the merger's
 # norm, first and second layer.
-_VISION_NAMES = {
+VISION_NAMES = {
     "qwen2_vl": ("fc1", "fc2", "ln_q", "mlp.0", "mlp.2"),
     "qwen2_5_vl": ("", "", "ln_q", "mlp.0", "mlp.2"),
     "qwen3_vl": ("linear_fc1", "linear_fc2", "norm", "linear_fc1", "linear_fc2"),
@@ -75,7 +75,7 @@ _VISION_NAMES = {
 
 def _vision_rules(config: QwenVLConfig) -> Iterator[Rule]:
     v = config.vision
-    fc1, fc2, norm, merger1, merger2 = _VISION_NAMES[config.model_type]
+    fc1, fc2, norm, merger1, merger2 = VISION_NAMES[config.model_type]
     yield from _linear("visual/patch_embed", "visual.patch_embed.proj", v.patch_bias)
     if v.position_grid:
         yield Rule("visual/pos_embed", "visual.pos_embed.weight")
@@ -174,7 +174,7 @@ class Tensor(NamedTuple):
 def headers(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by the table's names. Raises InputError for a damaged file, for two tensors of
     one name and for one of another dtype than DTYPES."""
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")  # of the JSON that follows, which is read as a whole
@@ -186,12 +186,12 @@ def headers(path: Path) -> dict[str, Tensor]:
                 tensor = Tensor(path, name, tuple(part.get_shape()), part.get_dtype())
                 if tensor.dtype not in DTYPES:
                     raise InputError(f"{path}: {name!r} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
-                if plain in found:
-                    raise InputError(f"{path} holds {plain!r} twice, as {found[plain].name!r} and {name!r}")
-                found[plain] = tensor
+                if plain in result:
+                    raise InputError(f"{path} holds {plain!r} twice, as {result[plain].name!r} and {name!r}")
+                result[plain] = tensor
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read {path}: {error}; download or copy it again") from error
-    return found
+    return result
 
 
 class _Reader:
@@ -231,8 +231,8 @@ class _Reader:
 
     def dtype(self, rule: Rule) -> Any:
         """What one of our parameters is stored in; float32 where its layers differ."""
-        found = {self.tensors[name].dtype for name in rule.tensors}
-        return STORED.get(found.pop(), np.float32) if len(found) == 1 else np.float32
+        results = {self.tensors[name].dtype for name in rule.tensors}
+        return STORED.get(results.pop(), np.float32) if len(results) == 1 else np.float32
 
     def read(self, rule: Rule, index: Index, dtype: Any) -> np.ndarray:
         """Part `index` of one of our parameters: of each tensor only the bytes that it needs."""

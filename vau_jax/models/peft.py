@@ -71,7 +71,7 @@ def load(folder: str | os.PathLike, config: QwenVLConfig) -> tuple[LoRA, dict[st
 def _read_factors(path: Path, config: QwenVLConfig, rank: int) -> dict[str, np.ndarray]:
     """The factors, when the headers of all of them fit the model."""
     layers, shapes, tensors = _linear_layers(config), hf.parameter_shapes(config), hf.headers(path)
-    found: dict[str, dict[int, hf.Tensor]] = {}
+    result: dict[str, dict[int, hf.Tensor]] = {}
     problems = []
     for tensor in tensors.values():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", tensor.name)
@@ -84,19 +84,19 @@ def _read_factors(path: Path, config: QwenVLConfig, rank: int) -> dict[str, np.n
         want = (rank, inputs) if match[2] == "A" else (outputs, rank)
         if tensor.shape != want:
             problems.append(f"{tensor.name} has shape {list(tensor.shape)}, expected {list(want)}")
-        found.setdefault(f"{ours}/{match[2].lower()}", {})[layer] = tensor
+        result.setdefault(f"{ours}/{match[2].lower()}", {})[layer] = tensor
     rule_of = {ours: rule for ours, _, rule in layers.values()}
-    for factor, parts in found.items():
+    for factor, parts in result.items():
         missing = sorted(set(range(max(1, rule_of[factor[:-2]].layers))) - set(parts))
         if missing:
             problems.append(f"{factor} lacks layers {missing}: every layer of a stack needs an adapter")
         other = f"{factor[:-1]}{'b' if factor.endswith('/a') else 'a'}"
-        if other not in found:
+        if other not in result:
             problems.append(f"{factor} has no {other} beside it")
-    if problems or not found:
+    if problems or not result:
         raise InputError(f"{path} does not fit the model: {hf.some(problems or ['it holds no adapter'])}")
     with safe_open(path, framework="numpy") as handle:
-        return {factor: _stack(handle, parts, rule_of[factor[:-2]].layers) for factor, parts in found.items()}
+        return {factor: _stack(handle, parts, rule_of[factor[:-2]].layers) for factor, parts in result.items()}
 
 
 def _stack(handle: safe_open, parts: dict[int, hf.Tensor], layers: int) -> np.ndarray:

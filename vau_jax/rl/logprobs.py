@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens from hidden states, in pieces: [tokens, V] in float32 never exists.
+"""Log-probabilities of given tokens from hidden states, in chunks: [tokens, V] in float32 never exists.
 
 The head is a matrix [V, D], a row for each token of the vocabulary.
 """
@@ -109,9 +109,9 @@ class _Layout(NamedTuple):
             return function
         tokens, head = P(None, self.tokens or None), P(self.vocabulary, self.width)
         given = _Given(tokens, head, tokens, P())
-        found = (tokens, head) if gradients else (tokens,) * 3
+        result = (tokens, head) if gradients else (tokens,) * 3
         places = given, *(tokens,) * of_tokens
-        return jax.shard_map(function, mesh=self.mesh, in_specs=places, out_specs=found, check_vma=False)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=places, out_specs=result, check_vma=False)
 
     def first(self, rows: int) -> jax.Array | int:
         """The token that this device's part of the vocabulary, of so many tokens, begins with."""

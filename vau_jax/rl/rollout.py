@@ -80,7 +80,7 @@ class RolloutWorker:
         with clock("score"):
             completions = self.completions(chosen)
             placed = self.feed.rows.put(completions)
-            scored = self.score(policy, chosen.batch, placed)
+            scored = self.scored_logps(policy, chosen.batch, placed)
             kl = self._kl_in_reward(policy, chosen.batch, placed, scored)
             inputs, advantages = self.loss_inputs(chosen, completions.mask, kl)
         samples = [{**record, "advantage": float(a)} for record, a in zip(chosen.first, advantages[0], strict=True)]
@@ -161,7 +161,7 @@ class RolloutWorker:
         length = min(limit, -(-max(1, longest) // step) * step)
         return Completions(chosen.sampled.tokens[..., :length], chosen.sampled.mask[..., :length])
 
-    def score(self, policy: Policy, batch: Batch, completions: Completions) -> dict[str, jax.Array]:
+    def scored_logps(self, policy: Policy, batch: Batch, completions: Completions) -> dict[str, jax.Array]:
         """Log-probabilities of the reference policy, where there is a KL term, and of the policy that sampled, where
         one rollout serves several updates."""
         c, scored = self.config.grpo, {}
@@ -192,8 +192,8 @@ class RolloutWorker:
             rewards = np.column_stack([rewards, kl]).astype(np.float32)
             weights = [*weights, -c.grpo.beta]
         g = c.rollout.num_generations
-        found = grpo.group_advantages(rewards, g, c.grpo.scale, weights=weights, per_reward=c.grpo.per_reward)
-        return np.asarray(found, np.float32).reshape(-1, g)
+        result = grpo.group_advantages(rewards, g, c.grpo.scale, weights=weights, per_reward=c.grpo.per_reward)
+        return np.asarray(result, np.float32).reshape(-1, g)
 
     def loss_inputs(
         self, chosen: SelectedGroups, mask: np.ndarray, kl: np.ndarray | None = None

@@ -172,7 +172,7 @@ def sample(
         num_generations=num_generations,
     )
     static = StaticArgs(model, end_tokens, greedy, top_p, top_k, sharding.mesh_of(batch.tokens))
-    variables = for_reading(variables, model.dtype, static.mesh)
+    variables = decode_weights(variables, model.dtype, static.mesh)
     key = _for_completions(key, num_generations) if key.ndim else key
     dynamic = DynamicArgs(key, jnp.float32(temperature), jnp.int32(min_new_tokens), stop_table)
     size = num_generations, max_new_tokens, min(FIRST_CACHE, max_new_tokens)
@@ -185,7 +185,7 @@ def sample(
         ended = rows == (0, 0) or int(loop.step) == max_new_tokens
         if watch or ended or rows != loop.done.shape:
             mine = jax.tree.map(jnp.copy, Sampled(loop.tokens, loop.logps, loop.mask))  # the loop is donated later
-            whole = mine if whole is None else _settle(whole, mine, loop.number)
+            whole = mine if whole is None else _scatter(whole, mine, loop.number)
         if watch:
             watch(whole)
         if ended:
@@ -215,8 +215,8 @@ def abstract_programs(
     keys = jax.ShapeDtypeStruct((rows,), jax.random.key(0).dtype, sharding=sharding.examples(mesh))
     dynamic = DynamicArgs(keys, scalar(jnp.float32), scalar(jnp.int32), None)
     size = num_generations, max_new_tokens, max_new_tokens
-    if read_apart(variables, model.dtype, mesh):
-        read = jax.eval_shape(partial(for_reading, dtype=model.dtype, mesh=mesh), variables)
+    if copies_weights(variables, model.dtype, mesh):
+        read = jax.eval_shape(partial(decode_weights, dtype=model.dtype, mesh=mesh), variables)
         layouts = sharding.gathered(variables, mesh)
         variables = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), read, layouts)
     given = variables, batch, dynamic
@@ -235,7 +235,7 @@ def abstract_programs(
     yield "decode step", _advance, args, {"static": static}
 
 
-def read_apart(variables: Variables, dtype: Any, mesh: Mesh) -> bool:
+def copies_weights(variables: Variables, dtype: Any, mesh: Mesh) -> bool:
     """Whether sampling reads a copy of the weights: whole over fsdp, in the dtype of activations."""
     dtypes = {x.dtype for x in jax.tree.leaves(variables["params"])}
     return mesh.shape["fsdp"] > 1 or dtypes != {jnp.dtype(dtype)}
@@ -247,7 +247,7 @@ def _for_completions(keys: jax.Array, generations: int) -> jax.Array:
     return jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(generations)))(keys).reshape(-1)
 
 
-def for_reading(variables: Variables, dtype: Any, mesh: Mesh | None) -> Variables:
+def decode_weights(variables: Variables, dtype: Any, mesh: Mesh | None) -> Variables:
     """The parameters as every token reads them: matrices in the model's dtype, and on a mesh no longer split over
     fsdp, which would gather them again for each token. What is not so already takes as much memory more."""
     split = mesh is not None and mesh.shape["fsdp"] > 1
@@ -270,7 +270,7 @@ def _cast(dtype: Any, place: NamedSharding | None) -> Callable[[jax.Array], jax.
 
 def compiled_programs() -> int:
     """How many programs sampling has compiled so far."""
-    return sum(program._cache_size() for program in (_start, _advance, _settle, _resize))
+    return sum(program._cache_size() for program in (_start, _advance, _scatter, _resize))
 
 
 def _rows_needed(prompts: int, most: int, shape: tuple[int, int], mesh: Mesh | None) -> tuple[int, int]:
@@ -399,7 +399,7 @@ def _write(cache: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _settle(whole: Sampled, part: Sampled, number: jax.Array) -> Sampled:
+def _scatter(whole: Sampled, part: Sampled, number: jax.Array) -> Sampled:
     """Writes completions to their places in the whole batch."""
 
     def write(all_rows: jax.Array, rows: jax.Array) -> jax.Array:

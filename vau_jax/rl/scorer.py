@@ -119,8 +119,8 @@ class Scorer:
         """The judge's marks float32 [N] in [0, 1], NaN for tasks that are not judged; and all failures so far."""
         marks, errors = np.full(len(texts), np.nan, np.float32), list(errors)
         asked = [i for i, example in enumerate(examples) if TASKS[example.task].judged and readable[i]]
-        found = self.judge.totals([(examples[i], texts[i]) for i in asked])
-        for i, (total, error) in zip(asked, found, strict=True):
+        result = self.judge.totals([(examples[i], texts[i]) for i in asked])
+        for i, (total, error) in zip(asked, result, strict=True):
             if total is None:
                 errors[i] = errors[i] or f"judge: {error}"
             else:
@@ -195,7 +195,7 @@ def _reflection(every: Outcome, tasks: np.ndarray) -> dict[str, float]:
     gain, tasks = (every.final_score - every.draft_score)[known], tasks[known]
     if not len(gain):
         return {}
-    found = {
+    result = {
         "reflection/corrected": (gain > 0).mean(),
         "reflection/kept": (gain == 0).mean(),
         "reflection/broken": (gain < 0).mean(),
@@ -203,8 +203,8 @@ def _reflection(every: Outcome, tasks: np.ndarray) -> dict[str, float]:
     }
     timed = np.asarray([TASKS[name].timed for name in tasks])
     if timed.any():
-        found["reflection/tiou_gain"] = gain[timed].mean()
-    return found
+        result["reflection/tiou_gain"] = gain[timed].mean()
+    return result
 
 
 def _mean(values: np.ndarray) -> float:

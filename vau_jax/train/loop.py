@@ -2,7 +2,7 @@
 
     python -m vau_jax.train --config=configs/vau_r1_sft.py --workdir=DIR [--config.key=value]
 
-RFT adds one line to a step: it makes the batch by a rollout before the same update. A run that was killed goes on from
+RFT adds one line to a step: it makes the batch by a rollout before the same update. A run that was killed resumes from
 its last checkpoint and ends with the same bits.
 """
 
@@ -206,7 +206,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     check(config)
     with _writing_to(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        with processes.alone_in(workdir):
+        with processes.exclusive(workdir):
             _train(config, workdir)
     return workdir
 
@@ -218,13 +218,13 @@ def _train(config: ConfigDict, workdir: Path) -> None:
         print(f"{config.stage}: {config.steps} steps are done already ({workdir})", flush=True)
         return
     preemption = processes.Preemption()
-    read = processes.from_first(lambda: inputs(config, workdir))
+    read = processes.broadcast_from_first(lambda: inputs(config, workdir))
     source = checkpoint.read_source(Fields(read["source"], checkpoint.INPUTS))
     run = Run(config, workdir, source.path)
     if processes.is_first():
         _describe(run, workdir, source)
         write_text(workdir / checkpoint.INPUTS, dump_json(read, indent=1))
-    processes.meet("described")
+    processes.barrier("described")
     done = _loop(run, workdir, checkpoints, preemption)
     if processes.is_first():
         best = {"step": checkpoints.best(), "metric": run.best.name}
@@ -232,7 +232,7 @@ def _train(config: ConfigDict, workdir: Path) -> None:
     checkpoints.close()
     preemption.close()
     if done < config.steps:
-        _leave(workdir, done)
+        _exit_preempted(workdir, done)
 
 
 def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preemption: processes.Preemption) -> int:
@@ -241,7 +241,7 @@ def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preempti
     log = RunLog(config, workdir, done)
     while done < config.steps:
         log.begin(done + 1)
-        with _losses_told(log):
+        with _naming_lost_processes(log):
             metrics, samples = run.step(done)
         done += 1
         if not config.skip_nonfinite:
@@ -260,7 +260,7 @@ def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preempti
 
 
 @contextmanager
-def _losses_told(log: RunLog) -> Iterator[None]:
+def _naming_lost_processes(log: RunLog) -> Iterator[None]:
     """Ends the process with a message that names the other processes of the run that are gone, if any are."""
     try:
         yield
@@ -276,7 +276,7 @@ def _losses_told(log: RunLog) -> Iterator[None]:
         os._exit(1)  # an orderly end would wait for those that are gone
 
 
-def _leave(workdir: Path, done: int) -> None:
+def _exit_preempted(workdir: Path, done: int) -> None:
     """Ends a run that was asked to end."""
     if processes.is_first():
         write_text(workdir / PREEMPTED, dump_json({"step": done}))
@@ -295,7 +295,7 @@ def _writing_to(workdir: Path) -> Iterator[None]:
             raise
         saved = checkpoint.steps(workdir)
         kept = (
-            f"the checkpoint of step {saved[-1]} is whole, and the same command goes on from it"
+            f"the checkpoint of step {saved[-1]} is complete; rerun the same command to resume from it"
             if saved
             else ("no checkpoint was written yet")
         )
@@ -366,7 +366,7 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
 def inputs(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """What the run in `workdir` reads besides videos: the `source` of its weights, and hashes of its `data` files.
 
-    A run that goes on keeps its source, also where config names a run that has another last checkpoint by now. Raises
+    A resumed run keeps its source, also where config names a run that has another last checkpoint by now. Raises
     InputError when that, or one of the files, is not what it was when the run began.
     """
     path, old = workdir / checkpoint.INPUTS, None
@@ -392,10 +392,10 @@ def inputs(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as {"a.b": value}."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, value in config.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+        result |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return result
 
 
 def headline(metrics: dict[str, Any]) -> str:

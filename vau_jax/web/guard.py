@@ -97,10 +97,10 @@ class Guard:
     def _input_problem(self, body: bytes) -> tuple[int, str] | None:
         """Likewise, for the inputs of a function."""
         try:
-            found = json.loads(body)
+            result = json.loads(body)
             # No NaN, and no half of a surrogate pair, which nothing could write.
-            json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
-            paths = list(_paths(found))
+            json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
+            paths = list(_paths(result))
         except (ValueError, RecursionError):
             return 400, "the request is no JSON"
         if not all(isinstance(path, str) and self.uploads.holds(path) for path in paths):

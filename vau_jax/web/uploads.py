@@ -1,4 +1,4 @@
-"""The files that browsers upload: in a folder of this process alone, of a bounded size, gone when the process ends."""
+"""The files that browsers upload: in a folder of this process, of bounded size, removed at its end."""
 
 import fcntl
 import os

@@ -142,14 +142,14 @@ def read(path: str | os.PathLike, options: VideoOptions, factor: int, multiple: 
     best, errors = None, []
     for pictures in decoders.pictures(path, index, frozenset(numbers.tolist())):
         try:
-            found = _Frames(numbers, options, factor, multiple)
-            found.collect(pictures)
+            result = _Frames(numbers, options, factor, multiple)
+            result.collect(pictures)
         except (VideoError, MemoryError):
             raise
         except Exception as error:  # decoders raise types of their own, by version
             errors.append(short(error))
-        if best is None or found.count > best.count:
-            best = found
+        if best is None or result.count > best.count:
+            best = result
         if best.count == len(numbers):
             break
     least = min(options.min_frames, len(numbers))

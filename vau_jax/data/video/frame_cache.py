@@ -119,12 +119,12 @@ class FrameCache:
             stat = os.stat(path)
             settled = time.time_ns() - stat.st_ctime_ns > SETTLED
             mark = Mark(os.path.abspath(path), stat.st_size, stat.st_ctime_ns if settled else 0)
-            found = self.contents.get(mark) or files.content_hash(path)
+            result = self.contents.get(mark) or files.content_hash(path)
         except OSError as error:
             raise VideoError(f"no such file: {path}", "missing") from error
         if settled:
-            self.contents[mark] = found
-        return found, mark
+            self.contents[mark] = result
+        return result, mark
 
     def read(self, path: str | os.PathLike, sampling: Sampling) -> tuple[Clip, bool]:
         """The clip, and whether it came from the cache. Raises VideoError."""
@@ -207,7 +207,7 @@ def build(
     workers: int,
     show: Callable[[int, str], None],
 ) -> Counter[str]:
-    """Brings a cache folder up to date for `videos`; a killed call goes on after its last whole shard.
+    """Brings a cache folder up to date for `videos`; a killed call resumes after its last whole shard.
 
     Records are verified; stale ones (of a video that changed) and damaged ones are made anew. `show(done, note)` tells
     how far it is. Returns how many were "kept", "written", "failed" (a broken video, listed with its reason), and, of
@@ -220,7 +220,7 @@ def build(
     counts = _drop(folder, lambda entry: "" if _is_current(entry.key) else "stale")
     known = FrameCache(folder)
     contents = {path: _content_or_none(known, path) for path in videos}
-    keys = {path: found and key_of(found[0], sampling) for path, found in contents.items()}
+    keys = {path: result and key_of(result[0], sampling) for path, result in contents.items()}
     counts += _drop_bad(known, keys, sampling)
     cache = FrameCache(folder)
     todo = [path for path, key in keys.items() if key is None or key not in cache.places]

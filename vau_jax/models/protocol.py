@@ -1,0 +1,40 @@
+"""What the rest of the project asks of a model: five methods, each a function of parameters and batches.
+
+`QwenVL` is the one implementation; a new architecture is another class with these methods. Axes: see `vau_jax.types`.
+"""
+
+from typing import Any, Protocol
+
+import jax
+
+from vau_jax.types import Batch, Completions, Features, KVCache, Variables
+
+
+class Model(Protocol):
+    """Methods marked `apply` run as `model.apply(variables, ..., method="name")`. The vision tower is optional: a model
+    whose config has none takes batches whose `vision` is None, and encodes nothing."""
+
+    config: Any
+    dtype: Any
+
+    def encode_vision(self, batch: Batch) -> Features:
+        """apply: visual features of the batch's patches, tokens [B, M, D]; features that are there already stay."""
+
+    def hidden(self, batch: Batch, completions: Completions | None = None) -> jax.Array:
+        """apply: last hidden states [B, T + G * C, D] of prompts and of G completions each, which see the prompt and
+        themselves. Sows totals of auxiliary losses among the "losses"."""
+
+    def prefill(self, batch: Batch) -> tuple[jax.Array, KVCache]:
+        """apply: hidden states [B, T, D] of the prompts, and their cache [L, B, K, T, H]."""
+
+    def decode(
+        self, tokens: jax.Array, batch: Batch, step: jax.Array, caches: tuple[KVCache, KVCache]
+    ) -> tuple[jax.Array, KVCache]:
+        """apply: one step of all completions: tokens int32 [B, G] at completion position `step` to hidden states
+        [B, G, D] and new keys and values [L, B, G, K, H]."""
+
+    def head(self, variables: Variables) -> jax.Array:
+        """The matrix [V, D] that turns hidden states into logits."""
+
+    def loss_counts(self, batch: Batch) -> dict[str, jax.Array]:
+        """What the totals of auxiliary losses are divided by, float32 [] by name."""
