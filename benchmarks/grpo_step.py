@@ -127,7 +127,7 @@ def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
         "tokens_per_s": args.prompts * (shape.tokens + args.group * args.new) / seconds,
         "completion_tokens_per_s": args.prompts * args.group * args.new / seconds,
         "prompt_tokens": shape.tokens,
-        "visual_tokens": shape.patches // run.processor.config.vision.spatial_merge_size**2,
+        "visual_tokens": shape.patches // run.processor.patches_per_token,
         "shape": shape._asdict(),
         "padded": padded._asdict(),
         "parameters": sum(x.size for x in jax.tree.leaves(run.learner.base or run.learner.state.params)),

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from vau_jax.common import files, sharding
 from vau_jax.common.files import InputError, dump_json
-from vau_jax.data.processor import Message, Processor, collate
+from vau_jax.data.processor import Message, Processor
 from vau_jax.data.stop_strings import stop_table
 from vau_jax.models import checkpoint, hf, lora, motion_prompt, peft, qwen_vl
 from vau_jax.models import config as model_config
@@ -127,7 +127,7 @@ class VideoLM:
         held = None if stored else DTYPES[dtype]
         if result.step_folder is None:
             params = hf.load(result.folder, processor.config, held, sharding.layout(mesh))
-            if processor.config.vision.motion:
+            if processor.motion:
                 numbers = _motion_numbers(motion_prompt.read_file(processor.folder))
                 params = lora.overlay(params, _to_devices(numbers, "float32", mesh))
             return cls(processor, model, params)
@@ -148,7 +148,7 @@ class VideoLM:
     def with_motion(self, config: ConfigDict) -> "VideoLM":
         """The model with a Video Motion Prompt in the form of `config` (config.motion), its numbers from where it is to
         start; a model that has one already keeps it."""
-        if self.processor.config.vision.motion:
+        if self.processor.motion:
             return self
         m, n = motion_prompt.start(config.start)
         numbers = _to_devices(_motion_numbers({"m": m, "n": n}), "float32", self.model.mesh)
@@ -180,7 +180,7 @@ class VideoLM:
         program. Raises InputError for what cannot be read.
         """
         rows = [self.processor.encode(messages) for messages in conversations]
-        return collate(rows, self.processor.config.vision, left=left)
+        return self.processor.collate(rows, left=left)
 
     def logits(self, batch: Batch) -> jax.Array:
         """float32 [B, T, V]: entry t predicts token t + 1; row b is real where batch.mask[b]."""
@@ -247,7 +247,7 @@ class VideoLM:
             raise InputError("this model has no adapters to save: train with config.lora.rank, or load with adapter=")
         flat = {name: x for name, x in hf.flatten(self.adapters).items() if not name.startswith(motion_prompt.PREFIX)}
         peft.save(path, self.model.lora, flat, self.processor.config, str(self.processor.folder))
-        if motion := self.processor.config.vision.motion:
+        if motion := self.processor.motion:
             motion_prompt.write_file(path, motion, self.adapters["visual"]["motion_prompt"])
 
 
@@ -288,5 +288,5 @@ def save_folder(path: str | os.PathLike, processor: Processor, params: Params) -
         raw |= {name: dtype for name in ("dtype", "torch_dtype") if name in raw}
         files.write_text(part / "config.json", dump_json(raw, indent=2))
         hf.save_weights(part, params, processor.config)
-        if processor.config.vision.motion:
-            motion_prompt.write_file(part, processor.config.vision.motion, params["visual"]["motion_prompt"])
+        if processor.motion:
+            motion_prompt.write_file(part, processor.motion, params["visual"]["motion_prompt"])

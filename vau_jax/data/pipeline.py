@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from vau_jax.common.checks import COUNT, NOT_NEGATIVE, SHARE, check_choices, check_ranges
 from vau_jax.common.files import InputError, check_range
-from vau_jax.data.processor import Encoded, Processor, Shape, batch_shape, collate
+from vau_jax.data.processor import Encoded, Processor, Shape
 from vau_jax.data.video import clips
 from vau_jax.data.video.clips import Clip, VideoOptions
 from vau_jax.data.video.decode_worker import DecoderPool
@@ -278,12 +278,12 @@ class Collator:
 
     def shape(self, items: Sequence[Loaded]) -> Shape:
         """What the prompts are padded to."""
-        return batch_shape([i.encoded for i in items], self.processor.config.vision, Shape(*self.config.bucket))
+        return self.processor.batch_shape([i.encoded for i in items], Shape(*self.config.bucket))
 
     def __call__(self, items: Sequence[Loaded], shape: Shape | None = None) -> HostBatch:
         """Padded to `shape`, which is large enough; None: to `self.shape(items)`."""
         pad, floor = self.processor.tokenizer.pad_token_id or 0, shape or Shape(*self.config.bucket)
-        batch = collate([i.encoded for i in items], self.processor.config.vision, floor, pad)
+        batch = self.processor.collate([i.encoded for i in items], floor, pad)
         length = self.config.max_completion_tokens
         tokens = np.full((len(items), 1, length), pad, np.int32)
         weights = np.zeros((len(items), 1, length), np.float32)

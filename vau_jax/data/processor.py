@@ -23,6 +23,7 @@ from vau_jax.data.video.clips import Clip, Sampling, VideoOptions
 from vau_jax.data.video.decoders import VideoError
 from vau_jax.models import config as model_config
 from vau_jax.models.config import FILE_BYTES, VisionConfig
+from vau_jax.models.config import Motion as MotionConfig
 from vau_jax.types import Batch, Groups, Motion, Vision
 
 if TYPE_CHECKING:
@@ -315,6 +316,26 @@ class Processor:
         values = {"tools": None, "documents": None, "add_generation_prompt": True}
         values |= {**self.tokenizer.special_tokens_map, "messages": _without_data(messages)}
         return chat_template.render(template, values, f"model folder {self.folder}")
+
+    @property
+    def motion(self) -> MotionConfig | None:
+        """The model's motion prompt, None without one."""
+        return self.config.vision.motion
+
+    @property
+    def patches_per_token(self) -> int:
+        """Patches that become one visual token."""
+        return self.config.vision.spatial_merge_size**2
+
+    def batch_shape(self, rows: Sequence["Encoded"], floor: "Shape") -> "Shape":
+        """What prompts are padded to, see `batch_shape`."""
+        return batch_shape(rows, self.config.vision, floor)
+
+    def collate(
+        self, rows: Sequence["Encoded"], floor: "Shape | None" = None, pad_token: int = 0, left: bool = False
+    ) -> Batch:
+        """Encoded prompts as a batch, see `collate`."""
+        return collate(rows, self.config.vision, *([floor, pad_token] if floor else []), left=left)
 
     def decode_completions(self, tokens: np.ndarray, mask: np.ndarray) -> list[list[str]]:
         """The texts of completions [B, G, C], without end and padding tokens."""

@@ -308,7 +308,7 @@ def _describe(run: Run, workdir: Path, source: checkpoint.Source) -> None:
     (workdir / PREEMPTED).unlink(missing_ok=True)
     shutil.rmtree(workdir / "heartbeats", ignore_errors=True)
     checkpoint.copy_model_files(run.processor.folder, workdir)
-    if motion := run.processor.config.vision.motion:
+    if motion := run.processor.motion:
         numbers = run.learner.state.params["visual"]["motion_prompt"]
         motion_prompt.write_file(workdir / checkpoint.MODEL_FOLDER, motion, numbers)
     if run.learner.lora:
