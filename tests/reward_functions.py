@@ -61,5 +61,5 @@ def told(text: str, example: object) -> float:
     """Like `only_classification`; writes who was asked about what to the file that TOLD names."""
     if path := os.environ.get("TOLD"):
         with open(path, "a") as file:
-            file.write(f"{os.getppid()} {example.name}\n")
+            file.write(f"{os.getppid()} {example.id}\n")
     return only_classification(text, example)

@@ -143,6 +143,57 @@ def test_devices_and_parts_of_a_batch_change_nothing(
     assert spread["rft/new programs"] == 0, "sampling was compiled twice"
 
 
+SAMPLES = """
+import json, sys
+import jax, numpy as np
+from configs import demo
+from vau_jax.common import sharding
+from vau_jax.data import pipeline
+from vau_jax.train import loop
+folder, data, mesh = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+c = demo.stage("rft")
+c.model, c.mesh.data, c.mesh.fsdp, c.mesh.tensor = folder, *mesh
+c.batch_size, c.rollout.num_generations, c.unroll, c.data.max_completion_tokens = 8, 4, 1, 12
+c.data.csv, c.data.videos = data + "/train.csv", data + "/videos"
+c.data.reflection = data + "/train_reflection.jsonl"
+t = loop.Run(c)
+items = t.feed.next().examples
+key = jax.random.key(3)
+
+def sampled(order):
+    host = t.feed.collate([items[i] for i in order])
+    batch = jax.device_put(host.batch, sharding.examples(t.mesh))
+    whole = len(host.examples) == c.batch_size
+    keys = t.worker.keys(host, key) if whole else pipeline.keys_of(key, pipeline.draw_numbers(host.examples))
+    tokens = np.asarray(t.worker.engine.sample(t.learner.variables, batch, keys).tokens)
+    return {item.example.id: tokens[i].tolist() for i, item in enumerate(host.examples)}
+
+found = {"all": sampled(range(8)), "reversed": sampled(range(7, -1, -1)), "four": sampled(range(4))}
+found["other four"] = sampled(range(4, 8))
+t.close()
+print(json.dumps(found))
+"""
+
+
+def samples_on(model: Path, data: Path, mesh: tuple[int, int, int]) -> dict[str, dict[str, list]]:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "32"}
+    env["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={int(np.prod(mesh))}"
+    command = [sys.executable, "-c", SAMPLES, str(model), str(data), json.dumps(mesh)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_an_example_has_the_same_completions_in_any_batch_and_on_any_devices(model_folder: Path, dataset: Path) -> None:
+    """In another order, in a batch of another size, and on four devices."""
+    alone = samples_on(model_folder, dataset, (1, 1, 1))
+    expected = alone["all"]
+    assert len(expected) == 8
+    assert len({json.dumps(tokens) for group in expected.values() for tokens in group}) == 32, "none alike"
+    for found in (alone, samples_on(model_folder, dataset, (1, 2, 2))):
+        assert found["all"] == found["reversed"] == found["four"] | found["other four"] == expected
+
+
 def test_batches_must_divide_by_the_mesh() -> None:
     mesh = jax.sharding.AbstractMesh((2, 2, 1), sharding.AXES)
     with pytest.raises(InputError, match="batch_size 6 is not divisible"):

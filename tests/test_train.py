@@ -139,7 +139,7 @@ def test_weights_and_biases_without_its_package_is_one_error(tmp_path: Path, mon
 
 
 def test_a_run_from_before_a_field_goes_on_where_that_has_its_default(tmp_path: Path) -> None:
-    """Its config lacks fields that are new, and has one that is gone."""
+    """Its config lacks new fields, and has a removed one that never changed a result."""
     c = importlib.import_module("configs.vau_r1_sft").get_config()
     before = json.loads(c.to_json_best_effort())
     del before["optim"]["eps"], before["rollout"]["reward_seconds"]
@@ -150,6 +150,26 @@ def test_a_run_from_before_a_field_goes_on_where_that_has_its_default(tmp_path: 
     loop.check_same_run(c, tmp_path)
     c.optim.eps = 1.0
     with pytest.raises(InputError, match=r"other settings: optim\.eps \(was 1e-08, is 1\.0\); choose"):
+        loop.check_same_run(c, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"rewards": {"of_yesterday": 1.0}}, r"lacks: rewards\.of_yesterday=1\.0; choose another --workdir"),
+        ({"format": 99}, "has format 99, of a later version: this one resumes runs up to"),
+        ({"format": "two"}, "format='two': expected an integer"),
+        ([], "expected a JSON object"),
+    ],
+    ids=str,
+)
+def test_a_run_whose_config_is_not_understood_is_refused_in_one_line(
+    stored: object, message: str, tmp_path: Path
+) -> None:
+    c = importlib.import_module("configs.vau_r1_sft").get_config()
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    checkpoint.Checkpoints(tmp_path).save(1, State(jnp.int32(1), {}, {}), {}, 0.0)
+    with pytest.raises(InputError, match=message):
         loop.check_same_run(c, tmp_path)
 
 

@@ -3,19 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax.common.chat import Chat
 from vau_jax.common.files import InputError, check_range
 from vau_jax.data.pipeline import HostBatch
 from vau_jax.data.processor import Processor
 from vau_jax.rl import grpo
-from vau_jax.rl.judge import Judge
 from vau_jax.rl.outcome import Outcome, RolloutBatch, joined
 from vau_jax.rl.user_rewards import UserRewards
 from vau_jax.tasks import TASKS, parsing, prompts
@@ -23,6 +21,9 @@ from vau_jax.tasks.columns import Columns
 from vau_jax.tasks.example import Example
 from vau_jax.tasks.rewards import REWARDS, task_score, verifiable
 from vau_jax.types import Sampled
+
+if TYPE_CHECKING:
+    from vau_jax.rl.judge import Judge
 
 
 def check(config: ConfigDict) -> None:
@@ -39,6 +40,13 @@ def check(config: ConfigDict) -> None:
             f"another style ({', '.join(style for style in prompts.STYLES if style != 'direct')}), or weights 0 and "
             "config.user_rewards"
         )
+
+
+def _judge(config: ConfigDict, cache: Path | None) -> "Judge":
+    from vau_jax.common.chat import Chat  # noqa: PLC0415 - slow to import: a mistake in a config is reported before
+    from vau_jax.rl.judge import Judge  # noqa: PLC0415
+
+    return Judge(Chat(config.judge, cache))
 
 
 @dataclass
@@ -65,7 +73,7 @@ class Scorer:
                 f"rewards.judge={c.rewards.judge} has nothing to mark: data.tasks={tuple(c.data.tasks)} lacks "
                 f"{' or '.join(judged)}"
             )
-        self.judge = Judge(Chat(c.judge, self.judge_cache)) if c.rewards.get("judge") else None
+        self.judge = _judge(c, self.judge_cache) if c.rewards.get("judge") else None
         weights = {name: c.rewards[name] for name in self.built_in}
         weights |= {"overlong": 1.0} if c.grpo.overlong_buffer else {}
         weights |= {"judge": c.rewards.judge} if self.judge else {}

@@ -318,6 +318,7 @@ def _describe(run: Run, workdir: Path, source: checkpoint.Source) -> None:
     write_text(workdir / "about.json", dump_json(about(), indent=1))
 
 
+REMOVED = ("data.threads", "rollout.reward_threads")  # fields of earlier versions that changed no result
 MAY_CHANGE = (
     "format",
     "steps",
@@ -349,18 +350,25 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
         return
     from configs import base  # noqa: PLC0415 - which imports our own names in turn
 
-    stored = read_json(path)
-    if stored.get("format", 1) > config.format:
+    fields = Fields(read_json(path), str(path))
+    if (version := fields.integer("format", 1, 10**6, 1)) > config.format:
         raise InputError(
-            f"{path} has format {stored['format']}, of a later version: this one resumes runs up to {config.format}"
+            f"{path} has format {version}, of a later version: this one resumes runs up to {config.format}"
         )
+    stored = _flat(fields.raw)
     new = _flat(json.loads(config.to_json_best_effort()))
-    # A field that was not there yet did what its default does; one that is there no longer does nothing.
-    old = _flat(json.loads(base.get_config().to_json_best_effort())) | _flat(stored)
+    # A field that the run's config lacks had its default.
+    old = _flat(json.loads(base.get_config().to_json_best_effort())) | stored
     changed = sorted(name for name in new if old.get(name) != new[name] and name not in MAY_CHANGE)
     changed = [f"{name} (was {old.get(name)!r}, is {new[name]!r})" for name in changed]
     if changed:
         raise InputError(f"{workdir} holds a run with other settings: {', '.join(changed)}; choose another --workdir")
+    unknown = [f"{name}={value!r}" for name, value in stored.items() if name not in new and name not in REMOVED]
+    if unknown:
+        raise InputError(
+            f"{path} has settings that this configuration lacks: {', '.join(unknown)}; choose another --workdir, or "
+            "resume with the version of vau_jax that began the run (about.json)"
+        )
 
 
 def inputs(config: ConfigDict, workdir: Path) -> dict[str, Any]:
