@@ -151,9 +151,12 @@ t, g, c = 40, 2, 9
 q, k, v = (jnp.asarray(rng.normal(size=(2, t + g * c, n, 128)), jnp.float32) for n in (8, 2, 2))
 mask = jnp.asarray(np.arange(t) < np.asarray([[40], [29]]))
 real = np.concatenate([mask, np.ones((2, g * c), bool)], 1)[..., None, None]
+q, k, v, mask = jax.device_put((q, k, v, mask), sharding.replicated(mesh))
 def total(how, *x):
     return jnp.sum(how(*x, mask, g) * jnp.cos(jnp.arange(q.size)).reshape(q.shape) * real)
-kernel = partial(attention._splash, mesh=mesh, interpret=True)
+def kernel(*x):
+    with sharding.on(mesh):
+        return attention._splash(*x, interpret=True)
 for a, b in zip(
     jax.value_and_grad(partial(total, kernel), (0, 1, 2))(q, k, v)[1],
     jax.value_and_grad(partial(total, attention.IMPLEMENTATIONS["jnp"]), (0, 1, 2))(q, k, v)[1],
@@ -186,7 +189,8 @@ mesh = Mesh(np.array(chips.devices).reshape(shape), sharding.AXES)
 place = NamedSharding(mesh, P(sharding.EXAMPLES, None, "tensor"))
 t, g, c = 1000, 4, 128
 def total(q, k, v, mask):
-    return jnp.sum(attention.prefix_attention(q, k, v, mask, g, "splash", mesh).astype(jnp.float32))
+    with sharding.on(mesh):
+        return jnp.sum(attention.prefix_attention(q, k, v, mask, g, "splash").astype(jnp.float32))
 def array(heads):
     return jax.ShapeDtypeStruct((2, t + g * c, heads, 128), jnp.bfloat16, sharding=place)
 mask = jax.ShapeDtypeStruct((2, t), bool, sharding=NamedSharding(mesh, P(sharding.EXAMPLES)))

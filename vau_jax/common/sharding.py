@@ -7,7 +7,7 @@ Mesh axes: `data` (copies of the model, different examples), `fsdp` (examples to
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -136,60 +136,76 @@ def examples(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(EXAMPLES))
 
 
-def between_layers(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """What is traced inside lays its arrays out on `mesh`; with None they stay as they are."""
+    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def ambient() -> AbstractMesh | None:
+    """The mesh of `on`, or of `jax.set_mesh`; None without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def _split(x: jax.Array, *spec: Any) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def tensor_parts() -> int:
+    """Into how many parts the ambient mesh splits heads and hidden units: 1 without a mesh."""
+    mesh = ambient()
+    return mesh.shape["tensor"] if mesh else 1
+
+
+def between_layers(x: jax.Array) -> jax.Array:
     """Splits the tokens of x [B, S, D] over the tensor axis too (sequence parallelism, arXiv 2205.05198). What is kept
     of each layer for the backward pass is then as much smaller. No more need be sent, if an all-reduce becomes its two
     halves; XLA for TPU keeps most of them whole, and a fifth more is sent."""
-    if mesh is None or mesh.shape["tensor"] == 1 or x.shape[1] % mesh.shape["tensor"]:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(_examples_of(x, mesh), "tensor")))
+    parts = tensor_parts()
+    return x if parts == 1 or x.shape[1] % parts else _split(x, _examples_of(x), "tensor")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def whole_tokens(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+@jax.custom_vjp
+def whole_tokens(x: jax.Array) -> jax.Array:
     """The inverse of `between_layers`, before a layer's products: each device of the tensor axis gets all tokens. Of
     the gradient's sum over these devices each keeps its tokens again."""
-    if mesh is None or mesh.shape["tensor"] == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(_examples_of(x, mesh))))
+    return x if tensor_parts() == 1 else _split(x, _examples_of(x))
 
 
-whole_tokens.defvjp(lambda x, mesh: (whole_tokens(x, mesh), None), lambda mesh, _, grad: (between_layers(grad, mesh),))
+whole_tokens.defvjp(lambda x: (whole_tokens(x), None), lambda _, grad: (between_layers(grad),))
 
 
-def by_heads(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+def by_heads(x: jax.Array) -> jax.Array:
     """Splits the heads of x [B, ..., heads, H] over the tensor axis; where there are too few, each device has all."""
-    if mesh is None or mesh.shape["tensor"] == 1:
+    parts = tensor_parts()
+    if parts == 1:
         return x
-    heads = "tensor" if x.shape[-2] % mesh.shape["tensor"] == 0 else None
-    place = P(_examples_of(x, mesh), *(None,) * (x.ndim - 3), heads, None)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
+    return _split(x, _examples_of(x), *(None,) * (x.ndim - 3), "tensor" if x.shape[-2] % parts == 0 else None, None)
 
 
-def by_hidden(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+def by_hidden(x: jax.Array) -> jax.Array:
     """Splits the hidden units of x [B, ..., F] over the tensor axis. Left to the compiler, tokens may stay split there
     instead, and every weight is sent to every device."""
-    if mesh is None or mesh.shape["tensor"] == 1:
+    parts = tensor_parts()
+    if parts == 1:
         return x
-    hidden = "tensor" if x.shape[-1] % mesh.shape["tensor"] == 0 else None
-    place = P(_examples_of(x, mesh), *(None,) * (x.ndim - 2), hidden)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
+    return _split(x, _examples_of(x), *(None,) * (x.ndim - 2), "tensor" if x.shape[-1] % parts == 0 else None)
 
 
-def kernel_by_heads(kernel: jax.Array, mesh: Mesh | None) -> jax.Array:
+def kernel_by_heads(kernel: jax.Array) -> jax.Array:
     """The same for a kernel [in, ..., heads, H]; how `in` lies is left to the compiler."""
-    if mesh is None or mesh.shape["tensor"] == 1:
+    parts = tensor_parts()
+    if parts == 1:
         return kernel
-    heads = "tensor" if kernel.shape[-2] % mesh.shape["tensor"] == 0 else None
-    place = P(P.UNCONSTRAINED, *(None,) * (kernel.ndim - 3), heads, None)
-    return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, place))
+    heads = "tensor" if kernel.shape[-2] % parts == 0 else None
+    return _split(kernel, P.UNCONSTRAINED, *(None,) * (kernel.ndim - 3), heads, None)
 
 
-def _examples_of(x: jax.Array, mesh: Mesh) -> tuple[str, ...] | None:
-    return EXAMPLES if x.shape[0] % example_parts(mesh) == 0 else None
+def _examples_of(x: jax.Array) -> tuple[str, ...] | None:
+    return EXAMPLES if x.shape[0] % example_parts(ambient()) == 0 else None
 
 
-def example_parts(mesh: Mesh) -> int:
+def example_parts(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is split."""
     return math.prod(mesh.shape[axis] for axis in EXAMPLES)
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from vau_jax.common import sharding
@@ -199,20 +198,16 @@ def prefix_attention(
     prompt_mask: jax.Array,
     generations: int,
     implementation: str = "auto",
-    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Attention of one packed sequence, prompt then completions: q [B, T + G * C, N, H] -> the same shape.
 
     prompt_mask is bool [B, T]; generations is G, 0 for a prompt alone. Padding inside a completion lies after its
     real tokens, where the causal mask already hides it. What padding tokens give is undefined. `implementation` is a
-    name in IMPLEMENTATIONS, or "auto" for the best one on this machine. `mesh` is where the arrays lie, by example and
-    head: the TPU kernel must be told, XLA splits the others by itself.
+    name in IMPLEMENTATIONS, or "auto" for the best one on this machine.
     """
     name = best(q.dtype) if implementation == "auto" else implementation
     if name not in IMPLEMENTATIONS:
         raise InputError(f"attention={name!r} is unknown: expected one of auto, {', '.join(IMPLEMENTATIONS)}")
-    if name == "splash":
-        return _splash(q, k, v, prompt_mask, generations, mesh)
     return IMPLEMENTATIONS[name](q, k, v, prompt_mask, generations)
 
 
@@ -301,12 +296,12 @@ def _splash(
     v: jax.Array,
     prompt_mask: jax.Array,
     generations: int,
-    mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """The whole packed sequence by one Pallas kernel on TPU, on each device for its examples and heads; `interpret`
     runs it anywhere, slowly."""
     kernel = partial(_splash_alone, generations=generations, interpret=interpret)
+    mesh = sharding.ambient()
     if mesh is None or mesh.size == 1:
         return kernel(q, k, v, prompt_mask)
     parts = mesh.shape["tensor"]
@@ -318,9 +313,7 @@ def _splash(
         k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
     examples = sharding.EXAMPLES if q.shape[0] % sharding.example_parts(mesh) == 0 else None
     place = P(examples, None, heads)
-    split = jax.shard_map(
-        kernel, mesh=mesh, in_specs=(place, place, place, P(examples)), out_specs=place, check_vma=False
-    )
+    split = jax.shard_map(kernel, in_specs=(place, place, place, P(examples)), out_specs=place, check_vma=False)
     return split(q, k, v, prompt_mask)
 
 

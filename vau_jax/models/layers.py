@@ -7,7 +7,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from vau_jax.common import sharding
 from vau_jax.models.lora import LoRA
@@ -49,8 +48,8 @@ def for_all(shared: jax.Array, like: jax.Array) -> jax.Array:
 class Dense(nn.Module):
     """A linear layer as everywhere in the model: kernel [in, out], with its LoRA where collection `lora` has one.
 
-    With `parts`, the features are several projections' heads side by side, and the output has axes for them; on a
-    `mesh` the heads are split over its tensor axis.
+    With `parts`, the features are several projections' heads side by side, and the output has axes for them,
+    heads split over the tensor axis of the mesh.
     """
 
     features: int
@@ -58,7 +57,6 @@ class Dense(nn.Module):
     lora: LoRA | None = None
     bias: bool = False
     parts: tuple[int, ...] = ()  # (projections, heads, head_dim), which multiply to `features`
-    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -81,7 +79,7 @@ class Dense(nn.Module):
         kernel = kernel.astype(self.dtype)
         if not self.parts:
             return x @ kernel
-        return jnp.tensordot(x, sharding.kernel_by_heads(kernel.reshape(-1, *self.parts), self.mesh), 1)
+        return jnp.tensordot(x, sharding.kernel_by_heads(kernel.reshape(-1, *self.parts)), 1)
 
 
 class RMSNorm(nn.Module):
@@ -112,10 +110,10 @@ class LayerNorm(nn.Module):
         return (wide * weight + bias).astype(x.dtype)
 
 
-def _rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+def _rows(x: jax.Array) -> jax.Array:
     """x [..., D] as a plain matrix, whose gradients XLA on CPU computes nearly twice as fast; split over devices as it
     is, since axes made one would be split as one."""
-    return x.reshape(-1, x.shape[-1]) if mesh is None or mesh.shape["tensor"] == 1 else x
+    return x.reshape(-1, x.shape[-1]) if sharding.tensor_parts() == 1 else x
 
 
 class SwiGLU(nn.Module):
@@ -125,15 +123,14 @@ class SwiGLU(nn.Module):
     dtype: Any
     lora: LoRA | None = None
     bias: bool = False
-    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        rows = _rows(x, self.mesh)
+        rows = _rows(x)
         gate = Dense(self.hidden, self.dtype, self.lora, self.bias, name="gate_proj")(rows)
         up = Dense(self.hidden, self.dtype, self.lora, self.bias, name="up_proj")(rows)
         down = Dense(x.shape[-1], self.dtype, self.lora, self.bias, name="down_proj")
-        return down(sharding.by_hidden(nn.silu(gate) * up, self.mesh)).reshape(x.shape)
+        return down(sharding.by_hidden(nn.silu(gate) * up)).reshape(x.shape)
 
 
 class MLP(nn.Module):
@@ -144,12 +141,11 @@ class MLP(nn.Module):
     activation: str  # a name in ACTIVATIONS
     dtype: Any
     lora: LoRA | None = None
-    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        rows = _rows(x, self.mesh)
+        rows = _rows(x)
         rows = Dense(self.hidden, self.dtype, self.lora, bias=True, name="fc1")(rows)
-        hidden = sharding.by_hidden(ACTIVATIONS[self.activation](rows), self.mesh)
+        hidden = sharding.by_hidden(ACTIVATIONS[self.activation](rows))
         rows = Dense(self.features, self.dtype, self.lora, bias=True, name="fc2")(hidden)
         return rows.reshape(*x.shape[:-1], self.features)

@@ -6,6 +6,8 @@ completion sees the prompt and itself (see `attention`). SFT is the case G = 1; 
 `variables` is {"params": ...}, or {"params": ..., "lora": ...} for the model with its adapters.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -47,7 +49,6 @@ class DecoderLayer(nn.Module):
     lora: LoRA | None
     generations: int = 0  # completions in a packed sequence
     keep_kv: bool = False
-    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -56,14 +57,16 @@ class DecoderLayer(nn.Module):
         """x is [B, S, D]: a packed sequence, or one token of each completion when `caches` (prompt, own) are given."""
         c, packed = self.config, isinstance(where, Packed)
         # Tokens of a packed sequence are split over devices but for the products; a decoding step has too few.
-        gathered, split = (f if packed else _same for f in (sharding.whole_tokens, sharding.between_layers))
-        h = gathered(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), self.mesh)
+        gathered, split = (
+            f if packed else (lambda same: same) for f in (sharding.whole_tokens, sharding.between_layers)
+        )
+        h = gathered(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x))
         out, kv = self._attention(h, where, caches)
-        x = split(x + self._dense("o_proj", c.hidden_size, c.out_bias)(out.reshape(*x.shape[:2], -1)), self.mesh)
-        h = gathered(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x), self.mesh)
-        x = x + SwiGLU(c.intermediate_size, self.dtype, self.lora, mesh=self.mesh, name="mlp")(h)
+        x = split(x + self._dense("o_proj", c.hidden_size, c.out_bias)(out.reshape(*x.shape[:2], -1)))
+        h = gathered(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x))
+        x = x + SwiGLU(c.intermediate_size, self.dtype, self.lora, name="mlp")(h)
         x = _add_deep(x, where.deep, number) if packed and where.deep is not None else x
-        return split(x, self.mesh), kv
+        return split(x), kv
 
     def _dense(self, name: str, features: int, bias: bool) -> Dense:
         return Dense(features, self.dtype, self.lora, bias, name=name)
@@ -75,14 +78,14 @@ class DecoderLayer(nn.Module):
 
         def project(name: str, heads: int) -> jax.Array:
             y = self._dense(f"{name}_proj", heads * c.head_dim, c.qkv_bias)(h)
-            y = sharding.by_heads(y.reshape(*h.shape[:2], heads, c.head_dim), self.mesh)  # [B, S, heads, H]
+            y = sharding.by_heads(y.reshape(*h.shape[:2], heads, c.head_dim))  # [B, S, heads, H]
             return RMSNorm(c.rms_norm_eps, name=f"{name}_norm")(y) if c.qk_norm and name != "v" else y
 
         q = rope.rotate(project("q", c.num_heads), where.angles)
         k = rope.rotate(project("k", c.num_kv_heads), where.angles)
         v = project("v", c.num_kv_heads)
         if caches is None:
-            out = attention.prefix_attention(q, k, v, where.prompt_mask, self.generations, self.attention, self.mesh)
+            out = attention.prefix_attention(q, k, v, where.prompt_mask, self.generations, self.attention)
             return out, KVCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)) if self.keep_kv else None
         prompt, own = caches
         written = jnp.arange(own.k.shape[3]) < where.step  # [C]
@@ -94,10 +97,6 @@ class DecoderLayer(nn.Module):
             Keys(own.k, own.v, written[None, None]),
         )
         return out, KVCache(k, v)
-
-
-def _same(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    return x
 
 
 def _add_deep(x: jax.Array, deep: jax.Array, number: jax.Array) -> jax.Array:
@@ -118,7 +117,6 @@ class Decoder(nn.Module):
     lora: LoRA | None
     remat: bool
     unroll: int
-    mesh: Mesh | None
 
     @nn.compact
     def __call__(
@@ -138,7 +136,7 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, 0, 0),
             length=c.num_layers,
             unroll=self.unroll,
-        )(c, self.dtype, self.attention, self.lora, generations, keep_kv, self.mesh, name="layers")
+        )(c, self.dtype, self.attention, self.lora, generations, keep_kv, name="layers")
         x, kv = layers(x, where, jnp.arange(c.num_layers), caches)
         return RMSNorm(c.rms_norm_eps, name="norm")(x), kv
 
@@ -156,6 +154,17 @@ class Embedding(nn.Module):
         return rows_of(table, tokens, self.dtype)
 
 
+def _on_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `QwenVL` whose layers lay their arrays out on its mesh."""
+
+    @wraps(method)
+    def on_mesh(self: "QwenVL", *args: Any, **kwargs: Any) -> Any:
+        with sharding.on(self.mesh):
+            return method(self, *args, **kwargs)
+
+    return on_mesh
+
+
 class QwenVL(nn.Module):
     """The whole model; `QwenVL(config).apply(variables, ..., method="hidden")` and so on."""
 
@@ -171,8 +180,8 @@ class QwenVL(nn.Module):
         c = self.config
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.dtype)
         if c.vision:
-            self.visual = VisionTower(c.vision, self.dtype, self.lora, self.remat, self.unroll, self.mesh)
-        self.decoder = Decoder(c, self.dtype, self.attention, self.lora, self.remat, self.unroll, self.mesh)
+            self.visual = VisionTower(c.vision, self.dtype, self.lora, self.remat, self.unroll)
+        self.decoder = Decoder(c, self.dtype, self.attention, self.lora, self.remat, self.unroll)
         if not c.tie_word_embeddings:
             self.lm_head = self.param("lm_head", UNIT_NORMAL, (c.vocab_size, c.hidden_size))
 
@@ -180,6 +189,7 @@ class QwenVL(nn.Module):
         c = self.config
         return rope.mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section, c.mrope_interleaved)
 
+    @_on_mesh
     def encode_vision(self, batch: Batch) -> Features:
         """The visual features of a batch that has visual input."""
         if isinstance(batch.vision, Features):
@@ -212,6 +222,7 @@ class QwenVL(nn.Module):
         deep = jnp.take_along_axis(features.deep, index[:, None], axis=2)  # [B, n, T, D]
         return x, jnp.swapaxes(jnp.where(visual[:, None], deep, 0), 0, 1)
 
+    @_on_mesh
     def hidden(self, batch: Batch, completions: Completions | None = None) -> jax.Array:
         """Last hidden states of the packed sequence, [B, T + G * C, D]."""
         (x, deep), positions, generations = self.embed(batch), batch.positions, 0
@@ -223,11 +234,13 @@ class QwenVL(nn.Module):
             positions = jnp.concatenate([positions, own], axis=2)
         return self.decoder(x, Packed(self._angles(positions), batch.mask, deep), generations=generations)[0]
 
+    @_on_mesh
     def prefill(self, batch: Batch) -> tuple[jax.Array, KVCache]:
         """Hidden states [B, T, D] of the prompts and their cache [L, B, K, T, H]."""
         x, deep = self.embed(batch)
         return self.decoder(x, Packed(self._angles(batch.positions), batch.mask, deep), keep_kv=True)
 
+    @_on_mesh
     def decode(
         self, tokens: jax.Array, batch: Batch, step: jax.Array, caches: tuple[KVCache, KVCache]
     ) -> tuple[jax.Array, KVCache]:

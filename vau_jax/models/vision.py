@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from vau_jax.common import sharding
 from vau_jax.models import attention, motion_prompt, rope
@@ -40,14 +39,13 @@ class VisionAttention(nn.Module):
     config: VisionConfig
     dtype: Any
     lora: LoRA | None
-    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x: jax.Array, vision: Vision, angles: jax.Array, whole_frame: jax.Array) -> jax.Array:
         c = self.config
         parts = 3, c.num_heads, c.head_dim
-        qkv = Dense(3 * c.hidden_size, self.dtype, self.lora, True, parts, self.mesh, name="qkv")(x)
-        q, k, v = jnp.moveaxis(sharding.by_heads(qkv, self.mesh), 2, 0)
+        qkv = Dense(3 * c.hidden_size, self.dtype, self.lora, True, parts, name="qkv")(x)
+        q, k, v = jnp.moveaxis(sharding.by_heads(qkv), 2, 0)
         q, k = rope.rotate(q, angles), rope.rotate(k, angles)
 
         def inside(groups: Groups) -> jax.Array:
@@ -64,7 +62,6 @@ class VisionBlock(nn.Module):
     config: VisionConfig
     dtype: Any
     lora: LoRA | None
-    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -77,12 +74,12 @@ class VisionBlock(nn.Module):
     ) -> tuple[tuple[jax.Array, jax.Array | None], None]:
         """carry is (x [B, P, D], kept [n + 1, B, P, D]): a block writes its output to kept[slot]; the last is waste."""
         c, (x, kept) = self.config, carry
-        attend = VisionAttention(c, self.dtype, self.lora, self.mesh, name="attn")
+        attend = VisionAttention(c, self.dtype, self.lora, name="attn")
         x = x + attend(norm(c, "norm1")(x), vision, angles, whole_frame)
         if c.gated:
-            mlp = SwiGLU(c.intermediate_size, self.dtype, self.lora, True, self.mesh, name="mlp")
+            mlp = SwiGLU(c.intermediate_size, self.dtype, self.lora, True, name="mlp")
         else:
-            mlp = MLP(c.intermediate_size, c.hidden_size, c.activation, self.dtype, self.lora, self.mesh, name="mlp")
+            mlp = MLP(c.intermediate_size, c.hidden_size, c.activation, self.dtype, self.lora, name="mlp")
         x = x + mlp(norm(c, "norm2")(x))
         if kept is not None:
             kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
@@ -115,7 +112,6 @@ class VisionTower(nn.Module):
     lora: LoRA | None = None
     remat: bool = False
     unroll: int = 1
-    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, vision: Vision) -> Features:
@@ -154,7 +150,7 @@ class VisionTower(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, 0, 0),
             length=c.depth,
             unroll=self.unroll,
-        )(c, self.dtype, self.lora, self.mesh, name="blocks")
+        )(c, self.dtype, self.lora, name="blocks")
         angles = rope.patch_angles(vision.positions, c.head_dim)
         slots = np.where(slots < 0, len(c.deepstack_layers), slots)
         return blocks(carry, vision, angles, jnp.asarray(whole_frame), jnp.asarray(slots, jnp.int32))[0]
