@@ -96,7 +96,7 @@ def shape_of_prompts(c: ConfigDict) -> Shape:
     processor = Processor(c.model)
     example = pipeline.load_examples(c.data)[0][0]
     loaded = pipeline.make_loader(processor, c.data, augment=False)(example, np.random.default_rng(0))
-    return least_shape([loaded.encoded], processor.config.vision)
+    return least_shape([loaded.encoded], processor.vision)
 
 
 def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class Programs:
         config = config.copy_and_resolve_references()
         with config.unlocked():
             config.attention = "splash" if config.attention == "auto" else config.attention
-        if config.motion.enabled and not model.vision.motion:
+        if config.motion.enabled and not model.motion:
             model = model_config.with_motion(model, Motion(config.motion.signed, config.motion.order))
         self.config, self.mesh = config, mesh
         self.learner = Learner(config, model, self._params(model), mesh)
@@ -128,7 +128,7 @@ class Programs:
         layout = sharding.layout(self.mesh)
         dtype = jnp.dtype(self.config.dtype if self.config.lora.rank else self.config.param_dtype)
         shapes = {path: (shape, dtype) for path, shape in hf.parameter_shapes(model).items()}
-        if model.vision.motion:
+        if model.motion:
             shapes |= {name: ((), jnp.dtype(jnp.float32)) for name in motion_prompt.NAMES}
         flat = {
             path: jax.ShapeDtypeStruct(shape, dtype, sharding=layout(path, shape))

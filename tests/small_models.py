@@ -105,7 +105,7 @@ def with_adapters(vlm: VideoLM, kind: LoRA) -> VideoLM:
 
 
 def targets_of(vlm: VideoLM) -> tuple[str, ...]:
-    deep = vlm.processor.config.vision.deepstack_layers
+    deep = vlm.processor.vision.deepstack_layers
     return EVERYWHERE if deep else (*EVERYWHERE[:2], r"visual/merger/mlp/fc[12]")
 
 

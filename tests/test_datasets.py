@@ -161,14 +161,42 @@ def test_video_questions_train(name: str, questions: Path, model_folder: Path, t
     assert np.isfinite([step["loss"], step["grad_norm"]]).all()
 
 
-def test_a_batch_without_any_video_is_a_batch(questions: Path, model_folder: Path) -> None:
-    c = small("vau_r1_sft", model_folder, questions)
-    c.data.dataset, c.data.csv, c.data.videos = "video_qa", str(questions / "questions.jsonl"), str(questions)
+def without_videos(name: str, questions: Path, model: Path) -> ConfigDict:
+    """A config whose examples are the last of `questions`, some more times."""
+    lines = [{**THREE, "videos": [], "problem": f"What is heavy? ({i})"} for i in range(4)]
+    c = small(name, model, questions)
+    c.data.dataset, c.data.csv, c.data.videos = "video_qa", data(questions, *lines).csv, str(questions)
     c.data.tasks = ("qa",)
-    examples = [example for example in pipeline.load_examples(c.data)[0] if not example.media]
-    host = next(pipeline.eval_batches(examples, Processor(model_folder), c.data, 2, seed=0, blind=False))
-    assert (host.batch.visual_index == -1).all() and "What is heavy?" in host.examples[0].prompt
-    assert host.examples[0].failure is None
+    return c
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["vau_r1_sft", "vau_r1_multi_rft"])
+def test_a_batch_without_any_video_trains(
+    name: str, rank: int, questions: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    c = without_videos(name, questions, model_folder)
+    c.lora.rank = rank
+    if c.stage == "rft":
+        c.user_rewards = (("tests.reward_functions:vowels", 1.0),)
+    loop.run(c, tmp_path / "run")
+    (step,) = read_metrics(tmp_path / "run")
+    assert np.isfinite(step["loss"]) and step["grad_norm"] > 0
+
+
+def test_examples_without_video_are_padded_like_those_beside_them(questions: Path, model_folder: Path) -> None:
+    """Other processes, and batches drawn before, may have videos: all have the arrays that the agreed shape names."""
+    c = small("vau_r1_sft", model_folder, questions).data
+    c.dataset, c.csv, c.videos, c.tasks = "video_qa", str(questions / "questions.jsonl"), str(questions), ("qa",)
+    examples, processor = pipeline.load_examples(c)[0], Processor(model_folder)
+    loader, collator = pipeline.make_loader(processor, c, augment=False), pipeline.Collator(processor, c)
+    items = [loader(example, np.random.default_rng(0)) for example in examples]
+    without = [item for item in items if not item.example.media]
+    assert collator(without).batch.vision is None
+    shape = collator.shape(items)
+    assert shape.patches
+    mixed, alone = collator(items, shape).batch.vision, collator(without, shape).batch.vision
+    assert mixed.patches.shape[1:] == alone.patches.shape[1:] and not alone.patches.any()
 
 
 # --- One dataset in four formats ----------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def clip_only(recorded: Recorded) -> tuple[Any, np.ndarray]:
     batch = vlm.encode([ask(video(rng, 6, 5 * n, 6 * n, 1.3), text="What happens?")])
     count = 3 * 5 * 6 * 4
     order = np.arange(count)
-    if vlm.processor.config.vision.window_size:
+    if vlm.processor.vision.window_size:
         index, _ = get_vision_window_index(torch.tensor([[3, 10, 12]]), 2, 112, 14)
         order = (index[:, None] * 4 + torch.arange(4)).reshape(-1).numpy()
     return batch.vision, order
@@ -87,7 +87,7 @@ def clip_only(recorded: Recorded) -> tuple[Any, np.ndarray]:
 
 def test_every_vision_block(recorded: Recorded) -> None:
     vlm = recorded.vlm
-    c = vlm.processor.config.vision
+    c = vlm.processor.vision
     vision, order = clip_only(recorded)
     angles = rope.patch_angles(jnp.asarray(vision.positions), c.head_dim)
     block = VisionBlock(c, jnp.float32, None)
@@ -104,7 +104,7 @@ def test_every_vision_block(recorded: Recorded) -> None:
 def test_every_merger(recorded: Recorded) -> None:
     """The merger, and Qwen3-VL's DeepStack mergers."""
     vlm = recorded.vlm
-    c = vlm.processor.config.vision
+    c = vlm.processor.vision
     given, expected = recorded.seen["model.visual.merger"]
     merger = Merger(c, jnp.float32, None)
     ours = merger.apply({"params": vlm.params["visual"]["merger"]}, jnp.asarray(given)[None])[0]

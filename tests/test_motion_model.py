@@ -43,7 +43,7 @@ def frames(vlm: VideoLM, count: int = 5, seed: int = 0) -> np.ndarray:
 
 def encoded(vlm: VideoLM, *shots: np.ndarray) -> Batch:
     """Rows of one clip each, whose first frame has no patches; without a motion prompt, it is not there."""
-    rows, config = [], vlm.processor.config.vision
+    rows, config = [], vlm.processor.vision
     for shot in shots:
         times = 0.5 * np.arange(len(shot))
         seen = (shot, times) if config.motion else (shot[1:], times[1:])
@@ -58,7 +58,7 @@ def encoded(vlm: VideoLM, *shots: np.ndarray) -> Batch:
 
 def layer(vlm: VideoLM, shot: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`motion_prompt` on the clip's normalised frames."""
-    c = vlm.processor.config.vision
+    c = vlm.processor.vision
     normal = (shot / 255 - np.asarray(c.image_mean)) / np.asarray(c.image_std)
     numbers = vlm.params["visual"]["motion_prompt"]
     return motion_prompt.motion_prompt(
@@ -68,7 +68,7 @@ def layer(vlm: VideoLM, shot: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Arr
 
 def test_the_tower_sees_what_the_layer_gives(prompted: VideoLM) -> None:
     """Patches weighed in the model are patches of the layer's prompted frames."""
-    c, shot = prompted.processor.config.vision, frames(prompted)
+    c, shot = prompted.processor.vision, frames(prompted)
     batch = encoded(prompted, shot)
     weights = MotionPrompt(c).apply({"params": prompted.params["visual"]["motion_prompt"]}, batch.vision)
     real = np.asarray(batch.vision.motion.moves)[0]
@@ -109,7 +109,7 @@ def test_the_variations_of_parts_add_up_to_that_of_the_whole(prompted: VideoLM) 
 def test_two_clips_of_one_row_are_not_one(prompted: VideoLM) -> None:
     """The attention of the second clip's first frame is not set beside that of the first clip's last."""
     shots = frames(prompted, 5), frames(prompted, 5, seed=1)
-    config = prompted.processor.config.vision
+    config = prompted.processor.vision
     content = [{"type": "video"}, {"type": "video"}, {"type": "text", "text": "What happens?"}]
     text = prompted.processor.tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True

@@ -94,7 +94,7 @@ def test_a_clip_equals_transformers(vlm: VideoLM, size: tuple[int, int]) -> None
     visual = vlm.processor.encode(ask({"type": "video", "video": frames, "fps": 2.0})).visuals[0]
     t, h, w = visual.grid
     assert [t, 2 * h, 2 * w] == grid
-    config = vlm.processor.config.vision
+    config = vlm.processor.vision
     levels = np.abs(np.asarray(normalise(visual.patches, config)) - expected) * 255 * min(config.image_std)
     assert (levels <= 1.1).mean() > 0.99
     assert levels.max() <= 16, "beside an edge that overshoots"

@@ -211,6 +211,8 @@ class Loader:
 
     def _clips(self, example: Example) -> tuple[list[Clip], bool, VideoError | None]:
         """The frames of each video and whether all were cached; grey ones where a video cannot be used."""
+        if not example.media:
+            return [], True, None
         options = video_options(self.config, self.processor.video_options)
         sampling = self.processor.sampling(options)
         try:
@@ -281,9 +283,10 @@ class Collator:
         return self.processor.batch_shape([i.encoded for i in items], Shape(*self.config.bucket))
 
     def __call__(self, items: Sequence[Loaded], shape: Shape | None = None) -> HostBatch:
-        """Padded to `shape`, which is large enough; None: to `self.shape(items)`."""
-        pad, floor = self.processor.tokenizer.pad_token_id or 0, shape or Shape(*self.config.bucket)
-        batch = self.processor.collate([i.encoded for i in items], floor, pad)
+        """Padded to `shape`, which is large enough; None: to `self.shape(items)`. Where `shape` has patches, so has the
+        batch, also when none of its examples has a video."""
+        pad = self.processor.tokenizer.pad_token_id or 0
+        batch = self.processor.collate([i.encoded for i in items], shape or self.shape(items), pad)
         length = self.config.max_completion_tokens
         tokens = np.full((len(items), 1, length), pad, np.int32)
         weights = np.zeros((len(items), 1, length), np.float32)
@@ -380,14 +383,15 @@ class SimilarLengths(grain.MapDataset):
         return np.concatenate([shuffled.reshape(-1), by_length[whole.size :]])
 
 
-def expected_tokens(example: Example, sampling: clips.Sampling) -> float:
-    """About how many tokens the prompt has; where the length of its video is not known, of the text alone.
+def expected_tokens(example: Example, sampling: clips.Sampling | None) -> float:
+    """About how many tokens the prompt has; where the length of its video is not known, of the text alone. No example
+    has a video where `sampling` is None.
 
     The annotation's question and options stand for the text of every task, which differs little within one.
     """
     text = len(example.question) + sum(map(len, example.meta.get("options", example.choices)))
     duration, fps, width, height = (example.meta.get(name) for name in ("duration", "fps", "width", "height"))
-    if not (duration and fps and width and height):
+    if sampling is None or not (duration and fps and width and height):
         return text / 4
     options, multiple = sampling.options, sampling.multiple
     count = clips.frame_count(duration, int(duration * fps), options, multiple)
@@ -427,7 +431,8 @@ def train_iterator(
     weights = [float(config.task_weights.get(task, 1.0)) for task in by_task]
     ordered = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights=weights)
     if config.length_window > 1:
-        sampling = processor.sampling(video_options(config, processor.video_options))
+        options = video_options(config, processor.video_options)
+        sampling = processor.sampling(options) if any(example.media for example in examples) else None
         ordered = SimilarLengths(
             ordered, batch_size, config.length_window, lambda e: expected_tokens(e, sampling), seed
         )

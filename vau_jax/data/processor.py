@@ -231,7 +231,7 @@ def _tokenizer(folder: Path, config: model_config.QwenVLConfig) -> "PreTrainedTo
         raise InputError(f"cannot read the tokenizer of {folder}: {' '.join(str(error).split())[:300]}") from error
     if largest >= config.vocab_size:
         raise InputError(f"{path} has token {largest}, but config.json: vocab_size={config.vocab_size}")
-    marks = [config.vision_start_token_id, config.vision_end_token_id, *config.never_sampled]
+    marks = [config.vision_start_token_id, config.vision_end_token_id, *config.never_sampled] if config.vision else []
     if absent := [mark for mark, token in zip(marks, tokenizer.convert_ids_to_tokens(marks), strict=True) if not token]:
         raise InputError(f"{path} lacks the tokens {absent}, which config.json names for images and videos")
     return tokenizer
@@ -247,18 +247,22 @@ class Processor:
             raise InputError(f"model folder {folder} does not exist (config.model)")
         self.config = model_config.load(folder)
         self.tokenizer = _tokenizer(self.folder, self.config)
+        self.image_options, self.video_options = self._pixel_budgets() if self.config.vision else (VideoOptions(),) * 2
+        self.end_tokens = self._end_tokens()
+        self.read_video = clips.read  # or that of a decode_worker.DecoderPool, for files that nobody has vouched for
+
+    def _pixel_budgets(self) -> tuple[VideoOptions, VideoOptions]:
+        """How an image and a video are sampled unless they say it themselves."""
         tokens = self.factor**2  # pixels of one visual token
         image, clip = VideoOptions(min_pixels=4 * tokens, max_pixels=1280 * tokens), VideoOptions()
         if self.config.timestamps:  # Qwen3-VL bounds a clip as a whole
             image = VideoOptions(min_pixels=64 * tokens, max_pixels=16384 * tokens)
             clip = VideoOptions(min_pixels=4096, max_pixels=24576 * tokens, per_clip=True)
-        self.image_options = self._pixel_budget("image", image)
-        self.video_options = self._pixel_budget("video", clip)
-        self.end_tokens = self._end_tokens()
-        self.read_video = clips.read  # or that of a decode_worker.DecoderPool, for files that nobody has vouched for
 
-    def _pixel_budget(self, kind: str, default: VideoOptions) -> VideoOptions:
-        return VideoOptions.from_item(model_config.processor_settings(self.folder, kind).pixels(), default)
+        def within(kind: str, default: VideoOptions) -> VideoOptions:
+            return VideoOptions.from_item(model_config.processor_settings(self.folder, kind).pixels(), default)
+
+        return within("image", image), within("video", clip)
 
     def _end_tokens(self) -> tuple[int, ...]:
         """The tokens that end a completion: generation_config.json's, or the tokenizer's end token."""
@@ -277,14 +281,24 @@ class Processor:
         return token_bytes(self.tokenizer, self.config.vocab_size)
 
     @property
+    def vision(self) -> VisionConfig:
+        """Sizes of the vision tower. Raises InputError for a model without one."""
+        if self.config.vision is None:
+            raise InputError(
+                f"{self.folder} is a {self.config.model_type} model, which reads text alone: give it examples without "
+                "images and videos, or choose a Qwen-VL model"
+            )
+        return self.config.vision
+
+    @property
     def factor(self) -> int:
         """What frame sides must be multiples of, in pixels."""
-        return self.config.vision.patch_size * self.config.vision.spatial_merge_size
+        return self.vision.patch_size * self.vision.spatial_merge_size
 
     def sampling(self, options: VideoOptions) -> Sampling:
         """How videos are read for this model."""
-        lead = 1 if self.config.vision.motion else 0
-        return Sampling(replace(options, lead=lead), self.factor, self.config.vision.temporal_patch_size)
+        lead = 1 if self.motion else 0
+        return Sampling(replace(options, lead=lead), self.factor, self.vision.temporal_patch_size)
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Chat messages to one prompt that ends where the assistant begins; see `VideoLM.encode` for the items."""
@@ -320,22 +334,22 @@ class Processor:
     @property
     def motion(self) -> MotionConfig | None:
         """The model's motion prompt, None without one."""
-        return self.config.vision.motion
+        return self.config.motion
 
     @property
     def patches_per_token(self) -> int:
         """Patches that become one visual token."""
-        return self.config.vision.spatial_merge_size**2
+        return self.vision.spatial_merge_size**2
 
     def batch_shape(self, rows: Sequence["Encoded"], floor: "Shape") -> "Shape":
         """What prompts are padded to, see `batch_shape`."""
         return batch_shape(rows, self.config.vision, floor)
 
     def collate(
-        self, rows: Sequence["Encoded"], floor: "Shape | None" = None, pad_token: int = 0, left: bool = False
+        self, rows: Sequence["Encoded"], shape: "Shape | None" = None, pad_token: int = 0, left: bool = False
     ) -> Batch:
         """Encoded prompts as a batch, see `collate`."""
-        return collate(rows, self.config.vision, *([floor, pad_token] if floor else []), left=left)
+        return collate(rows, self.config.vision, shape, pad_token, left)
 
     def decode_completions(self, tokens: np.ndarray, mask: np.ndarray) -> list[list[str]]:
         """The texts of completions [B, G, C], without end and padding tokens."""
@@ -388,18 +402,18 @@ class Processor:
                 clip = self.read_video(source, sampling.options, sampling.factor, sampling.multiple)
         else:
             frames = _checked_frames(np.asarray(source), 4, "video")
-            depth = self.config.vision.temporal_patch_size
+            depth = self.vision.temporal_patch_size
             with _as_input():
                 size = clips.frame_size(*frames.shape[1:3], len(frames), options, self.factor, depth)
             resized = clips.resize(frames, *size)
-            if self.config.vision.motion:
+            if self.motion:
                 resized = np.concatenate([resized[:1], resized])  # nothing moves in the first of given frames
             clip = Clip(resized, 1.0 / options.fps)
         return self.encode_clip(clip)
 
     def encode_clip(self, clip: Clip) -> Visual:
         """The patches of a decoded clip."""
-        return encode_visual(clip.frames, self.config.vision, clip.seconds_per_frame, clip.times)
+        return encode_visual(clip.frames, self.vision, clip.seconds_per_frame, clip.times)
 
     def _image(self, item: Message) -> Visual:
         source = item["image"]
@@ -410,7 +424,7 @@ class Processor:
         options = VideoOptions.from_item(item, self.image_options)
         with _as_input():
             size = clips.frame_size(*frame.shape[1:3], 1, options, self.factor, 1)
-        return encode_visual(clips.resize(frame, *size), self.config.vision)
+        return encode_visual(clips.resize(frame, *size), self.vision)
 
 
 @contextmanager
@@ -452,8 +466,10 @@ def round_up(n: int) -> int:
     return next(size for size in (power, power * 3 // 2, power * 2) if size >= n)
 
 
-def least_shape(rows: Sequence[Encoded], config: VisionConfig) -> Shape:
-    """The shape that just holds `rows`."""
+def least_shape(rows: Sequence[Encoded], config: VisionConfig | None) -> Shape:
+    """The shape that just holds `rows`; those of a model of text alone (None) have no visuals."""
+    if config is None:
+        return Shape(max(len(row.tokens) for row in rows))
     unit, side = config.spatial_merge_size**2, config.window_size // (config.spatial_merge_size * config.patch_size)
 
     def most(value: Callable[[Visual], int], join: Callable[[Iterable[int]], int]) -> int:
@@ -476,7 +492,7 @@ def least_shape(rows: Sequence[Encoded], config: VisionConfig) -> Shape:
     )
 
 
-def batch_shape(rows: Sequence[Encoded], config: VisionConfig, floor: Shape) -> Shape:
+def batch_shape(rows: Sequence[Encoded], config: VisionConfig | None, floor: Shape) -> Shape:
     """The shape to pad `rows` to: `floor` where that is enough, else the next rounded size."""
     need = least_shape(rows, config)
     if not need.patches:
@@ -485,10 +501,15 @@ def batch_shape(rows: Sequence[Encoded], config: VisionConfig, floor: Shape) -> 
 
 
 def collate(
-    rows: Sequence[Encoded], config: VisionConfig, floor: Shape = NO_FLOOR, pad_token: int = 0, left: bool = False
+    rows: Sequence[Encoded],
+    config: VisionConfig | None,
+    shape: Shape | None = None,
+    pad_token: int = 0,
+    left: bool = False,
 ) -> Batch:
-    """Pads prompts to one batch; padding tokens come after the prompt, or before it when `left`."""
-    shape = batch_shape(rows, config, floor)
+    """Pads prompts to one batch of `shape`, which is large enough (None: the least rounded shape). Padding tokens come
+    after the prompt, or before it when `left`."""
+    shape = shape or batch_shape(rows, config, NO_FLOOR)
     count = len(rows)
     tokens = np.full((count, shape.tokens), pad_token, np.int32)
     mask = np.zeros((count, shape.tokens), bool)

@@ -63,7 +63,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class QwenVLConfig:
-    vision: VisionConfig
+    vision: VisionConfig | None  # None: a model of text alone
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -80,16 +80,21 @@ class QwenVLConfig:
     out_bias: bool  # of o_proj
     qk_norm: bool  # RMS norm of each head's query and key
     tie_word_embeddings: bool
-    image_token_id: int
-    video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
     initializer_range: float  # standard deviation of weights drawn at random
+    image_token_id: int | None = None  # these four are None without a vision tower
+    video_token_id: int | None = None
+    vision_start_token_id: int | None = None
+    vision_end_token_id: int | None = None
 
     @property
     def never_sampled(self) -> tuple[int, ...]:
         """Tokens that stand for visual features, which a completion has none of."""
-        return (self.image_token_id, self.video_token_id)
+        return (self.image_token_id, self.video_token_id) if self.vision else ()
+
+    @property
+    def motion(self) -> Motion | None:
+        """The Video Motion Prompt in front of the tower, None without one."""
+        return self.vision.motion if self.vision else None
 
     @property
     def timestamps(self) -> bool:
@@ -138,11 +143,13 @@ def _widths(v: Fields) -> dict[str, int]:
     return {name: v.integer(name, 1, MOST_UNITS) for name in ("hidden_size", "intermediate_size", "out_hidden_size")}
 
 
-# What a family's vision config holds, by model_type.
-FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
+# What a family's vision config holds, by model_type; None for models of text alone.
+FAMILIES: dict[str, Callable[[Fields], dict[str, Any]] | None] = {
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
     "qwen3_vl": _qwen3,
+    "qwen2": None,
+    "qwen3": None,
 }
 
 
@@ -158,7 +165,8 @@ def load(folder: str | Path) -> QwenVLConfig:
             f"model folder {folder} has no config.json: give a Hugging Face model folder or a run's workdir"
         )
     config = _from_fields(Fields(read_json(path, FILE_BYTES), str(path)), processor_settings(folder, "image"))
-    processor_settings(folder, "video").check_sizes(config.vision)
+    if config.vision:
+        processor_settings(folder, "video").check_sizes(config.vision)
     return with_motion(config, read_motion(folder))
 
 
@@ -172,7 +180,11 @@ def read_motion(folder: str | Path) -> Motion | None:
 
 
 def with_motion(config: QwenVLConfig, motion: Motion | None) -> QwenVLConfig:
-    """The same model with (or without) a Video Motion Prompt."""
+    """The same model with (or without) a Video Motion Prompt. Raises InputError where it has no vision tower for it."""
+    if config.vision is None:
+        if motion:
+            raise InputError(f"a {config.model_type} model has no vision tower, which a Video Motion Prompt needs")
+        return config
     return replace(config, vision=replace(config.vision, motion=motion))
 
 
@@ -231,7 +243,8 @@ def _from_fields(config: Fields, processor: ProcessorSettings) -> QwenVLConfig:
         raise InputError(
             f"{config.where}: model_type {reprlib.repr(model_type)} is not supported; supported: {', '.join(FAMILIES)}"
         )
-    vision = _read_vision(model_type, config.object("vision_config"), processor)
+    read = FAMILIES[model_type]
+    vision = _read_vision(config.object("vision_config"), read, processor) if read else None
     text = Fields({**config.raw, **config.object("text_config", {}).raw}, config.where)
     if text.flag("use_sliding_window", False):
         raise InputError(f"{config.where}: use_sliding_window is true; only full attention is supported")
@@ -243,7 +256,7 @@ def _from_fields(config: Fields, processor: ProcessorSettings) -> QwenVLConfig:
     return _checked(_read(config, text, vision, rope), config.where)
 
 
-def _read_vision(model_type: str, v: Fields, processor: ProcessorSettings) -> VisionConfig:
+def _read_vision(v: Fields, read: Callable[[Fields], dict[str, Any]], processor: ProcessorSettings) -> VisionConfig:
     for name in ("in_channels", "in_chans"):
         v.integer(name, 3, 3, 3)  # frames are RGB
     vision = VisionConfig(
@@ -253,20 +266,23 @@ def _read_vision(model_type: str, v: Fields, processor: ProcessorSettings) -> Vi
         patch_size=v.integer("patch_size", 1, 256),
         temporal_patch_size=v.integer("temporal_patch_size", 1, 64),
         spatial_merge_size=v.integer("spatial_merge_size", 1, 16),
-        **{**FAMILIES[model_type](v), **processor.statistics()},
+        **{**read(v), **processor.statistics()},
     )
     processor.check_sizes(vision)
     return vision
 
 
-def _read(config: Fields, text: Fields, vision: VisionConfig, rope: Fields) -> QwenVLConfig:
-    third = config.raw["model_type"] == "qwen3_vl"
+def _read(config: Fields, text: Fields, vision: VisionConfig | None, rope: Fields) -> QwenVLConfig:
+    third = config.raw["model_type"] in ("qwen3_vl", "qwen3")
     heads = text.integer("num_attention_heads", 1, MOST_UNITS)
     width = text.integer("hidden_size", 1, MOST_UNITS)
+    head_dim = text.integer("head_dim", 2, MOST_UNITS, 128 if third and not vision else width // heads)
     vocab = text.integer("vocab_size", 1, MOST_TOKENS)
     bias = text.flag("attention_bias", False)
-    theta = text.number("rope_theta", 1, 1e12, 5e5 if third else 1e6)
     tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    theta, section = (5e5, (24, 20, 20)) if third else (1e6, (16, 24, 24))
+    if vision is None:  # where a token's three positions are equal, M-RoPE is RoPE, whatever the sections
+        theta, section = 1e4, (head_dim // 2, 0, 0)
     return QwenVLConfig(
         vision=vision,
         model_type=config.raw["model_type"],
@@ -276,31 +292,41 @@ def _read(config: Fields, text: Fields, vision: VisionConfig, rope: Fields) -> Q
         num_layers=text.integer("num_hidden_layers", 1, MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=text.integer("num_key_value_heads", 1, heads, heads),
-        head_dim=text.integer("head_dim", 2, MOST_UNITS, width // heads),
+        head_dim=head_dim,
         rms_norm_eps=text.number("rms_norm_eps", 1e-12, 1e-1),
-        rope_theta=rope.number("rope_theta", 1, 1e12, theta),
-        mrope_section=rope.integers("mrope_section", 0, MOST_UNITS, (3,), (24, 20, 20) if third else (16, 24, 24)),
-        mrope_interleaved=third,
+        rope_theta=rope.number("rope_theta", 1, 1e12, text.number("rope_theta", 1, 1e12, theta)),
+        mrope_section=rope.integers("mrope_section", 0, MOST_UNITS, (3,), section) if vision else section,
+        mrope_interleaved=third and vision is not None,
         qkv_bias=bias if third else True,
         out_bias=bias if third else False,
         qk_norm=third,
         tie_word_embeddings=config.flag("tie_word_embeddings", text.flag("tie_word_embeddings", False)),
         initializer_range=text.number("initializer_range", 0, 1, 0.02),
-        **{name: config.integer(name, 0, vocab - 1) for name in tokens},
+        **{name: config.integer(name, 0, vocab - 1) for name in (tokens if vision else ())},
     )
 
 
 def _checked(c: QwenVLConfig, where: str) -> QwenVLConfig:
     """Raises InputError for sizes that do not fit together."""
-    v = c.vision
-    unit = v.patch_size * v.spatial_merge_size
-    layers = f"do not fit {v.depth} vision and {c.num_layers} text layers, each once and in order"
-    deep = v.deepstack_layers
     broken_where = {
         f"num_attention_heads {c.num_heads} is no multiple of num_key_value_heads {c.num_kv_heads}": c.num_heads
         % c.num_kv_heads,
         f"mrope_section {c.mrope_section} does not sum to half of head_dim {c.head_dim}": 2 * sum(c.mrope_section)
         - c.head_dim,
+        **(_checked_vision(c, c.vision) if c.vision else {}),
+    }
+    broken = [rule for rule, is_broken in broken_where.items() if is_broken]
+    if broken:
+        raise InputError(f"{where}: {'; '.join(broken)}")
+    return c
+
+
+def _checked_vision(c: QwenVLConfig, v: VisionConfig) -> dict[str, Any]:
+    """What may be wrong with the sizes of the tower -> whether it is."""
+    unit = v.patch_size * v.spatial_merge_size
+    layers = f"do not fit {v.depth} vision and {c.num_layers} text layers, each once and in order"
+    deep = v.deepstack_layers
+    return {
         f"vision out_hidden_size {v.out_hidden_size} is not hidden_size {c.hidden_size}": c.hidden_size
         - v.out_hidden_size,
         f"vision hidden_size {v.hidden_size} is no multiple of num_heads {v.num_heads}": v.hidden_size % v.num_heads,
@@ -315,10 +341,6 @@ def _checked(c: QwenVLConfig, where: str) -> QwenVLConfig:
         or sorted(set(deep)) != list(deep),
         "image_token_id and video_token_id are the same": c.image_token_id == c.video_token_id,
     }
-    broken = [rule for rule, is_broken in broken_where.items() if is_broken]
-    if broken:
-        raise InputError(f"{where}: {'; '.join(broken)}")
-    return c
 
 
 # --- Published sizes ----------------------------------------------------------------------------------------------

@@ -75,6 +75,8 @@ VISION_NAMES = {
 
 def _vision_rules(config: QwenVLConfig) -> Iterator[Rule]:
     v = config.vision
+    if v is None:
+        return
     fc1, fc2, norm, merger1, merger2 = VISION_NAMES[config.model_type]
     yield from _linear("visual/patch_embed", "visual.patch_embed.proj", v.patch_bias)
     if v.position_grid:
@@ -373,14 +375,13 @@ def _place(shape: tuple[int, ...], layout: Sharding, read: Callable[[Index], np.
 
 def _tensors(params: Params, config: QwenVLConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Published name and value of every tensor."""
-    flat = flatten(params)
-    patch = config.vision.in_channels, config.vision.temporal_patch_size, *2 * (config.vision.patch_size,)
+    flat, v = flatten(params), config.vision
     for rule in rules(config):
         array = np.asarray(flat[rule.ours])
         for name, layer in zip(rule.tensors, array if rule.layers else [array], strict=True):
             layer = layer.T if rule.transpose else layer
             if rule.ours == "visual/patch_embed/kernel":
-                layer = layer.reshape(layer.shape[0], *patch)
+                layer = layer.reshape(len(layer), v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
             yield published_name(name, config), np.ascontiguousarray(layer)
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from vau_jax.common import sharding
 from vau_jax.models import attention, lora, rope
 from vau_jax.models.attention import Keys
-from vau_jax.models.config import QwenVLConfig, with_motion
+from vau_jax.models.config import QwenVLConfig, VisionConfig, with_motion
 from vau_jax.models.layers import UNIT_NORMAL, Dense, RMSNorm, SwiGLU, rows_of
 from vau_jax.models.lora import LoRA
 from vau_jax.models.motion_prompt import VARIATION, pairs_of
@@ -199,7 +199,7 @@ class QwenVL(nn.Module):
     @nn.nowrap
     def loss_counts(self, batch: Batch) -> dict[str, jax.Array]:
         """What the totals that a forward pass sows among the "losses" are divided by, by name: float32 [] each."""
-        prompted = self.config.vision and self.config.vision.motion and isinstance(batch.vision, Vision)
+        prompted = self.config.motion and isinstance(batch.vision, Vision)
         return {VARIATION: pairs_of(batch.vision, self.config.vision)} if prompted else {}
 
     @nn.nowrap
@@ -256,18 +256,6 @@ def init(config: QwenVLConfig, key: jax.Array) -> Params:
     Those of a motion prompt are not among them: they come from its own file, or from where training begins.
     """
     config = with_motion(config, None)
-    v = config.vision
-    n = v.spatial_merge_size**2
-    groups = Groups(jnp.arange(n)[None, None], jnp.arange(n)[None])
-    patches = jnp.zeros((1, n, v.in_channels * v.temporal_patch_size * v.patch_size**2), jnp.uint8)
-    vision = Vision(
-        patches=patches,
-        positions=jnp.zeros((1, n, 2), jnp.int32),
-        frames=groups,
-        windows=groups if v.window_size else None,
-        corners=jnp.zeros((1, n, 4), jnp.int32) if v.position_grid else None,
-        corner_weights=jnp.zeros((1, n, 4)) if v.position_grid else None,
-    )
     token = jnp.zeros((1, 1), jnp.int32)
     batch = Batch(
         tokens=token,
@@ -275,12 +263,27 @@ def init(config: QwenVLConfig, key: jax.Array) -> Params:
         positions=jnp.zeros((1, 3, 1), jnp.int32),
         visual_index=token,
         next_position=token[0],
-        vision=vision,
+        vision=_one_unit(config.vision) if config.vision else None,
     )
     params = QwenVL(config).init(key, batch, method="hidden")["params"]
     drawn = ("kernel", "embedding", "lm_head", "pos_embed")
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x * config.initializer_range if path[-1].key in drawn else x, params
+    )
+
+
+def _one_unit(v: VisionConfig) -> Vision:
+    """The smallest visual input: the patches of one visual token."""
+    n = v.spatial_merge_size**2
+    groups = Groups(jnp.arange(n)[None, None], jnp.arange(n)[None])
+    patches = jnp.zeros((1, n, v.in_channels * v.temporal_patch_size * v.patch_size**2), jnp.uint8)
+    return Vision(
+        patches=patches,
+        positions=jnp.zeros((1, n, 2), jnp.int32),
+        frames=groups,
+        windows=groups if v.window_size else None,
+        corners=jnp.zeros((1, n, 4), jnp.int32) if v.position_grid else None,
+        corner_weights=jnp.zeros((1, n, 4)) if v.position_grid else None,
     )
 
 

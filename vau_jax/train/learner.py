@@ -142,13 +142,13 @@ class Learner:
 
     def encode_vision(self, batch: Batch) -> Batch:
         """Where the vision tower is frozen: the batch with its features, which serve all uses of the prompts."""
-        if not self.tower_is_frozen:
+        if batch.vision is None or not self.tower_is_frozen:
             return batch
         return replace(batch, vision=self.vision_program(self.variables, batch))
 
     def abstract_encoded(self, batch: Batch) -> Batch:
         """The same of shapes."""
-        if not self.tower_is_frozen:
+        if batch.vision is None or not self.tower_is_frozen:
             return batch
         features = jax.eval_shape(self.vision_program, self.abstract_variables, batch)
         rows = sharding.examples(self.mesh)
@@ -203,7 +203,7 @@ class Learner:
 
 def groups_of(config: ConfigDict, model_config: QwenVLConfig) -> tuple[optim.Group, ...]:
     """Parameters with an optimiser of their own: the numbers of a motion prompt."""
-    if model_config.vision is None or model_config.vision.motion is None:
+    if model_config.motion is None:
         return ()
     return (optim.Group(motion_prompt.PREFIX + ".*", config.motion.lr_scale, config.motion.weight_decay),)
 

@@ -15,7 +15,7 @@ from vau_jax.models import hf
 from vau_jax.types import Params
 
 SCHEDULES = ("constant", "linear", "cosine")
-
+BIASES = ".*/bias"  # a pattern of the default config, which matches nothing in a model without biases
 
 RANGES = {
     "lr": NOT_NEGATIVE,
@@ -67,11 +67,12 @@ def make(
 
     Parameters in one of `groups` are trained as that says, also where `config.freeze` names them. Of the others those
     whose name matches one of `freeze` keep their values and have no optimiser slots; those that match one of `no_decay`
-    have no weight decay. A pattern that matches neither them nor `frozen` is an InputError.
+    have no weight decay. A pattern that matches neither them nor `frozen` is an InputError,
+    but for BIASES.
     """
     names = list(hf.flatten(params)) + list(hf.flatten(frozen or {}))
     for pattern in (*config.freeze, *config.no_decay):
-        if not any(re.fullmatch(pattern, name) for name in names):
+        if pattern != BIASES and not any(re.fullmatch(pattern, name) for name in names):
             raise InputError(f"optim pattern {pattern!r} matches no parameter; names look like {', '.join(names[:3])}")
     rate = schedule(config, steps)
     moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}

@@ -137,7 +137,7 @@ def make(
         opt_state = jax.tree.map(lambda new, old: new.astype(old.dtype), opt_state, state.opt_state)
         new = State(state.step + 1, optax.apply_updates(state.params, changes), opt_state, state.reference)
         metrics = {**metrics, "loss": loss, "grad_norm": optax.global_norm(grads)}
-        if model.config.vision.motion:
+        if model.config.motion:
             metrics |= {f"motion/{name}": value for name, value in new.params["visual"]["motion_prompt"].items()}
         if config.skip_nonfinite:
             good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
