@@ -65,9 +65,9 @@ def compile_row(model: str, training: str, pod: Pod, file: Path) -> None:
         subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)  # noqa: S603
 
 
-def line(model: str, training: str, pod: Pod, found: dict[str, Any]) -> list[str]:
+def line(model: str, training: str, pod: Pod, report: dict[str, Any]) -> list[str]:
     """A row of the first table."""
-    programs = {program["program"]: program for program in found["programs"]}
+    programs = {program["program"]: program for program in report["programs"]}
     update, decode = programs["update"], programs.get("decode step")
     chips = pod.topology.replace(":", " ")
     kind, _, lora = training.partition("-")
@@ -75,16 +75,16 @@ def line(model: str, training: str, pod: Pod, found: dict[str, Any]) -> list[str
     if not update["seconds"]:
         return [*cells, update["problem"], *[""] * 7]
     cells += [f"{update[name] / GIB:.2f} GiB" for name in ("peak", "needed")]
-    cells += [f"{found['chip']['memory'] / GIB:.0f}", f"{update['seconds'] * 1e3:.0f} ms", update["bound"]]
+    cells += [f"{report['chip']['memory'] / GIB:.0f}", f"{update['seconds'] * 1e3:.0f} ms", update["bound"]]
     cells.append(f"{update['mfu_cap']:.0%}")
     if not decode:
         return [*cells, "", ""]
     return [*cells, f"{decode['seconds'] * 1e3:.1f} ms", f"{decode['bytes'] / decode['least_bytes']:.2f}"]
 
 
-def collectives(found: dict[str, Any]) -> list[str]:
+def collectives(report: dict[str, Any]) -> list[str]:
     """Of an update: number and GB of each kind."""
-    sent = next(program for program in found["programs"] if program["program"] == "update")["collectives"]
+    sent = next(program for program in report["programs"] if program["program"] == "update")["collectives"]
     none = {"count": 0, "bytes": 0}
     cells = [sent.get(kind, none) for kind in COLLECTIVES]
     return [f"{cell['count']:,.0f}: {cell['bytes'] / 1e9:.1f} GB" if cell["count"] else "" for cell in cells]

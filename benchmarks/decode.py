@@ -12,7 +12,7 @@ alternate, and medians are reported. The last line is one JSON object:
     padded               tokens and patches of the prompt as `encode` pads it; transformers gets no padding
     utilisation          where the device is known: bytes that a decoding step must read (parameters of the decoder and
                          the head, caches) over its time and the memory's bandwidth; FLOPs of the prefill likewise;
-                         padding counts for nothing
+                         padding is not counted
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Seconds of a whole GRPO step: rollout, rewards, reference, update; ours, and beside it what users would else pick.
+"""Seconds of a whole GRPO step: rollout, rewards, reference, update; ours, and the alternatives beside it.
 
     python benchmarks/grpo_step.py                                     a random 32M model, one prompt, on any machine
     python benchmarks/grpo_step.py --compare=trl --compare=tunix --tunix-python=/path/to/venv/bin/python
@@ -92,7 +92,7 @@ def make_config(args: argparse.Namespace, model: Path, data: Path) -> ConfigDict
 
 
 def shape_of_prompts(c: ConfigDict) -> Shape:
-    """What just holds a batch of the config's only example."""
+    """The smallest shape of a batch of the config's only example."""
     processor = Processor(c.model)
     example = pipeline.load_examples(c.data)[0][0]
     loaded = pipeline.make_loader(processor, c.data, augment=False)(example, np.random.default_rng(0))

@@ -4,7 +4,7 @@
     python benchmarks/video_pipeline.py --memory=10000       resident memory over so many clips, instead
 
 Renders H.264 clips (25 frames a second, x264's defaults: a still textured ground, four moving objects, sensor noise),
-kept in --clips. Each reader runs in a process of its own that is pinned to one core; they take turns, and medians are
+kept in --clips. Each reader runs in its own process, pinned to one core; they take turns, and medians are
 reported. All sample as VAU-R1 trains: 2 frames a second, 3584 visual tokens a video. Ours gives uint8 patches, which
 are normalised on the device; the reference float32 ones. "cached" is ours from the frame cache. --workers 1 2 (the
 default) measures one process, and then two that read at once, a core each.
@@ -93,7 +93,7 @@ def render(folder: Path, width: int, height: int, seconds: int) -> Path:
     return path
 
 
-# --- Readers, each in a process of its own ------------------------------------------------------------------------
+# --- Readers, each in its own process ---------------------------------------------------------------------------
 
 
 def our_reader(cache: Path | None) -> Callable[[Path], int]:

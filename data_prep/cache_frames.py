@@ -2,8 +2,8 @@
 
     python -m data_prep.cache_frames --config=configs/X.py --workdir=FOLDER [--config.key=value]
 
-Give FOLDER to them as --config.data.cache. Call it again to go on after a kill, to add videos, and to mend: records
-of videos that changed, and damaged ones, are made anew. The config's frames a second, pixel budgets and model decide
+Give FOLDER to them as --config.data.cache. Call it again to resume after a kill, to add videos, and to repair: records
+of videos that changed, and damaged ones, are rebuilt. The config's frames a second, pixel budgets and model decide
 what is stored; with others, frames are decoded from the videos, and counted (data/not_cached).
 """
 

@@ -28,7 +28,7 @@ from vau_jax.vlm import VideoLM
 
 @dataclass(frozen=True)
 class Draft:
-    """A first answer: why, what (in the form of `Reflection.draft`), and its score."""
+    """A first answer: its reasoning, the answer (in the format of `Reflection.draft`), and its score."""
 
     think: str
     value: dict[str, Any]
@@ -39,7 +39,7 @@ Drafted = tuple[Example, list[Draft], str]  # and, where there are no drafts, wh
 
 
 def make(config: ConfigDict, workdir: Path, examples: list[Example]) -> list[Drafted]:
-    """Drafts of every example; a student's are kept in drafts.jsonl and made once for the same settings."""
+    """Drafts of every example; a student's are kept in drafts.jsonl and sampled once for the same settings."""
     student = config.student
     if not (student.checkpoint or student.url):
         return [(e, by_rule(e, config.keep.wrong_share, config.seed), "") for e in examples]
@@ -123,14 +123,15 @@ def by_endpoint(config: ConfigDict, workdir: Path, examples: list[Example]) -> I
 
 
 def _read(example: Example, texts: Sequence[str], reason: str) -> Drafted:
-    """The drafts in a student's texts; `reason` is why there are no texts, where there are none."""
+    """The drafts in a student's texts; `reason` explains missing texts."""
     drafts = [draft for text in texts if (draft := read(text, example))]
     return example, drafts, "" if drafts else "no answer in the student's texts" if texts else reason
 
 
 def pictures(example: Example, count: int, pool: DecoderPool) -> list[Message]:
-    """`count` frames of a video, decoded by `pool`, as content of a message, and when they were taken; nothing for 0.
-    Raises VideoError."""
+    """`count` frames of a video, decoded by `pool`, as content of a message, and their times; nothing for 0. Raises
+    VideoError.
+    """
     if not count or not example.media:
         return []
     options = clips.VideoOptions(nframes=count, min_pixels=64 * 64, max_pixels=512 * 512)
@@ -156,7 +157,7 @@ def read(text: str, example: Example) -> Draft | None:
 
 
 def by_rule(example: Example, wrong_share: float, seed: int) -> list[Draft]:
-    """One draft, wrong in `wrong_share` of cases, reasoned from what the annotation says of the place and the event."""
+    """One draft, wrong in `wrong_share` of cases, with reasoning from the annotation's place and event."""
     task, meta = TASKS[example.task], example.meta
     rng = np.random.default_rng([seed, *hashlib.sha256(example.id.encode()).digest()])
     wrong = rng.random() < wrong_share
@@ -187,6 +188,6 @@ def score(example: Example, value: Mapping[str, Any]) -> float:
 
 
 def pick(drafts: Sequence[Draft], right_from: float, prefer_wrong: bool) -> Draft:
-    """One of a question's drafts: a wrong one where one is preferred and there is one, else a right one."""
+    """One of a question's drafts: a wrong one if preferred and available, else a right one."""
     fitting = [draft for draft in drafts if (draft.score < right_from) == prefer_wrong]
     return (fitting or list(drafts))[0]

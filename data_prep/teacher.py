@@ -1,4 +1,4 @@
-"""Who reflects on a first answer: a model behind an endpoint, told draft and truth, or rules."""
+"""The teacher, which reflects on a first answer: a model behind an endpoint, given draft and truth, or rules."""
 
 import hashlib
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def reflect(
 
 
 def _blank() -> tuple[Example, Draft, bool]:
-    """An example without words, so that the prompt around it can be told from others."""
+    """An example without text, so that the prompt around it can be hashed."""
     return Example("", "qa", (), "", ("",) * 4, {"choice": 0}), Draft("", {"choice": "B"}, 0.0), False
 
 

@@ -5,8 +5,8 @@
         [--videos msad=DIR ucf=DIR ecva=DIR] [--seed=0]
 
 `audit` prints what is changed, left out or doubtful, and videos that two files share. `import` writes DIR/train.jsonl,
-val.jsonl and test.jsonl of mended rows, options shuffled, each with its video's path, duration, frames a second and
-size; DIR/import.json with everything it found; DIR/SHA256SUMS. Train and val rows whose video is in a later split are
+val.jsonl and test.jsonl of corrected rows, options shuffled, each with its video's path, duration, frames a second and
+size; DIR/import.json with all findings; DIR/SHA256SUMS. Train and val rows whose video is in a later split are
 left out. A row without a usable video stays, so that it is counted; training and evaluation list it.
 """
 
@@ -60,8 +60,8 @@ def audit(paths: Sequence[str], source: str, protocol: str, each_row: bool) -> s
 
 
 @dataclass
-class Found:
-    """What an import found, as import.json holds it."""
+class Findings:
+    """The findings of an import, as import.json stores them."""
 
     audits: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by annotation file
     leaks: dict[str, list[str]] = field(default_factory=dict)  # by split: videos left out of it
@@ -93,8 +93,8 @@ class Found:
         return "\n".join(lines)
 
 
-def _some(found: list[str] | dict[str, Any], most: int = 5) -> list[str]:
-    lines = [f"{key}: {value}" for key, value in found.items()] if isinstance(found, dict) else found
+def _some(findings: list[str] | dict[str, Any], most: int = 5) -> list[str]:
+    lines = [f"{key}: {value}" for key, value in findings.items()] if isinstance(findings, dict) else findings
     return lines[:most] + ([f"... all in import.json ({len(lines)})"] if len(lines) > most else [])
 
 
@@ -105,9 +105,9 @@ def import_splits(
     seed: int,
     workers: int,
     records: bool = False,
-) -> Found:
+) -> Findings:
     """Writes the splits; `annotation_files` by split, `folders` of videos by source; `records`: as ArrayRecord too."""
-    result = Found()
+    result = Findings()
     splits = {split: _load(paths, result) for split, paths in annotation_files.items() if paths}
     if not splits:
         raise InputError("nothing to import: give annotation files with --train, --val or --test")
@@ -134,23 +134,23 @@ def import_splits(
     return result
 
 
-def _load(paths: list[str], found: Found) -> list[Row]:
+def _load(paths: list[str], findings: Findings) -> list[Row]:
     rows: list[Row] = []
     for path in paths:
         some, noted = vau_bench.load(path)
-        found.audits[path] = [vars(entry) for entry in noted.entries]
+        findings.audits[path] = [vars(entry) for entry in noted.entries]
         rows += some
     return rows
 
 
-def _without_leaks(splits: dict[str, list[Row]], found: Found) -> dict[str, list[Row]]:
-    """Every split without the videos of a later one: what is for testing stays."""
+def _without_leaks(splits: dict[str, list[Row]], findings: Findings) -> dict[str, list[Row]]:
+    """Every split without the videos of a later one: test videos stay in the test split."""
     order = [split for split in SPLITS if split in splits]
     clean = {}
     for number, split in enumerate(order):
         later = [row for other in order[number + 1 :] for row in splits[other]]
         leaked = {row.video for row in vau_bench.shared_videos(splits[split], later)}
-        found.leaks[split] = sorted(leaked)
+        findings.leaks[split] = sorted(leaked)
         clean[split] = [row for row in splits[split] if row.video not in leaked]
     return clean
 
@@ -161,19 +161,23 @@ def _shuffled(row: Row, seed: int) -> Row:
     return vau_bench.shuffle_options(row, rng.permutation(4))
 
 
-def _joined(splits: dict[str, list[Row]], folders: dict[str, Path], workers: int, found: Found) -> dict[str, list[Row]]:
-    """Rows with the paths of their videos, relative to the folder that holds all of them, and what the files say."""
+def _joined(
+    splits: dict[str, list[Row]], folders: dict[str, Path], workers: int, findings: Findings
+) -> dict[str, list[Row]]:
+    """Rows with the paths of their videos, relative to their common folder, and the properties of the files."""
     root = common_folder(list(folders.values()))
     listed = {source: _videos_below(folder) for source, folder in folders.items()}
     every = [row for rows in splits.values() for row in rows]
-    found.without_folder = dict(Counter(row.source for row in every if row.source not in folders))
-    paths = {(row.source, row.video): _find(row, listed[row.source], found) for row in every if row.source in folders}
+    findings.without_folder = dict(Counter(row.source for row in every if row.source not in folders))
+    paths = {
+        (row.source, row.video): _find(row, listed[row.source], findings) for row in every if row.source in folders
+    }
     named = {path for path in paths.values() if path}
     surplus = [path for by_name in listed.values() for same in by_name.values() for path in same if path not in named]
-    found.surplus = sorted(str(path.relative_to(root)) for path in surplus)
-    probes = _probes(sorted(named), workers, found)
+    findings.surplus = sorted(str(path.relative_to(root)) for path in surplus)
+    probes = _probes(sorted(named), workers, findings)
     return {
-        split: [_with_video(row, paths.get((row.source, row.video)), probes, root, found) for row in rows]
+        split: [_with_video(row, paths.get((row.source, row.video)), probes, root, findings) for row in rows]
         for split, rows in splits.items()
     }
 
@@ -202,20 +206,20 @@ def _check_utf8(path: Path) -> None:
         raise InputError(f"the name of {str(path)!a} is not UTF-8, so that no table can hold it: rename it") from error
 
 
-def _find(row: Row, by_name: dict[str, list[Path]], found: Found) -> Path | None:
+def _find(row: Row, by_name: dict[str, list[Path]], findings: Findings) -> Path | None:
     """The file of a row: MSAD's `Fire_3.mp4`, UCF-Crime's `Arson/Arson011_x264.mp4`, ECVA's `17.mp4`, whatever their
     folder, ending and case, with or without the prefix of the source."""
     same = by_name.get(vau_bench.plain_name(row.video).lower(), [])
     if not same:
-        found.missing.append(row.video)
+        findings.missing.append(row.video)
         return None
     if len(same) > 1:
-        found.ambiguous[row.video] = [str(path) for path in same]
+        findings.ambiguous[row.video] = [str(path) for path in same]
     return same[0]
 
 
-def _probes(paths: list[Path], workers: int, found: Found) -> dict[Path, Probe]:
-    """What each file is; those that cannot be read are noted."""
+def _probes(paths: list[Path], workers: int, findings: Findings) -> dict[Path, Probe]:
+    """The probe of each file; unreadable ones are noted."""
     pool, probes = DecoderPool(workers), {}
     progress = Progress("videos", len(paths))
 
@@ -230,12 +234,12 @@ def _probes(paths: list[Path], workers: int, found: Found) -> dict[Path, Probe]:
             if isinstance(result, Probe):
                 probes[path] = result
             else:
-                found.unreadable[str(path)] = str(result)
+                findings.unreadable[str(path)] = str(result)
             progress.show(number)
     return probes
 
 
-def _with_video(row: Row, path: Path | None, probes: dict[Path, Probe], root: Path, found: Found) -> Row:
+def _with_video(row: Row, path: Path | None, probes: dict[Path, Probe], root: Path, findings: Findings) -> Row:
     if path is None:
         return row
     video = str(path.relative_to(root))
@@ -243,7 +247,7 @@ def _with_video(row: Row, path: Path | None, probes: dict[Path, Probe], root: Pa
         return replace(row, video=video)
     probe = probes[path]
     if isinstance(row.interval, tuple) and row.interval[1] > probe.duration + TOLERANCE:
-        found.beyond_end[video] = f"{list(row.interval)} of {probe.duration:.1f} s"
+        findings.beyond_end[video] = f"{list(row.interval)} of {probe.duration:.1f} s"
     return replace(row, video=video, **asdict(probe))
 
 
@@ -279,7 +283,7 @@ def main() -> None:
 
 
 def _from(least: int) -> Callable[[str], int]:
-    """An argument's type: whole numbers from `least` on."""
+    """An argument type: integers from `least`."""
 
     def whole_number(text: str) -> int:
         if int(text) < least:

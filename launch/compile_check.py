@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # called by its path, this file's folder stands there instead
+sys.path.insert(0, str(ROOT))  # called by its path, sys.path has this file's folder instead
 
 from launch import hlo  # noqa: E402
 from vau_jax.common import cli, sharding  # noqa: E402
@@ -56,14 +56,14 @@ Shapes = Any  # a pytree of jax.ShapeDtypeStruct with shardings
 
 @dataclass
 class Report:
-    """What is known of a program; numbers are of one chip."""
+    """The measurements of a program; numbers are of one chip."""
 
     program: str
     compile_seconds: float = 0.0
     arguments: float = 0.0  # bytes
     temporary: float = 0.0
     peak: float = 0.0
-    resident: float = 0.0  # of the run's state that the program does not use, and that is there all the same
+    resident: float = 0.0  # of the run's state that the program does not use, but that occupies memory
     flops: float = 0.0
     bytes: float = 0.0
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)  # kind -> count, bytes
@@ -95,7 +95,7 @@ def chips_of(name: str) -> list[Any]:
 
 
 class Programs:
-    """The programs of a config on a mesh of chips that are not there; all arguments are shapes."""
+    """The programs of a config on a mesh of absent chips; all arguments are shapes."""
 
     def __init__(self, config: ConfigDict, model: QwenVLConfig, mesh: Mesh, prompt: int, visual: int) -> None:
         if visual % 16 or not 0 < visual < prompt:
@@ -172,7 +172,7 @@ class Programs:
         )
 
     def _motion(self, patches: int, width: int) -> PatchMotion:
-        """What a motion prompt reads of the patches."""
+        """The inputs of a motion prompt for the patches."""
         return PatchMotion(
             before=self._rows(patches, width, dtype=jnp.uint8),
             moves=self._rows(patches, dtype=bool),
@@ -344,7 +344,7 @@ def held(tree: Shapes) -> float:
 
 
 def check(programs: Programs, program: Program, known: Chip) -> Report:
-    """Compiles a program and reads off what it needs."""
+    """Compiles a program and reads its requirements."""
     report, began = Report(program.name, resident=program.resident), time.monotonic()
     least = held(program.args) + program.resident
     if least > known.memory:
@@ -390,7 +390,7 @@ def check(programs: Programs, program: Program, known: Chip) -> Report:
 
 
 def advice(programs: Programs) -> str:
-    """What would make a program that does not fit smaller, in the order to try it."""
+    """Ways to make a program that does not fit smaller, in the order to try them."""
     c, parts = programs.config, sharding.example_parts(programs.mesh)
     results = []
     if not c.remat:

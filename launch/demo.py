@@ -1,4 +1,4 @@
-"""The stages of the main job, one after the other; `bash launch/demo.sh` sets up and calls this.
+"""The stages of the main job in sequence; `bash launch/demo.sh` sets up and calls this.
 
     python -m launch.demo --config=configs/demo.py[:quick] --workdir=DIR
 
@@ -25,7 +25,7 @@ from vau_jax.train import loop
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """All stages; each skips what is done already, so a second call is quick and a killed one resumes."""
+    """All stages; each skips finished work, so a second call is quick and a killed one resumes."""
     check(config)
     jax.config.update("jax_compilation_cache_dir", str(shared(config, workdir).resolve() / "compiled"))
     stages = {
@@ -48,24 +48,24 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises InputError for stages that cannot follow each other."""
+    """Raises InputError for stages in an impossible order."""
     if tuple(config.stages) not in (("sft",), ("rft",), ("sft", "rft")):
         raise InputError(f"stages={tuple(config.stages)}: expected ('sft',), ('rft',) or ('sft', 'rft')")
 
 
 def shared(config: ConfigDict, workdir: Path) -> Path:
-    """Where videos, frames and compiled programs are."""
+    """The folder of videos, frames and compiled programs."""
     return Path(config.shared) if config.shared else workdir
 
 
 def make_videos(config: ConfigDict, workdir: Path) -> None:
-    """Renders DIR/data unless it is there from the same settings."""
+    """Renders DIR/data unless it exists with the same settings."""
     folder = shared(config, workdir) / "data"
     synthetic.make_dataset(folder, dict(config.videos), config.video_seed, shake=config.camera_shake)
 
 
 def make_model(config: ConfigDict, workdir: Path) -> None:
-    """Writes DIR/model unless it is there from the same settings."""
+    """Writes DIR/model unless it exists with the same settings."""
     folder, stamp = workdir / "model", workdir / "model.json"
     request = {"model": json.loads(config.model.to_json()), "seed": config.seed}
     if stamp.exists() and folder.is_dir() and read_json(stamp) == request:
@@ -84,7 +84,7 @@ def make_model(config: ConfigDict, workdir: Path) -> None:
 
 
 def demo_texts(data: Path) -> list[str]:
-    """What the tokenizer learns from: questions, options, answers and reasoning of the training split."""
+    """The training texts of the tokenizer: questions, options, answers and reasoning of the training split."""
     rows, _ = vau_bench.load(data / "train.csv")
     asked = [name for name, task in TASKS.items() if task.verifiable]
     examples = [example for row in rows for name in asked if (example := vau_bench.example_of(row, name))]
@@ -121,7 +121,7 @@ def decode_videos(config: ConfigDict, workdir: Path) -> None:
 
 
 def evaluate_stage(config: ConfigDict, workdir: Path, stage: str) -> None:
-    """Scores a stage's model on the held-out videos, with and (but for the start) without seeing them."""
+    """Scores a stage's model on the held-out videos and, except for the initial model, on grey frames."""
     for blind in (False, True) if stage != "init" else (False,):
         c = eval_config.get_config()
         c.data = train_config(config, workdir, "sft").data

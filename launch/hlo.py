@@ -1,7 +1,7 @@
-"""What a compiled program moves, read from its text: bytes to and from memory, and collectives, loops in all rounds.
+"""Memory traffic and collectives of a compiled program, read from its text, with loops counted in all iterations.
 
-XLA's own cost analysis takes a loop's body once. Here each body counts as often as its condition says; a loop whose end
-is not known beforehand (decoding) counts one round.
+XLA's own cost analysis counts a loop's body once. Here each body counts as often as its condition says; a loop of
+unknown length (decoding) counts one iteration.
 """
 
 import math
@@ -32,7 +32,7 @@ class Instruction:
 
 @dataclass
 class Traffic:
-    """Of one chip."""
+    """The traffic of one chip."""
 
     bytes: float = 0.0  # to and from its memory
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)  # kind -> count, bytes sent
@@ -76,7 +76,7 @@ def read(text: str, one_round: bool = False) -> Traffic:
             i for i in computations[entry] if i.kind == "while" and _trips(computations[_called(i)["condition"]]) == 1
         ]
         entry = _called(loops[0])["body"]
-    traffic, seen = Traffic(), {}
+    traffic, channels = Traffic(), {}
     for name, times in _rounds(computations, entry).items():
         shapes = {i.name: i.shape for i in computations[name]}
         for instruction in computations[name]:
@@ -88,13 +88,13 @@ def read(text: str, one_round: bool = False) -> Traffic:
                     sent = _sent(kind, instruction)
                     if inner.startswith(SCATTERED):
                         kind, sent = "reduce-scatter", sent / 2
-                    # A collective that goes on beside other work is written in each piece, under one channel.
+                    # An asynchronous collective is written in several instructions, under one channel.
                     channel = re.search(r"channel_id=(\d+)", instruction.rest)
                     key = channel[1] if channel else instruction.name
-                    if times > seen.get(key, (0,))[0]:
-                        seen[key] = times, kind, sent
+                    if times > channels.get(key, (0,))[0]:
+                        channels[key] = times, kind, sent
     result: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "bytes": 0.0})
-    for times, kind, sent in seen.values():
+    for times, kind, sent in channels.values():
         result[kind]["count"] += times
         result[kind]["bytes"] += times * sent
     traffic.collectives = dict(result)
@@ -128,12 +128,12 @@ def _rounds(computations: dict[str, list[Instruction]], entry: str) -> dict[str,
 
 
 def _called(instruction: Instruction) -> dict[str, str]:
-    """The computations that an instruction names, by what they are to it."""
+    """The computations that an instruction refers to, by role."""
     return dict(re.findall(r"(condition|body|to_apply|calls)=%([^\s,)}]+)", instruction.rest))
 
 
 def _trips(condition: list[Instruction]) -> int:
-    """Rounds of a loop that counts from 0 up to a constant; 1 where that is not how it ends."""
+    """Iterations of a loop that counts from 0 up to a constant; 1 for any other."""
     root = next(i for i in condition if i.root)
     limits = [int(m[1]) for i in condition if i.kind == "constant" and (m := re.match(r"(\d+)\)", i.rest))]
     counts = (root.kind == "compare" and "direction=LT" in root.rest) or root.kind == "fusion"
@@ -167,7 +167,7 @@ def _sent(kind: str, instruction: Instruction) -> float:
 
 
 def _group(rest: str) -> int:
-    """How many chips take part in a collective together."""
+    """The number of chips in a collective's group."""
     if axes := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
         return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2])) or 1
@@ -179,7 +179,7 @@ def _group(rest: str) -> int:
 
 
 def _moved(instruction: Instruction, shapes: dict[str, str], computations: dict[str, list[Instruction]]) -> float:
-    """Bytes that an instruction reads and writes; of slices only what is cut out or put in."""
+    """Bytes that an instruction reads and writes; for slices only the part that is read or written."""
     kind, given = instruction.kind, [shapes.get(name, "") for name in instruction.operands]
     if kind in FREE or kind.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
         kernel = kind == "custom-call" and any(name in instruction.rest for name in KERNELS)

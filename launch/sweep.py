@@ -2,8 +2,8 @@
 
     python launch/sweep.py --config=configs/sweeps/X.py --workdir=DIR [--backend=local|xpk|slurm] [--jobs=N] [--dry-run]
 
-Each trial has a folder in DIR, named by what tells it from the others, with its output in log.txt. Finished trials are
-skipped, killed ones go on where their program can. DIR/sweep.md is the table, means over seeds; DIR/sweep.html a plot
+Each trial has a folder in DIR, named by the fields that distinguish it, with its output in log.txt. Finished trials are
+skipped, killed ones resume where their program can. DIR/sweep.md is the table, means over seeds; DIR/sweep.html a plot
 with a point for each trial. With another backend than local DIR/jobs.sh is written, which submits a job for each trial
 that is not finished; call the sweep again for the table.
 """
@@ -32,7 +32,7 @@ from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # called by its path, this file's folder stands there instead
+sys.path.insert(0, str(ROOT))  # called by its path, sys.path has this file's folder instead
 
 from vau_jax.common.files import InputError, dump_json, exit_on_input_error, locked, read_json, write_text  # noqa: E402
 from vau_jax.eval.report import escape, lookup, markdown, rows  # noqa: E402
@@ -86,10 +86,10 @@ BACKENDS = {  # what submits a job, before the program and its arguments; {name}
 }
 
 
-def jobs(found: Sequence[Trial], backend: str) -> str:
+def jobs(trials: Sequence[Trial], backend: str) -> str:
     """A script that submits the trials that are not finished."""
     lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"cd {shlex.quote(str(ROOT))}"]
-    for trial in found:
+    for trial in trials:
         if not trial.finished:
             short = re.sub(r"^[^a-z]+", "", re.sub(r"[^a-z0-9]+", "-", trial.name.lower()))[:28].strip("-")
             name = f"{short or 'trial'}-{_hash(trial.name)}"  # unique, and a name that launch/xpk.sh takes
@@ -134,11 +134,11 @@ def trials(sweep: ModuleType, workdir: Path) -> list[Trial]:
             values[field].add(repr(trial.get(field)))
     results = []
     for trial in settings:
-        told = {field: value for field, value in trial.items() if len(values[field]) > 1 and field != "shared"}
-        name = _name(told)
+        varied = {field: value for field, value in trial.items() if len(values[field]) > 1 and field != "shared"}
+        name = _name(varied)
         options = [f"--config.{field}={_text(value, workdir)}" for field, value in trial.items()]
         command = [sys.executable, "-m", sweep.PROGRAM, f"--config={sweep.CONFIG}", f"--workdir={workdir / name}"]
-        group = _name({field: value for field, value in told.items() if field != "seed"})
+        group = _name({field: value for field, value in varied.items() if field != "seed"})
         results.append(Trial(name, group, workdir / name, command + options))
     if len({trial.name for trial in results}) < len(results):
         raise InputError("two trials of the sweep have the same settings")
@@ -163,12 +163,12 @@ def _text(value: Any, workdir: Path) -> str:
     return str(value).replace("{sweep}", str(workdir))
 
 
-def table(found: Sequence[tuple[str, Path]]) -> str:
+def table(folders: Sequence[tuple[str, Path]]) -> str:
     """Of (group, folder) pairs: a row for every group and evaluation, mean ± standard deviation (ddof 1) over its
     folders of each number of `report.rows`, and how many folders there are."""
     groups: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     every = rows()
-    for group, folder in found:
+    for group, folder in folders:
         for path in sorted(folder.glob("eval/*/metrics.json"), key=lambda p: p.stat().st_mtime_ns):
             result = read_json(path)
             groups[group, result["name"]].append(result)
@@ -184,11 +184,11 @@ def table(found: Sequence[tuple[str, Path]]) -> str:
     return markdown(lines)
 
 
-def plot(found: Sequence[tuple[str, Path]]) -> str:
+def plot(folders: Sequence[tuple[str, Path]]) -> str:
     """A page with a chart of each number of `report.rows`: a point a trial, its group along the axis, a colour for each
     evaluation."""
     points: defaultdict[tuple[str, str], tuple[list[str], list[float], list[str]]] = defaultdict(lambda: ([], [], []))
-    for group, folder in found:
+    for group, folder in folders:
         for path in sorted(folder.glob("eval/*/metrics.json")):
             result = read_json(path)
             for one in rows():
@@ -235,18 +235,18 @@ def run(config: Path, workdir: Path, backend: str, at_once: int, dry_run: bool) 
         return _run(result, workdir, backend, at_once)
 
 
-def _run(found: list[Trial], workdir: Path, backend: str, at_once: int) -> int:
+def _run(trials: list[Trial], workdir: Path, backend: str, at_once: int) -> int:
     well = [True]
     if backend == "local":
         with ThreadPoolExecutor(at_once) as pool:
-            well = list(pool.map(Trial.run, found))
+            well = list(pool.map(Trial.run, trials))
     else:
-        write_text(workdir / "jobs.sh", jobs(found, backend))
+        write_text(workdir / "jobs.sh", jobs(trials, backend))
         print(
-            f"{sum(not t.finished for t in found)} jobs to submit: bash {shlex.quote(str(workdir / 'jobs.sh'))}",
+            f"{sum(not t.finished for t in trials)} jobs to submit: bash {shlex.quote(str(workdir / 'jobs.sh'))}",
             flush=True,
         )
-    folders = [(trial.group, trial.folder) for trial in found]
+    folders = [(trial.group, trial.folder) for trial in trials]
     text = table(folders)
     write_text(workdir / "sweep.md", text + "\n")
     write_text(workdir / "sweep.html", plot(folders))

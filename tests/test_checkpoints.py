@@ -77,7 +77,7 @@ def test_a_damaged_step_is_not_evaluated_and_the_whole_one_is_named(
 ) -> None:
     folder = saved(tmp_path, 2, 4)
     damage(folder)
-    with pytest.raises(InputError, match=rf"{folder} is damaged \(.*step 2 is whole, give {folder.parent / '2'}"):
+    with pytest.raises(InputError, match=rf"{folder} is damaged \(.*step 2 is intact: give {folder.parent / '2'}"):
         checkpoint.restore_params(folder)
 
 
@@ -91,11 +91,11 @@ def test_damage_to_an_older_step_is_not_met_when_the_best_is_asked_for(
     assert checkpoints.best() == checkpoints.latest() == 4
 
 
-def test_a_run_without_a_whole_checkpoint_does_not_begin_anew_by_itself(tmp_path: Path) -> None:
+def test_a_run_without_an_intact_checkpoint_does_not_begin_anew_by_itself(tmp_path: Path) -> None:
     saved(tmp_path, 2, 4)
     for step in (2, 4):
         flip(largest(tmp_path / "checkpoints" / str(step) / "state"))
-    with pytest.raises(InputError, match=r"no checkpoint of .* is whole: step 4 .*, step 2 .*; put a copy back"):
+    with pytest.raises(InputError, match=r"no checkpoint of .* is intact: step 4 .*, step 2 .*; restore a copy"):
         checkpoint.Checkpoints(tmp_path)
     assert checkpoint.steps(tmp_path) == [2, 4]
 
@@ -109,7 +109,7 @@ def test_a_step_whose_checksums_a_kill_has_prevented_is_read_and_errors_say_so(
     assert "step 2 has no checksums" in capsys.readouterr().out
     assert set(checkpoint.restore_params(folder)["w"]) == {2.0}
     (folder / "state" / "_METADATA").unlink()
-    with pytest.raises(InputError, match=r"cannot read the checkpoint .*/2 \(.*no other step of the run is whole"):
+    with pytest.raises(InputError, match=r"cannot read the checkpoint .*/2 \(.*no other step of the run is intact"):
         checkpoint.restore_params(folder)
 
 

@@ -55,7 +55,7 @@ class _Stopped(Exception):  # noqa: N818 - nothing went wrong
 
 
 class Model:
-    """A model that computes in one thread: a question waits until the one before has really ended, also where nobody
+    """A model that computes in one thread: a question waits until the previous one has ended, also where nobody
     waits for that any more, as a computation of the device cannot be broken off."""
 
     def __init__(self, asker: Asker) -> None:
@@ -137,7 +137,7 @@ def respond(
 def _frames(
     asker: Asker, video: str, interval: tuple[float, float] | None, duration: float
 ) -> list[tuple[np.ndarray, str]]:
-    """Frames of the interval, or of all the video, each with its time; none where the interval lies outside."""
+    """Frames of the interval, or of all the video, each with its time; none where the interval is outside."""
     start, end = interval or (0.0, duration)
     if start >= duration:
         return []

@@ -92,7 +92,7 @@ def _run_settings(model: Path) -> ConfigDict:
 
 
 def example_of(question: Question) -> Example:
-    """A user's question as an example whose truth nobody knows."""
+    """A user's question as an example without truth."""
     task = COMMANDS[question.task]
     choices = question.options if task.shuffles else task.default_choices
     return Example("", task.name, (Path(question.video),), question.text, choices, truth={})

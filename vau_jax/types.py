@@ -1,7 +1,7 @@
-"""Every pytree that crosses a file border, each field with dtype and shape.
+"""Every pytree shared between modules, each field with dtype and shape.
 
-Axes: B prompts, G generations per prompt, T prompt tokens, C completion tokens, P patches, M merged visual tokens,
-L layers, K kv heads, H head.
+Axes: B prompts, G generations per prompt, T prompt tokens, C completion tokens, P patches, M merged visual tokens, L
+layers, K kv heads, H head.
 """
 
 from dataclasses import dataclass, fields
@@ -23,18 +23,18 @@ def pytree(cls: type) -> type:
 
 @pytree
 class Groups:
-    """Which patches attend to each other: a partition of a row's patches, padded to equal group size.
+    """Groups of patches that attend to each other: a partition of a row's patches, padded to equal group size.
 
     Attention runs inside groups only, so no score matrix ever spans a whole video.
     """
 
     members: Array  # int32 [B, n_groups, size]: patch numbers; P marks padding
-    slots: Array  # int32 [B, P]: where patch p stands in members' last two axes, flattened; 0 for padding patches
+    slots: Array  # int32 [B, P]: index of patch p in members' last two axes, flattened; 0 for padding patches
 
 
 @pytree
 class Vision:
-    """The visual input of B rows, patches of all clips and images of a row one after the other, padded to P."""
+    """The visual input of B rows, patches of all clips and images of a row concatenated and padded to P."""
 
     patches: Array  # uint8 [B, P, channels * temporal_patch * patch * patch], in Hugging Face's patch order
     positions: Array  # int32 [B, P, 2]: row and column of the patch in its frame
@@ -49,16 +49,16 @@ class Vision:
 
 @pytree
 class Motion:
-    """What a Video Motion Prompt needs to see of the patches of `Vision`."""
+    """The input of a Video Motion Prompt for the patches of `Vision`."""
 
-    before: Array  # uint8 like patches: the same places one frame earlier
+    before: Array  # uint8 like patches: the same positions one frame earlier
     moves: Array  # bool [B, P]: patches of clips, not of still images or padding
-    following: Array  # int32 [B, P]: the patch at the same place one temporal patch later; P: none
+    following: Array  # int32 [B, P]: the patch at the same position one temporal patch later; P: none
 
 
 @pytree
 class Features:
-    """What the vision tower makes of `Vision`; `deep` goes to the first n decoder layers, one entry each."""
+    """The output of the vision tower for `Vision`; `deep` goes to the first n decoder layers, one entry each."""
 
     tokens: Array  # [B, M, D]
     deep: Array | None  # [B, n, M, D]
@@ -71,9 +71,9 @@ class Batch:
     tokens: Array  # int32 [B, T]
     mask: Array  # bool [B, T], True on real tokens
     positions: Array  # int32 [B, 3, T]: time, height, width (M-RoPE)
-    visual_index: Array  # int32 [B, T]: number of the merged visual token of the row that stands here, -1 on text
+    visual_index: Array  # int32 [B, T]: index of the row's merged visual token at this position, -1 on text
     next_position: Array  # int32 [B]: M-RoPE position of the first completion token
-    vision: Vision | Features | None  # features instead of patches where a frozen tower has seen them already
+    vision: Vision | Features | None  # features instead of patches where a frozen tower has encoded them already
 
 
 @pytree
@@ -94,18 +94,18 @@ class KVCache:
 
 @pytree
 class Sampled:
-    """What `sampling.sample` returns."""
+    """The result of `sampling.sample`."""
 
     tokens: Array  # int32 [B, G, C]
-    logps: Array  # float32 [B, G, C]: log-probability of each token under the distribution it was drawn from
+    logps: Array  # float32 [B, G, C]: log-probability of each token under the distribution it was sampled from
     mask: Array  # bool [B, G, C]
 
 
 @pytree
 class TrainBatch:
-    """One update: prompts, their completions, and what the loss needs of each.
+    """One update: prompts, their completions, and the inputs of the loss.
 
-    `loss_inputs` are arrays with leading axes [B, G] or [B, G, C]; their names are the loss's own.
+    `loss_inputs` are arrays with leading axes [B, G] or [B, G, C], named as in the loss.
     """
 
     batch: Batch
@@ -115,9 +115,9 @@ class TrainBatch:
 
 @pytree
 class State:
-    """What an update changes."""
+    """The state that an update changes."""
 
     step: Array  # int32 []
-    params: Params  # what is trained: the parameters, or with LoRA the adapters
+    params: Params  # trained parameters; with LoRA the adapters
     opt_state: Any
     reference: Params | None = None  # the same of the reference policy, where it follows the trained one

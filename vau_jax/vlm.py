@@ -138,7 +138,7 @@ class VideoLM:
         return VideoLM(self.processor, self.model.clone(lora=kind), self.params, adapters)
 
     def _with_motion_config(self, motion: Motion | None) -> "VideoLM":
-        """The model with a motion prompt of this form, whose numbers are still to come; None: as it is."""
+        """The model with a motion prompt of this form, whose parameters are set later; None: unchanged."""
         if motion is None:
             return self
         processor = copy.copy(self.processor)

@@ -22,7 +22,7 @@ def about() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this code lies in; with "+" where files differ from it."""
+    """The commit of the checkout that contains this code; with "+" where files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=10"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)  # noqa: S603

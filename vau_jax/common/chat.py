@@ -1,8 +1,8 @@
-"""Questions to a model behind an OpenAI-compatible chat endpoint: many at once, each paid for once, all counted.
+"""Requests to a model behind an OpenAI-compatible chat endpoint: concurrent, each paid for once, all counted.
 
-Answers are kept in a JSONL file as they come, under a hash of the model and the messages, so that a killed call that
-is repeated asks only what has no answer yet. Whatever goes wrong with a question is why it has no answer, and the
-others go on.
+Answers are appended to a JSONL file as they arrive, under a hash of the model and the messages, so that a repeated call
+after a kill asks only unanswered questions. A failed question has the reason in place of an answer, and the others
+continue.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ ATTEMPTS = 3  # at an answer that passes its check
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one question: a text, or why there is none."""
+    """The result of one question: a text, or why there is none."""
 
     text: str = ""
     error: str = ""
@@ -56,13 +56,13 @@ class Chat:
         return (self.tokens["prompt"] * c.price_prompt + self.tokens["completion"] * c.price_completion) / 1e6
 
     def key(self, messages: Sequence[Message], attempt: int) -> str:
-        """Of everything that decides an answer."""
+        """A hash of everything that determines an answer."""
         c = self.config
         asked = [c.model, c.temperature, c.max_tokens, attempt, list(messages)]
         return hashlib.sha256(dump_json(asked, sort_keys=True).encode()).hexdigest()
 
     def ask(self, messages: Sequence[Message], check: Callable[[str], str] = lambda text: "") -> Reply:
-        """An answer that `check` has nothing to say against, or after some attempts why there is none."""
+        """An answer that passes `check`, or after some attempts why there is none."""
         ((_, reply),) = self.ask_all([messages], check)
         return reply
 
@@ -72,13 +72,14 @@ class Chat:
         check: Callable[[str], str] = lambda text: "",
         samples: int = 1,
     ) -> Iterator[tuple[int, Reply]]:
-        """(number of the question, a reply as `ask` gives) as they come, `samples` different ones to a question,
-        config.concurrency asked at once. Questions are taken as they are needed, so that those with pictures need not
-        all be in memory. One call at a time."""
+        """(number of the question, its reply) in order of arrival, `samples` different ones per question,
+        config.concurrency at once. Questions are taken as they are needed, so that those with pictures need not all be
+        in memory. One call at a time.
+        """
         asked = ((number, sample, q) for number, q in enumerate(questions) for sample in range(samples))
         waiting: dict[Future[Reply], int] = {}
         slots = asyncio.Semaphore(self.config.concurrency)
-        with (  # requests run in a thread of their own, while this one makes the next questions
+        with (  # requests run in another thread, while this one prepares the next questions
             start_blocking_portal() as portal,
             portal.wrap_async_context_manager(self.endpoint.client()) as client,
         ):
@@ -126,7 +127,7 @@ class Chat:
             result = await self.endpoint.complete(client, messages, attempt)
         except NoCompletion:
             raise
-        except Exception as error:  # whatever a server provokes costs this question alone
+        except Exception as error:  # any error of a server costs this question alone
             raise NoCompletion(self.endpoint.one_line(f"{type(error).__name__}: {error}")) from error
         self.tokens["prompt"] += result.prompt_tokens
         self.tokens["completion"] += result.completion_tokens
@@ -138,7 +139,7 @@ class Chat:
 
 
 def json_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that an answer is, also inside a fence of backticks; None where it is something else."""
+    """An answer as a JSON object, also inside a fence of backticks; None where it is something else."""
     fenced = re.search(r"```(?:json)?(.*?)```", text, re.DOTALL)
     try:
         result = json.loads(fenced.group(1) if fenced else text)
@@ -160,7 +161,7 @@ def frames_content(frames: np.ndarray) -> list[Message]:
 
 
 def _read_answers(path: Path) -> dict[str, str]:
-    """The whole lines of the file; one that a kill cut short is asked again."""
+    """The complete lines of the file; one that a kill cut short is asked again."""
     if not path.exists():
         return {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)

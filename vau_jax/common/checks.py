@@ -1,4 +1,4 @@
-"""Checks of settings: each module says what its own part of a config may be, by these."""
+"""Checks of settings, used by each module for its own part of a config."""
 
 import math
 import re
@@ -29,7 +29,7 @@ def check_choices(config: ConfigDict, prefix: str, choices: Mapping[str, Sequenc
 
 
 def check_patterns(config: ConfigDict, prefix: str, names: Sequence[str]) -> None:
-    """Raises InputError for what is no regular expression."""
+    """Raises InputError for an invalid regular expression."""
     for name in names:
         for pattern in config[name]:
             try:

@@ -1,6 +1,6 @@
-"""Whether a checkpoint is as it was written: the SHA-256 of each of its files, noted beside them once it is whole.
+"""Integrity of a checkpoint: the SHA-256 of each of its files, stored beside them once it is complete.
 
-Storage that flips a byte, or loses a file, says nothing: tensorstore reads what is there.
+Storage that flips a byte, or loses a file, gives no error: tensorstore reads the remaining data.
 """
 
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ from vau_jax.common import processes
 from vau_jax.common.files import InputError, content_hash, dump_json, read_json, write_text
 
 NOTE = "checksums.json"
-THREADS = 8  # hashing lets other threads go on: a second for 1 to 2 GB on one core, and as many cores at once
+THREADS = 8  # hashing releases the GIL: a second for 1 to 2 GB on one core, and as many cores at once
 
 
 def write(folder: Path) -> None:
-    """Notes what the files of `folder` hold. All processes call this, and each reads some of the files."""
+    """Stores the hashes of the files of `folder`. All processes call this, and each reads some of the files."""
     names = processes.broadcast_from_first(lambda: _by_size(folder))
     shares = processes.exchange(_hashes(folder, names[jax.process_index() :: jax.process_count()]))
     if processes.is_first():
@@ -25,7 +25,7 @@ def write(folder: Path) -> None:
 
 
 def noted(folder: Path) -> dict[str, str] | None:
-    """The files' names and hashes as `write` left them; None where it did not. Raises InputError."""
+    """The files' names and hashes as stored by `write`; None without. Raises InputError."""
     if not (folder / NOTE).exists():
         return None
     result = read_json(folder / NOTE)
@@ -35,10 +35,10 @@ def noted(folder: Path) -> dict[str, str] | None:
 
 
 def damage(folder: Path, skip: str | None = None, together: bool = False) -> str:
-    """What is wrong with the files of `folder`, but for those whose names begin with `skip`, in words; empty where they
-    are as they were written, or nothing was noted of them.
+    """The first fault of the files of `folder`, except those whose names begin with `skip`; empty where they are
+    unchanged, or no hashes were stored.
 
-    With `together` all processes call this, each reads some of the files, and all learn the same.
+    With `together` all processes call this, each reads some of the files, and all get the same result.
     """
     try:
         known, problems = noted(folder) or {}, []
@@ -56,9 +56,8 @@ def damage(folder: Path, skip: str | None = None, together: bool = False) -> str
 
 
 def of_files(folder: Path, names: Iterable[str] = (), below: str | None = None) -> dict[str, str]:
-    """The SHA-256 of the files with these names; or of those whose names begin with `below`, as noted where they are.
-
-    Empty where a file cannot be read.
+    """The SHA-256 of the files with these names, or of those whose names begin with `below`, taken from stored hashes
+    where they exist. Empty where a file cannot be read.
     """
     if below is None:
         return _hashes(folder, names)

@@ -1,4 +1,4 @@
-"""What accelerators can do at most, from their makers' data sheets."""
+"""Peak rates of accelerators, from their makers' data sheets."""
 
 from typing import NamedTuple
 
@@ -23,6 +23,6 @@ CHIPS = {  # by the beginning of JAX's device kind
 
 
 def chip(device_kind: str) -> Chip | None:
-    """That of a device as JAX names it; None for one that is not in the table, such as a CPU."""
+    """The chip of a device by JAX's name; None for one that is not in the table, such as a CPU."""
     known = [name for name in CHIPS if device_kind.startswith(name)]
     return CHIPS[max(known, key=len)] if known else None

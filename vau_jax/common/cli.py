@@ -36,7 +36,7 @@ TPU_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 
 def read(arguments: list[str]) -> tuple[ConfigDict, flags.FlagValues]:
     """The config of a command line, and all its flags. Raises InputError."""
-    os.environ.setdefault("LIBTPU_INIT_ARGS", TPU_FLAGS)  # read when a TPU, or its compiler, is first used
+    os.environ.setdefault("LIBTPU_INIT_ARGS", TPU_FLAGS)  # must be set before a TPU, or its compiler, is first used
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "a config file, see configs/", flag_values=values, lock_config=True)
     flags.DEFINE_string("workdir", None, "where the run writes everything", flag_values=values)
@@ -66,7 +66,7 @@ def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_fields(fields: dict[str, Any]) -> None:
-    """Raises InputError for what no copy of the config may hold: a secret, or a number that JSON has not."""
+    """Raises InputError for a value that must not be in saved configs: a secret, or a number that JSON lacks."""
     for name, value in fields.items():
         if not _is_finite(value):
             raise InputError(f"{name}={value}: expected a finite number")
@@ -87,7 +87,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _last_line(error: Exception) -> str:
-    """The message without a traceback inside it; an unknown field's names the nearest known one."""
+    """The message without a traceback inside it; for an unknown field it names the nearest known one."""
     text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
     lines = [line for line in text.splitlines() if line.strip()]
     if any(line.startswith("Traceback") for line in lines):

@@ -1,7 +1,7 @@
-"""One completion from an OpenAI-compatible chat endpoint, of a server that is not trusted.
+"""One completion from an OpenAI-compatible chat endpoint, of an untrusted server.
 
-Whatever a server sends costs one completion, `seconds` a try, and a few megabytes: a response is read uncompressed and
-up to MOST_BYTES, and a prompt goes to no other server than the one that was named.
+A server can cost one completion, `seconds` per try, and a few megabytes at most: a response is read uncompressed and up
+to MOST_BYTES, and a prompt is sent to the named server only.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ PASSING = (408, 409, 429)  # status codes after which another try may help, with
 
 
 class NoCompletion(Exception):  # noqa: N818 - what a server does is not our error
-    """Why there is no completion, in one line."""
+    """The reason why there is no completion, as one line."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Completion:
 
 
 class Endpoint:
-    """The server of `config` (see `endpoint` in configs/base.py). Raises InputError where that names none."""
+    """The server of `config` (see `endpoint` in configs/base.py). Raises InputError for an invalid one."""
 
     def __init__(self, config: ConfigDict) -> None:
         check_url(config.url)
@@ -60,7 +60,7 @@ class Endpoint:
             raise InputError(f"the key in {config.key_variable} has spaces, line breaks or letters beyond ASCII")
 
     def client(self) -> httpx.AsyncClient:
-        """Connections to it; time is limited here, for a whole try and not for each piece of a response."""
+        """Connections to the server; time is limited per try here, not per chunk of a response."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.config.concurrency)
         headers = {"Authorization": f"Bearer {self.key or 'none'}", "Accept-Encoding": "identity"}
         return httpx.AsyncClient(timeout=None, limits=limits, headers=headers, follow_redirects=False)
@@ -118,7 +118,7 @@ class Endpoint:
 
 
 def check_url(url: str) -> None:
-    """Raises InputError for one that is no address, or that would carry a secret into every copy of the config."""
+    """Raises InputError for an invalid address, or one that would put a secret into saved configs."""
     if "@" in url or "?" in url or "#" in url:
         raise InputError(
             "the url of an endpoint may hold no user, password or query, as it is kept with results: expected one "
@@ -134,7 +134,7 @@ def check_url(url: str) -> None:
 
 
 def read_completion(body: bytes) -> Completion:
-    """What a response to a chat request holds, whatever it is."""
+    """The completion in a response to a chat request, whatever it contains."""
     try:
         result = json.loads(body)
     except (ValueError, RecursionError):
@@ -152,7 +152,7 @@ def read_completion(body: bytes) -> Completion:
 async def _read(response: httpx.Response) -> bytes:
     """The body, as it was sent: nothing is decompressed, as a kilobyte may hold a gigabyte."""
     if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
-        raise NoCompletion(f"the response is encoded as {encoding[:20]!r}, and was asked for as it is")
+        raise NoCompletion(f"the response is encoded as {encoding[:20]!r}, although no encoding was accepted")
     body = bytearray()
     async for piece in response.aiter_raw():
         body += piece
@@ -162,7 +162,7 @@ async def _read(response: httpx.Response) -> bytes:
 
 
 def _pause_asked_for(headers: httpx.Headers, otherwise: float) -> float:
-    """Seconds, by Retry-After, a number of seconds or a date."""
+    """Seconds of a Retry-After header, a number of seconds or a date."""
     asked = headers.get("Retry-After", "")
     try:
         seconds = float(asked)
@@ -174,18 +174,18 @@ def _pause_asked_for(headers: httpx.Headers, otherwise: float) -> float:
     return seconds if seconds >= 0 else otherwise
 
 
-def _at(found: Any, *path: str | int) -> Any:
-    """What stands at a place in parsed JSON; None where nothing does."""
+def _at(value: Any, *path: str | int) -> Any:
+    """The value at a path in parsed JSON; None without."""
     for step in path:
         if isinstance(step, int):
-            found = found[step] if isinstance(found, list) and step < len(found) else None
+            value = value[step] if isinstance(value, list) and step < len(value) else None
         else:
-            found = found.get(step) if isinstance(found, dict) else None
-    return found
+            value = value.get(step) if isinstance(value, dict) else None
+    return value
 
 
 def _count(value: Any) -> int:
-    """A number of tokens that a server names; 0 for what can be none."""
+    """A number of tokens reported by a server; 0 for an invalid one."""
     return value if type(value) is int and 0 <= value < 2**40 else 0
 
 

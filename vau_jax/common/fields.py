@@ -1,7 +1,7 @@
-"""Fields of a JSON object that somebody else wrote, read with their type and range checked.
+"""Fields of a JSON object from an external file, read with their type and range checked.
 
-Nothing of such a file is used before it is known to be what it should: a size of 10^9, a negative, NaN, true in place
-of a number and a list in place of a string each end in one InputError that names the file and the field.
+No value of such a file is used unchecked: a size of 10^9, a negative, NaN, true in place of a number and a list in
+place of a string each end in one InputError that names the file and the field.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and reporting a user's mistake in one line."""
+"""Atomic writing of files, and reporting of a user's mistake as one line."""
 
 import fcntl
 import hashlib
@@ -23,7 +23,7 @@ JSON_BYTES = 2**28  # of a file that is parsed as a whole; memory holds some ten
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: its message says the value, what was expected, and the way out."""
+    """A mistake in the user's input: the message names the value, what was expected, and the way out."""
 
 
 def check_range(name: str, value: float, least: float = -math.inf, most: float = math.inf) -> None:
@@ -51,7 +51,7 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` when the block ends well, and is removed when it does not."""
+    """A folder to fill, which replaces `path` when the block succeeds, and is removed when it fails."""
     path = Path(path)
     part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
     shutil.rmtree(part, ignore_errors=True)
@@ -79,10 +79,10 @@ def sync(path: str | os.PathLike) -> None:
 
 @contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Holds `folder` for this process until the block ends, or the process does, however it ends.
+    """Holds `folder` for this process until the block ends, or the process does.
 
-    Raises InputError that names the process which holds it. By flock: on NFS it is seen by other hosts too, elsewhere
-    (gcsfuse) by those of the same host alone; where a file system has no locks, a warning says so.
+    Raises InputError that names the process holding it. By flock: on NFS other hosts see the lock too, on others
+    (gcsfuse) only those on the same host; where a file system has no locks, a warning says so.
     """
     with open(Path(folder) / LOCK, "a+", encoding="utf-8") as file:
         try:
@@ -108,8 +108,11 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 
 
 def read_json(path: str | os.PathLike, most: int = JSON_BYTES) -> Any:
-    """Parses a JSON file of at most `most` bytes. Raises InputError that names it for anything else than a regular file
-    of JSON in UTF-8, for a key that stands twice in an object, and for what nests too deeply to be read."""
+    """Parses a JSON file of at most `most` bytes.
+
+    Raises InputError with its name for anything else than a regular file of JSON in UTF-8, for a key that occurs twice
+    in an object, and for too deep nesting.
+    """
     try:
         result = os.stat(path)
         if not stat.S_ISREG(result.st_mode):
@@ -129,7 +132,7 @@ def read_json(path: str | os.PathLike, most: int = JSON_BYTES) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object of its keys and values. Raises ValueError where a key stands twice: which of the two is meant?"""
+    """A JSON object of its keys and values. Raises ValueError for a duplicate key, whose value would be ambiguous."""
     result = dict(pairs)
     if len(result) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
@@ -180,5 +183,5 @@ def _complain(message: str) -> int:
 
 
 def short(error: Exception) -> str:
-    """An error of a library in a line."""
+    """A library's error as one line."""
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"

@@ -1,5 +1,6 @@
-"""Metrics and progress of a run: to metrics.jsonl, TensorBoard and Weights & Biases, a progress line to the
-terminal, and a sign of life of every process."""
+"""Metrics and progress of a run: metrics.jsonl, TensorBoard and Weights & Biases, a progress line in the terminal, and
+a heartbeat of every process.
+"""
 
 import hashlib
 import json
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from vau_jax.common import processes
 from vau_jax.common.files import InputError, dump_json, read_json, read_lines, short, write_text
 
-COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX says after each program
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event after each program
 
 
 class Progress:
@@ -47,8 +48,8 @@ def _clock(seconds: float) -> str:
 class MetricWriter:
     """Appends to workdir: metrics.jsonl (an object a step) with the same scalars for TensorBoard, and samples.jsonl.
 
-    A run that resumes at `start_step` first drops what was written of later steps, which it is going to write again.
-    With a `project` the scalars go to Weights & Biases too (WANDB_API_KEY; WANDB_MODE=offline keeps them in workdir).
+    A run that resumes at `start_step` first drops the lines of later steps, which it will write again. With a `project`
+    the scalars go to Weights & Biases too (WANDB_API_KEY; WANDB_MODE=offline keeps them in workdir).
     """
 
     def __init__(self, workdir: str | os.PathLike, start_step: int, project: str = "") -> None:
@@ -72,7 +73,7 @@ class MetricWriter:
             self.wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Ends the run's files."""
+        """Closes the run's files."""
         for file in (self.metrics, self.samples, self.board):
             file.close()
         if self.wandb:
@@ -80,7 +81,7 @@ class MetricWriter:
 
 
 def _wandb(workdir: Path, project: str) -> Any:
-    """A run of Weights & Biases named as the workdir and known by its path, gone on with when the workdir's run is."""
+    """A run of Weights & Biases named after the workdir and identified by its path; it is resumed with the run."""
     try:
         import wandb  # noqa: PLC0415 - only where it is asked for
     except ImportError as error:
@@ -90,8 +91,9 @@ def _wandb(workdir: Path, project: str) -> Any:
 
 
 class Heartbeat:
-    """One line for each process in workdir/heartbeats: who it is, its step, when that ended. A process that hangs or is
-    slow stands out by its line."""
+    """One line for each process in workdir/heartbeats: its host and pid, its step, and the time that ended. A process
+    that hangs or is slow is visible there.
+    """
 
     def __init__(self, workdir: Path, every: float = 5.0) -> None:
         self.folder, self.every, self.last = workdir / "heartbeats", every, -math.inf
@@ -100,7 +102,7 @@ class Heartbeat:
         self._write()
 
     def beat(self, step: int, seconds: float) -> None:
-        """Says that `step` took so many seconds; at most every few seconds."""
+        """Records that `step` took so many seconds; at most every few seconds."""
         self.line |= {"step": step, "seconds/step": round(seconds, 3)}
         if time.monotonic() - self.last >= self.every:
             self._write()
@@ -111,8 +113,9 @@ class Heartbeat:
         write_text(self.folder / f"{jax.process_index():05d}.json", dump_json(self.line) + "\n")
 
     def lost(self, error: Exception, grace: float = 3.0) -> str:
-        """Says in its line that this process ends with `error`; and names the processes that have not said so `grace`
-        seconds later, which means that they are gone and the error comes of it. Empty: there are none."""
+        """Records that this process ends with `error`; and names the processes that have not recorded the same `grace`
+        seconds later, which means that they have ended and caused the error. Empty: none.
+        """
         self.line["ended"] = short(error)
         self._write()
         time.sleep(grace)
@@ -127,18 +130,19 @@ class Heartbeat:
 
 
 def memory() -> dict[str, float]:
-    """The most memory held so far, in GiB: of this process on the host, and of its first device where it tells."""
+    """Peak memory so far, in GiB: of this process on the host, and of its first device where the device reports it."""
     result = {"memory/host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-    told = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in told:
-        result["memory/device_gib"] = told["peak_bytes_in_use"] / 2**30
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        result["memory/device_gib"] = stats["peak_bytes_in_use"] / 2**30
     return result
 
 
 class Programs:
     """The programs that this process has compiled, or read from the compilation cache, since this object was made.
 
-    A run should soon come to an end with it: one that goes on has arrays of ever new shapes, and slows down.
+    Compilation should stop after the first steps: a run that continues to compile
+    has arrays of ever new shapes, and slows down.
     """
 
     def __init__(self) -> None:
@@ -150,7 +154,7 @@ class Programs:
             self.count, self.seconds = self.count + 1, self.seconds + seconds
 
     def take(self) -> dict[str, float]:
-        """How many there were since the last call, and the seconds that they took."""
+        """The number of programs since the last call, and the seconds that they took."""
         result = {"compile/programs": self.count, "compile/seconds": self.seconds}
         self.count, self.seconds = 0, 0.0
         return result
@@ -160,7 +164,7 @@ _programs = cache(Programs)  # one for all runs of the process: JAX's listeners 
 
 
 class RunLog:
-    """What a run tells of its steps; all but the sign of life by the first process alone."""
+    """The log of a run's steps. All but the heartbeat is written by the first process alone."""
 
     def __init__(self, config: ConfigDict, workdir: Path, done: int) -> None:
         self.config, self.workdir = config, workdir
@@ -172,7 +176,7 @@ class RunLog:
 
     def begin(self, step: int) -> None:
         first, last = self.config.profile_steps
-        if first and first <= step <= max(first, last) and not self.tracing:  # a run may be gone on with among these
+        if first and first <= step <= max(first, last) and not self.tracing:  # a run may resume within these
             jax.profiler.start_trace(str(self.workdir / "profile"))
             self.tracing = True
         self.programs.take()
@@ -205,7 +209,7 @@ def _append_after(path: Path, step: int) -> TextIO:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file but for a last one that a kill cut short."""
+    """The complete lines of a file: a last one that a kill cut short is left out."""
     if not path.exists():
         return []
     return [line for line in read_lines(path) if line.endswith("\n")]

@@ -1,7 +1,7 @@
-"""Runs of several processes: their start, which rows of a batch each has, and what they exchange.
+"""Runs of several processes: their start, the rows of a batch that each holds, and their communication.
 
-Every process runs the same program on the same steps. Each loads, reads and scores the rows of a batch that its own
-devices hold; arrays on the devices are whole batches, and what a decision depends on is gathered first, so that all
+Every process runs the same program on the same steps. Each loads, parses and scores the rows of a batch that its own
+devices hold; arrays on the devices are global batches, and the inputs of a decision are gathered first, so that all
 decide alike. With one process everything here is the identity.
 """
 
@@ -35,12 +35,12 @@ SHORTEST = 4096  # bytes of JSON that processes send to each other: more are pad
 def start() -> None:
     """Joins this process to the others of the run.
 
-    Who they are is known from the cluster (TPU pod, GKE, SLURM, Open MPI), or from JAX_COORDINATOR_ADDRESS
-    (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises InputError where neither is.
+    The cluster provides their addresses (TPU pod, GKE, SLURM, Open MPI), or JAX_COORDINATOR_ADDRESS (host:port of
+    process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID do. Raises InputError where neither exists.
     """
-    told = {name: os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
+    given = {name: os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
     try:
-        count, number = (int(value) if value else None for value in told.values())
+        count, number = (int(value) if value else None for value in given.values())
         jax.distributed.initialize(
             num_processes=count,
             process_id=number,
@@ -57,22 +57,22 @@ def start() -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Whether this process writes the files that are written once."""
     return jax.process_index() == 0
 
 
 def barrier(place: str) -> None:
-    """Returns when all processes have come here."""
+    """Returns when all processes have reached it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(place)
 
 
 def exchange(value: Any) -> list[Any]:
-    """The JSON values of all processes, in their order: what each of them calls this with.
+    """The JSON values of all processes, in their order: the argument of each.
 
-    Each length is a program of its own: they are padded to powers of two, so that a run soon has all that it needs.
-    (The coordination service's store compiles nothing, but it is no public part of JAX, and one process's socket
-    would carry what all tell all.)
+    Each length compiles another program: lengths are padded to powers of two, so that a run soon has compiled all. (The
+    coordination service's store compiles nothing, but is not a public part of JAX, and one process's socket would carry
+    the messages of all to all.)
     """
     if jax.process_count() == 1:
         return [value]
@@ -86,7 +86,7 @@ def exchange(value: Any) -> list[Any]:
 
 
 def broadcast_from_first(find: Callable[[], Any]) -> Any:
-    """What `find` returns in the first process, as a JSON value; the others wait for it. All raise its InputError."""
+    """The result of `find` in the first process, as a JSON value; the others wait for it. All raise its InputError."""
     if jax.process_count() == 1:
         return find()
     said: dict[str, Any] = {}
@@ -102,8 +102,9 @@ def broadcast_from_first(find: Callable[[], Any]) -> Any:
 
 
 def own_lines(path: Path) -> Path:
-    """A JSONL file that this process alone appends to, and that begins with the whole lines of all processes so far:
-    `path` of the first, with a number in its name of the others."""
+    """A JSONL file that this process alone appends to, and that begins with the complete lines of all processes so far:
+    `path` for the first, with a number in its name for the others.
+    """
     own = path if is_first() else path.with_stem(f"{path.stem}.{jax.process_index():05d}")
     files = sorted(path.parent.glob(f"{path.stem}*{path.suffix}"))
     lines = dict.fromkeys(line for file in files for line in file.read_bytes().split(b"\n")[:-1])
@@ -115,7 +116,7 @@ def own_lines(path: Path) -> Path:
 
 @contextmanager
 def exclusive(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of `workdir` until the block ends: the first process holds it. Raises InputError."""
+    """Keeps other runs out of `workdir` until the block ends: the first process holds the lock. Raises InputError."""
     with ExitStack() as held:
         broadcast_from_first(lambda: held.enter_context(locked(workdir)))
         yield
@@ -139,7 +140,7 @@ class Rows:
 
     @property
     def mine(self) -> list[int]:
-        """Those of this process."""
+        """The rows of this process."""
         return self.of_process[jax.process_index()]
 
     def put(self, tree: Any) -> Any:
@@ -160,7 +161,7 @@ class Rows:
         return jax.tree.map(whole, tree)
 
     def fetch(self, tree: Any) -> Any:
-        """The inverse of `put`, also for arrays that lie otherwise on the devices."""
+        """The inverse of `put`, also for arrays with another sharding."""
         if jax.process_count() == 1:
             return jax.device_get(tree)
 
@@ -201,9 +202,9 @@ def _take(pools: Sequence[Any], numbers: jax.Array) -> Any:
 
 
 class Preemption:
-    """SIGTERM as a request: the run ends well at the end of a step, after a checkpoint.
+    """SIGTERM as a request: the run ends cleanly after a step, with a checkpoint.
 
-    Several processes agree on the step through JAX's coordination service, whichever of them was asked.
+    Several processes agree on the step through JAX's coordination service, whichever of them received the signal.
     """
 
     def __init__(self) -> None:
@@ -222,6 +223,6 @@ class Preemption:
         return self._asked.is_set()
 
     def close(self) -> None:
-        """Gives the signal back."""
+        """Restores the signal's handler."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)

@@ -1,4 +1,4 @@
-"""How arrays lie on devices: one mesh, and regexes on parameter names.
+"""Sharding of arrays: one mesh, and regexes on parameter names.
 
 Mesh axes: `data` (copies of the model, different examples), `fsdp` (examples too, parameters split), `tensor`
 (heads and hidden units split).
@@ -54,7 +54,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def abstract_mesh(shape: Mapping[str, int], count: int) -> AbstractMesh:
-    """The same over `count` devices that are not there. Raises InputError likewise."""
+    """The same over `count` absent devices. Raises InputError likewise."""
     return AbstractMesh(_sizes(shape, count), AXES)
 
 
@@ -85,7 +85,7 @@ def check_divisible(batch_size: int, mesh: Mesh) -> None:
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The layout of one parameter: its rule's, with axes that do not divide the shape left whole.
+    """The partition spec of one parameter by its rule; axes that do not divide the shape are not split.
 
     Raises ValueError for a name that no rule covers.
     """
@@ -115,7 +115,7 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def gathered(tree: Any, mesh: Mesh) -> Any:
-    """The same as `state_shardings`, but whole over the fsdp axis: for parameters that are read again and again."""
+    """The same as `state_shardings`, but not split over the fsdp axis: for parameters that are read repeatedly."""
 
     def whole(place: NamedSharding) -> NamedSharding:
         return NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in place.spec)))
@@ -124,7 +124,8 @@ def gathered(tree: Any, mesh: Mesh) -> Any:
 
 
 def layout(mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], Sharding]:
-    """`layout(mesh)(path, shape)`: how a parameter lies on the mesh by rule, or on this process's first device."""
+    """`layout(mesh)(path, shape)`: the sharding of a parameter by PARAM_RULES; without a mesh, this process's first
+    device."""
     if mesh is None:
         alone = SingleDeviceSharding(jax.local_devices()[0])
         return lambda path, shape: alone
@@ -137,7 +138,7 @@ def examples(mesh: Mesh) -> NamedSharding:
 
 
 def on(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """What is traced inside lays its arrays out on `mesh`; with None they stay as they are."""
+    """Context in which traced code shards its arrays over `mesh`; None: no constraint."""
     return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
@@ -152,23 +153,26 @@ def _split(x: jax.Array, *spec: Any) -> jax.Array:
 
 
 def tensor_parts() -> int:
-    """Into how many parts the ambient mesh splits heads and hidden units: 1 without a mesh."""
+    """The size of the ambient mesh's tensor axis, over which heads and hidden units are split: 1 without a mesh."""
     mesh = ambient()
     return mesh.shape["tensor"] if mesh else 1
 
 
 def between_layers(x: jax.Array) -> jax.Array:
-    """Splits the tokens of x [B, S, D] over the tensor axis too (sequence parallelism, arXiv 2205.05198). What is kept
-    of each layer for the backward pass is then as much smaller. No more need be sent, if an all-reduce becomes its two
-    halves; XLA for TPU keeps most of them whole, and a fifth more is sent."""
+    """Splits the tokens of x [B, S, D] over the tensor axis too (sequence parallelism, arXiv 2205.05198).
+
+    The activations kept for the backward pass shrink accordingly. Communication does not grow if an all-reduce becomes
+    its two halves; XLA for TPU keeps most all-reduces, and a fifth more is sent.
+    """
     parts = tensor_parts()
     return x if parts == 1 or x.shape[1] % parts else _split(x, _examples_of(x), "tensor")
 
 
 @jax.custom_vjp
 def whole_tokens(x: jax.Array) -> jax.Array:
-    """The inverse of `between_layers`, before a layer's products: each device of the tensor axis gets all tokens. Of
-    the gradient's sum over these devices each keeps its tokens again."""
+    """The inverse of `between_layers`, before a layer's products: each device of the tensor axis gets all tokens. The
+    gradient's sum over these devices is split by tokens again.
+    """
     return x if tensor_parts() == 1 else _split(x, _examples_of(x))
 
 
@@ -193,7 +197,7 @@ def by_hidden(x: jax.Array) -> jax.Array:
 
 
 def kernel_by_heads(kernel: jax.Array) -> jax.Array:
-    """The same for a kernel [in, ..., heads, H]; how `in` lies is left to the compiler."""
+    """The same for a kernel [in, ..., heads, H]; the sharding of `in` is left to the compiler."""
     parts = tensor_parts()
     if parts == 1:
         return kernel
@@ -206,7 +210,7 @@ def _examples_of(x: jax.Array) -> tuple[str, ...] | None:
 
 
 def example_parts(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts a batch is split."""
+    """The number of parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in EXAMPLES)
 
 
@@ -219,7 +223,7 @@ def cache(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def mesh_of(array: Any) -> Mesh | None:
-    """The mesh that an array lies on, None for one on a single device or on the host."""
+    """The mesh of an array's sharding; None for an array on a single device or on the host."""
     where = getattr(array, "sharding", None)
     return where.mesh if isinstance(where, NamedSharding) else None
 

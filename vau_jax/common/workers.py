@@ -1,4 +1,4 @@
-"""Processes that answer requests: one that hangs or crashes costs the request that it has, and nothing else.
+"""Worker processes that answer requests: one that hangs or crashes costs its current request only.
 
 A request and its answer are a line of JSON each; bytes may follow an answer.
 """
@@ -67,8 +67,9 @@ class Worker:
     def ask(
         self, request: Any, seconds: float = math.inf, follows: Callable[[Answer], int] = lambda answer: 0
     ) -> tuple[Answer, bytes]:
-        """The answer, and the bytes behind it, which are as many as `follows` says. Raises Died, also for one that
-        takes longer than `seconds`."""
+        """The answer, and the `follows(answer)` bytes behind it. Raises Died, also for one that takes longer than
+        `seconds`.
+        """
         late = threading.Event()
 
         def end() -> None:
@@ -103,8 +104,9 @@ class Worker:
 
 
 class Pool:
-    """At most `count` workers, made by `start` when they are needed, and replaced when they have died or answered
-    `most` requests; may be asked by as many threads and more."""
+    """At most `count` workers, created by `start` when they are needed, and replaced when they have died or answered
+    `most` requests; thread-safe.
+    """
 
     def __init__(self, count: int, start: Callable[[], Worker], most: float = math.inf) -> None:
         self.start, self.most = start, most

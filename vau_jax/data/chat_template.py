@@ -1,4 +1,4 @@
-"""Messages to a prompt's text by a model folder's chat template, in a process of its own.
+"""Messages to a prompt's text by a model folder's chat template, in a separate process.
 
 A template is a program that came with the weights. Jinja's sandbox keeps it from files and from the interpreter, but
 not from looping for ever, nor from filling memory, and a loop inside one operation (`10 ** 10 ** 10`) cannot be stopped
@@ -32,7 +32,7 @@ _workers = Pool(1, lambda: Worker("vau_jax.data.chat_template"))
 
 
 def render(template: str, values: dict[str, Any], where: str) -> str:
-    """The text that a Jinja template makes of `values` (plain JSON), as transformers' `apply_chat_template` does.
+    """Renders a Jinja template with `values` (plain JSON), as transformers' `apply_chat_template` does.
 
     Raises InputError, which begins with `where`, for a template that is damaged, refuses the messages, or takes more
     than SECONDS, MEMORY or MOST.
@@ -57,7 +57,7 @@ def _refuse(message: object) -> None:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks an assistant's tokens for who trains on them; the text is the same without."""
+    """`{% generation %}` marks an assistant's tokens for training; the text is the same without."""
 
     tags = frozenset({"generation"})
 
@@ -68,17 +68,17 @@ class _Generation(Extension):
 
 @lru_cache(8)
 def _compiled(template: str) -> Template:
-    """As transformers compiles it."""
+    """Compiled as in transformers."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters["tojson"] = partial(dump_json, ensure_ascii=False)  # as it is, not made safe for HTML
+    environment.filters["tojson"] = partial(dump_json, ensure_ascii=False)  # not escaped for HTML
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment.from_string(template)
 
 
 def answer(request: dict[str, Any]) -> dict[str, str]:
-    """The text, or why there is none, on one line."""
+    """The text, or the reason why there is none, as one line."""
     try:
         text = _compiled(request["template"]).render(request["values"])
     except MemoryError:
@@ -93,9 +93,9 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     for line in requests:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, request["seconds"])
-        told = dump_json(answer(request)).encode()
+        line = dump_json(answer(request)).encode()
         signal.setitimer(signal.ITIMER_REAL, 0)
-        answers.write(told + b"\n")
+        answers.write(line + b"\n")
         answers.flush()
 
 

@@ -1,4 +1,4 @@
-"""The feed of a run: batch after batch, this process's rows of each, checked, counted and put on the devices."""
+"""The feed of a run: its batches in order, this process's rows of each, checked, counted and put on the devices."""
 
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +16,7 @@ from vau_jax.tasks.example import Example
 
 
 class Feed:
-    """The batches of config.data for `rows`; `counts` is what was wrong with the data since the run began."""
+    """The batches of config.data for `rows`; `counts` are the data problems since the run began."""
 
     def __init__(
         self, config: ConfigDict, examples: list[Example], audit: Audit, processor: Processor, rows: Rows
@@ -36,19 +36,19 @@ class Feed:
         self.counts = Counter(pipeline.excluded(audit))
 
     def next(self) -> HostBatch:
-        """This process's rows of the next batch; what is wrong with the whole of it is counted."""
+        """This process's rows of the next batch; problems of the whole batch are counted."""
         host = next(self.iterator)
         troubles = [pipeline.problem_counts(item, self.config.data) for item in host.examples]
         self.counts.update(pipeline.summed(self.rows.gather(troubles)))
         return host
 
     def shape(self, host: HostBatch) -> Shape:
-        """What every process pads its rows of a batch to: the largest of their sizes."""
+        """The shape that every process pads its rows of a batch to: the maximum over all."""
         own = self.collate.shape(host.examples)
         return Shape(*map(max, *self.rows.gather([own] * len(host.examples)), own))
 
     def agreed(self, host: HostBatch) -> HostBatch:
-        """The same rows padded as every process pads its own."""
+        """The same rows padded to the shape agreed by all processes."""
         return host if jax.process_count() == 1 else self.collate(host.examples, self.shape(host))
 
     def on_devices(self, host: HostBatch) -> HostBatch:
@@ -56,11 +56,11 @@ class Feed:
         return replace(host, batch=self.rows.put(host.batch))
 
     def state(self) -> Any:
-        """The position in the data, as grain has it."""
+        """The position in the data, in grain's format."""
         return self.iterator.get_state()
 
     def resume(self, state: Any) -> None:
-        """Goes to the position of `state`."""
+        """Continues from the position `state`."""
         self.iterator.set_state(state)
 
     def close(self) -> None:

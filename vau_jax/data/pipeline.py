@@ -1,7 +1,7 @@
-"""Annotated videos to batches, by grain: shuffled, mixed by task, augmented, padded; its position can be saved.
+"""Annotated videos to batches, by grain: shuffled, mixed by task, augmented, padded; the position can be saved.
 
-The order and the randomness of example n depend on the seed and on n alone, never on the number of workers or of
-processes. Videos are decoded by processes of their own (decode_worker.py), which threads of this one wait for.
+The order and the randomness of example n depend on the seed and on n alone, never on the number of workers or
+processes. Videos are decoded in separate processes (decode_worker.py), which threads of this one wait for.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ EASY, HARD = "easy", "hard"
 
 
 class Prompt(NamedTuple):
-    """An example as the model is to see it."""
+    """The prompt of an example, as text and encoded."""
 
     prompt: str
     encoded: Encoded
@@ -48,16 +48,16 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Loaded:
-    """An example with its frames chosen and its prompt made."""
+    """An example with sampled frames and encoded prompt."""
 
-    example: Example  # the row as asked: options in their shuffled order, interval moved with the frames
+    example: Example  # with its choices in the order shown
     prompt: str
     encoded: Encoded
     target_tokens: np.ndarray  # int32 [C]
     target_weights: np.ndarray  # float32 [C]
-    failure: str | None  # why the video could not be used; grey frames stand in and the loss leaves it out
+    failure: str | None  # why the video could not be used: it has grey frames and weight 0 in the loss
     reason: str = ""  # the same in a word, for counting
-    damage: str = ""  # what of the video could not be decoded, where the rest is used
+    damage: str = ""  # undecodable parts of a video that is used
     cached: bool = False  # the frames came from the cache
     seconds: float = 0.0  # length of the clip
     variants: dict[str, Prompt] = field(default_factory=dict)  # other prompts, by the level of difficulty they are for
@@ -75,9 +75,9 @@ class HostBatch:
 
 
 def load_examples(config: ConfigDict) -> tuple[list[Example], Audit]:
-    """All examples of a config.data that can be used; what cannot is in the audit.
+    """All usable examples of a config.data; what is left out is in the audit.
 
-    Raises InputError for a missing file or folder, an unknown task, and when nothing usable is left.
+    Raises InputError for a missing file or folder, an unknown task, and when no example is left.
     """
     check(config)
     folder = Path(config.videos)
@@ -111,7 +111,7 @@ DIFFICULTY_RANGES = {"memory": COUNT, "noise": NOT_NEGATIVE, "drop": SHARE}
 
 
 def check(config: ConfigDict) -> None:
-    """Raises InputError for the first setting that config.data may not have."""
+    """Raises InputError for the first invalid setting of config.data."""
     unknown = [task for task in config.tasks if task not in TASKS]
     if unknown or not config.tasks:
         raise InputError(f"data.tasks={tuple(config.tasks)}: expected some of {', '.join(TASKS)}")
@@ -129,7 +129,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _with_media(examples: Sequence[Example], audit: Audit) -> list[Example]:
-    """The examples whose files are there; rows that lack one are noted once."""
+    """The examples whose files exist; a row that lacks one is noted once."""
     usable, noted = [], set()
     for example in examples:
         missing = next((path for path in example.media if not os.path.isfile(path)), None)
@@ -153,7 +153,7 @@ def video_options(config: ConfigDict, default: VideoOptions) -> VideoOptions:
 
 @dataclass
 class Loader:
-    """Makes a `Loaded` of an example; `rng` decides shuffling and augmentation, and nothing else does."""
+    """Loads an example as `Loaded`; `rng` decides shuffling and augmentation, and nothing else does."""
 
     processor: Processor
     config: ConfigDict
@@ -188,9 +188,9 @@ class Loader:
         )
 
     def _shuffled(self, example: Example, rng: np.random.Generator) -> Example:
-        """The example with its choices in another order, where that means nothing."""
+        """The example with its choices in another order, for tasks where the order has no meaning."""
         task = TASKS[example.task]
-        # Where nothing is shuffled four numbers are drawn too, so that augmentation does not depend on the task.
+        # Four numbers are drawn also where nothing is shuffled, so that augmentation does not depend on the task.
         count = len(example.choices) if task.shuffles else 4
         order = tuple(rng.permutation(count)) if self.config.shuffle_options else tuple(range(count))
         return task.shuffled(example, order[example.rotation :] + order[: example.rotation])
@@ -203,14 +203,14 @@ class Loader:
         return Prompt(prompt, self.processor.encode_text(prompt, [self.processor.encode_clip(clip) for clip in videos]))
 
     def _variants(self, example: Example, videos: Sequence[Clip], rng: np.random.Generator) -> dict[str, Prompt]:
-        """Prompts for examples that the policy is good at, and for those it fails at; see rl/difficulty.py."""
+        """Prompts for examples on which the policy is good, and for those on which it fails; see rl/difficulty.py."""
         c = self.config.difficulty
         worse = [replace(clip, frames=harder(clip.frames, rng, c.noise, c.drop)) for clip in videos]
         hint = TASKS[example.task].hint(example)
         return {EASY: self._prompt(example, worse), HARD: self._prompt(example, videos, f"\nHint: {hint}")}
 
     def _clips(self, example: Example) -> tuple[list[Clip], bool, VideoError | None]:
-        """The frames of each video and whether all were cached; grey ones where a video cannot be used."""
+        """The frames of each video and whether all were cached; grey frames where a video cannot be used."""
         if not example.media:
             return [], True, None
         options = video_options(self.config, self.processor.video_options)
@@ -240,7 +240,7 @@ class Loader:
 
 
 def augment(clip: Clip, rng: np.random.Generator) -> Clip:
-    """A random flip, shift and colour change, the same for all frames; what happens and when stays as it is."""
+    """A random flip, shift and colour change, the same for all frames; events and their times are unchanged."""
     frames = clip.frames
     if rng.random() < 0.5:
         frames = frames[:, :, ::-1]
@@ -279,7 +279,7 @@ class Collator:
     config: ConfigDict
 
     def shape(self, items: Sequence[Loaded]) -> Shape:
-        """What the prompts are padded to."""
+        """The shape that the prompts are padded to."""
         return self.processor.batch_shape([i.encoded for i in items], Shape(*self.config.bucket))
 
     def __call__(self, items: Sequence[Loaded], shape: Shape | None = None) -> HostBatch:
@@ -300,7 +300,7 @@ class Collator:
 
 
 def problem_counts(item: Loaded, config: ConfigDict) -> dict[str, int]:
-    """What went wrong with an example, as counts for the metrics; failed videos by reason too."""
+    """The problems of an example as counts for the metrics; failed videos by reason too."""
     result = {
         "data/failed_videos": int(item.failure is not None),
         "data/damaged_videos": int(bool(item.damage)),
@@ -314,7 +314,7 @@ def problem_counts(item: Loaded, config: ConfigDict) -> dict[str, int]:
 
 
 def summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    """The counts of many examples, zeros among them."""
+    """The counts of many examples, including zeros."""
     total: Counter[str] = Counter()
     for result in counts:
         total.update(result)
@@ -333,7 +333,7 @@ def excluded(audit: Audit) -> dict[str, int]:
 
 
 class BatchRows(grain.MapDataset):
-    """Of every `batch_size` elements those at the places `rows`."""
+    """Of every `batch_size` elements those at the positions `rows`."""
 
     def __init__(self, parent: grain.MapDataset, batch_size: int, rows: Sequence[int]) -> None:
         super().__init__(parent)
@@ -374,7 +374,7 @@ class SimilarLengths(grain.MapDataset):
         return self._parent[number * self._size + int(self._order(number)[position])]
 
     def _sorted(self, number: int) -> np.ndarray:
-        """The places of a window's examples in their new order."""
+        """The positions of a window's examples in their new order."""
         first = number * self._size
         count = min(self._size, len(self) - first)
         by_length = np.argsort([self._length(self._parent[first + i]) for i in range(count)], kind="stable")
@@ -384,10 +384,10 @@ class SimilarLengths(grain.MapDataset):
 
 
 def expected_tokens(example: Example, sampling: clips.Sampling | None) -> float:
-    """About how many tokens the prompt has; where the length of its video is not known, of the text alone. No example
-    has a video where `sampling` is None.
+    """The approximate number of tokens of the prompt; where the length of its video is unknown, of its text alone. No
+    example has a video where `sampling` is None.
 
-    The annotation's question and options stand for the text of every task, which differs little within one.
+    The annotation's question and options represent the text of every task, which differs little within one.
     """
     text = len(example.question) + sum(map(len, example.meta.get("options", example.choices)))
     duration, fps, width, height = (example.meta.get(name) for name in ("duration", "fps", "width", "height"))
@@ -414,11 +414,12 @@ def train_iterator(
     rows: Sequence[int] | None = None,
     put: Callable[[HostBatch], HostBatch] | None = None,
 ) -> grain.DatasetIterator:
-    """An endless iterator of `HostBatch`: of every batch of `batch_size` examples those at the places `rows`, or all.
+    """An endless iterator of `HostBatch`: of every batch of `batch_size` examples those at the positions `rows`, or
+    all.
 
-    Tasks are mixed by config.task_weights (a task without one: 1). `get_state` and `set_state` save and restore the
-    position, which is the number of batches given: it means the same for any number of workers and processes. `put`
-    puts a batch on the devices while the one before is in use.
+    Tasks are mixed by config.task_weights (default weight 1). `get_state` and `set_state` save and restore the
+    position, which is the number of batches so far: it has the same meaning for any number of workers and processes.
+    `put` puts a batch on the devices while the previous one is in use.
     """
     rows = range(batch_size) if rows is None else rows
     loader = make_loader(processor, config, augment=config.augment)
@@ -445,8 +446,9 @@ def train_iterator(
 def eval_batches(
     examples: list[Example], processor: Processor, config: ConfigDict, batch_size: int, seed: int, blind: bool
 ) -> grain.DatasetIterator:
-    """All examples once, in order, the last batch filled up with its last example; the order of options depends on
-    the seed and the example's name alone."""
+    """All examples once, in order, the last batch filled up with its last example. The order of options depends on the
+    seed and the example's id alone.
+    """
     loader = make_loader(processor, config, augment=False, blind=blind)
 
     def load(example: Example) -> Loaded:
@@ -458,8 +460,9 @@ def eval_batches(
 
 
 def draw_numbers(items: Sequence[Loaded], repeats: Sequence[int] | None = None) -> np.ndarray:
-    """uint32 [B]: a number for each example, by its id and rotation alone, and by how often it stood in the batch
-    before, where it does more than once."""
+    """uint32 [B]: a number for each example from its id and rotation alone; further occurrences in the same batch get
+    numbers of their own.
+    """
     repeats = [0] * len(items) if repeats is None else repeats
     names = [f"{item.example.id}/{item.example.rotation}" for item in items]
     names = [f"{name}/{repeat}" if repeat else name for name, repeat in zip(names, repeats, strict=True)]
@@ -469,18 +472,17 @@ def draw_numbers(items: Sequence[Loaded], repeats: Sequence[int] | None = None) 
 
 @jax.jit
 def keys_of(key: jax.Array, numbers: jax.Array) -> jax.Array:
-    """A key for each example [B], from `draw_numbers`: what is drawn for it does not depend on which others stand in
-    its batch, and where."""
+    """A key for each example [B], from `draw_numbers`: samples of an example do not depend on its batch or position."""
     return jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
 
 def sampling_keys(items: Sequence[Loaded], seed: int) -> jax.Array:
-    """A key for each example [B], to sample its completions with in an evaluation."""
+    """A key for each example [B], for sampling its completions in an evaluation."""
     return keys_of(jax.random.key(seed), draw_numbers(items))
 
 
 def make_loader(processor: Processor, config: ConfigDict, augment: bool, blind: bool = False) -> Loader:
-    """A loader that decodes in config.workers processes what is not in config.cache."""
+    """A loader that decodes videos that are not in config.cache in config.workers processes."""
     cache = FrameCache(config.cache, DecoderPool(config.workers, config.video_seconds).read)
     return Loader(processor, config, cache, augment, blind)
 
@@ -488,7 +490,7 @@ def make_loader(processor: Processor, config: ConfigDict, augment: bool, blind: 
 def _ahead(
     batches: grain.MapDataset, config: ConfigDict, put: Callable[[HostBatch], HostBatch] | None = None
 ) -> grain.IterDataset:
-    """Batches loaded ahead by threads, and put on the devices ahead by one more."""
+    """Batches loaded ahead by threads, and put on the devices ahead by another thread."""
     options = grain.ReadOptions(num_threads=config.workers, prefetch_buffer_size=2 * config.workers)
     loaded = batches.to_iter_dataset(options)
     if put is None:

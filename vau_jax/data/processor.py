@@ -41,7 +41,7 @@ class Visual:
     time_step: float = 1.0  # M-RoPE time positions from one temporal patch to the next
     times: tuple[float, ...] | None = None  # seconds at the middle of each temporal patch; None: a still image
     before: np.ndarray | None = None  # uint8 [P, patch_dim]: the same one frame earlier, for a motion prompt
-    goes_on: bool = False  # it is the next temporal patch of the clip that the visual before it belongs to
+    goes_on: bool = False  # the next temporal patch of the same clip as the previous visual
 
     @property
     def token_count(self) -> int:
@@ -120,7 +120,7 @@ def patch_groups(grid: tuple[int, int, int], config: VisionConfig) -> tuple[list
 
 
 def table_corners(grid: tuple[int, int, int], config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [P, 4] and float32 [P, 4]: where each patch lies in the learned position table.
+    """int32 [P, 4] and float32 [P, 4]: the position of each patch in the learned position table.
 
     The table's corners are the frame's; a patch between entries takes its four neighbours' by bilinear shares.
     """
@@ -144,7 +144,7 @@ def encode_visual(
 ) -> Visual:
     """Patches of a clip whose frames are at `times` [F] seconds, or of a still image without `seconds_per_frame`.
 
-    For a model with a motion prompt the first frame is there to see what moves in the second; it has no patches.
+    For a model with a motion prompt the first frame only serves to compute the motion of the second; it has no patches.
     """
     before = None
     if config.motion and seconds_per_frame is not None:
@@ -175,9 +175,8 @@ def one_by_one(visual: Visual) -> list[Visual]:
 def mrope_positions(is_visual: np.ndarray, visuals: Sequence[Visual]) -> np.ndarray:
     """int32 [3, T]: time, row and column of every token, as transformers' `get_rope_index` gives them.
 
-    Text advances all three by one; a visual token stands at its temporal patch times the clip's time step (whole
-    positions, cut off), its row and its column, counted from where the visual begins. The text after it goes on
-    max(rows, columns) later.
+    Text advances all three by one. A visual token has its temporal patch times the clip's time step (truncated), its
+    row and its column, counted from the start of the visual. The text after it starts max(rows, columns) later.
     """
     parts, start, at, remaining = [], 0, 0, iter(visuals)
     while at < len(is_visual):
@@ -202,11 +201,11 @@ SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-)  # what transformers reads beside it
+)  # read by transformers too
 
 
 def _tokenizer(folder: Path, config: model_config.QwenVLConfig) -> "PreTrainedTokenizerFast":
-    """A folder's tokenizer. Raises InputError for a damaged one, and for one that does not fit the model."""
+    """A folder's tokenizer. Raises InputError for a damaged one, and for one that does not match the model."""
     path = folder / TOKENIZER
     if not path.is_file():
         raise InputError(f"model folder {folder} has no {TOKENIZER}: copy the tokenizer files beside the weights")
@@ -220,14 +219,14 @@ def _tokenizer(folder: Path, config: model_config.QwenVLConfig) -> "PreTrainedTo
     for template in (*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")):
         if not template.is_file() or template.stat().st_size > TEMPLATE_BYTES:
             raise InputError(f"{template} is no chat template: expected a file of at most {TEMPLATE_BYTES} bytes")
-    # All that a tokenizer is stands in tokenizer.json; AutoTokenizer would import PyTorch where it is installed.
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - slow to import: mistakes are told before
+    # tokenizer.json is complete; AutoTokenizer would import PyTorch where it is installed.
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - slow to import: mistakes are reported before
 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), model_max_length=sys.maxsize)
-        tokenizer("a", add_special_tokens=False)  # settings of another type show when they are used
+        tokenizer("a", add_special_tokens=False)  # settings of a wrong type fail on use
         largest = max(tokenizer.get_vocab().values(), default=0)
-    except Exception as error:  # the libraries raise whatever a damaged file provokes
+    except Exception as error:  # a damaged file can raise anything in the libraries
         raise InputError(f"cannot read the tokenizer of {folder}: {' '.join(str(error).split())[:300]}") from error
     if largest >= config.vocab_size:
         raise InputError(f"{path} has token {largest}, but config.json: vocab_size={config.vocab_size}")
@@ -238,7 +237,7 @@ def _tokenizer(folder: Path, config: model_config.QwenVLConfig) -> "PreTrainedTo
 
 
 class Processor:
-    """Everything of a model folder that is not weights: sizes, tokenizer, chat template, pixel budgets."""
+    """Everything in a model folder except the weights: sizes, tokenizer, chat template, pixel budgets."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
         """Raises InputError for a folder without config or tokenizer."""
@@ -249,10 +248,10 @@ class Processor:
         self.tokenizer = _tokenizer(self.folder, self.config)
         self.image_options, self.video_options = self._pixel_budgets() if self.config.vision else (VideoOptions(),) * 2
         self.end_tokens = self._end_tokens()
-        self.read_video = clips.read  # or that of a decode_worker.DecoderPool, for files that nobody has vouched for
+        self.read_video = clips.read  # or that of a decode_worker.DecoderPool, for untrusted files
 
     def _pixel_budgets(self) -> tuple[VideoOptions, VideoOptions]:
-        """How an image and a video are sampled unless they say it themselves."""
+        """Default sampling of images and videos."""
         tokens = self.factor**2  # pixels of one visual token
         image, clip = VideoOptions(min_pixels=4 * tokens, max_pixels=1280 * tokens), VideoOptions()
         if self.config.timestamps:  # Qwen3-VL bounds a clip as a whole
@@ -277,7 +276,7 @@ class Processor:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """What each token id writes; ids without a token write nothing."""
+        """The bytes of each token id; ids without a token have none."""
         return token_bytes(self.tokenizer, self.config.vocab_size)
 
     @property
@@ -292,7 +291,7 @@ class Processor:
 
     @property
     def factor(self) -> int:
-        """What frame sides must be multiples of, in pixels."""
+        """Frame sides are multiples of this, in pixels."""
         return self.vision.patch_size * self.vision.spatial_merge_size
 
     def sampling(self, options: VideoOptions) -> Sampling:
@@ -301,7 +300,7 @@ class Processor:
         return Sampling(replace(options, lead=lead), self.factor, self.vision.temporal_patch_size)
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
-        """Chat messages to one prompt that ends where the assistant begins; see `VideoLM.encode` for the items."""
+        """Chat messages to one prompt that ends where the assistant's turn begins; items: see `VideoLM.encode`."""
         visuals = []
         for message in messages:
             content = message["content"]
@@ -315,9 +314,9 @@ class Processor:
         return self.encode_text(self.chat_text(messages), visuals)
 
     def chat_text(self, messages: Sequence[Message]) -> str:
-        """Messages in the form of the folder's chat template, up to where the assistant begins.
+        """Messages formatted by the folder's chat template, up to where the assistant's turn begins.
 
-        Raises InputError for a folder without a template, and for one that cannot be used or does not end.
+        Raises InputError for a folder without a template, and for one that is invalid or does not end.
         """
         template = self.tokenizer.chat_template
         if isinstance(template, dict):
@@ -342,7 +341,7 @@ class Processor:
         return self.vision.spatial_merge_size**2
 
     def batch_shape(self, rows: Sequence["Encoded"], floor: "Shape") -> "Shape":
-        """What prompts are padded to, see `batch_shape`."""
+        """The padded shape of prompts, see `batch_shape`."""
         return batch_shape(rows, self.config.vision, floor)
 
     def collate(
@@ -359,7 +358,7 @@ class Processor:
         return [texts[i : i + tokens.shape[1]] for i in range(0, len(texts), tokens.shape[1])]
 
     def encode_text(self, text: str, visuals: list[Visual]) -> Encoded:
-        """A prompt in template form, with one pad token where each visual goes."""
+        """A formatted prompt, with one pad token for each visual."""
         if self.config.timestamps:
             text, visuals = self._with_timestamps(text, visuals)
         ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
@@ -373,9 +372,10 @@ class Processor:
         return Encoded(ids.repeat(repeats), mrope_positions(is_visual, visuals), index, visuals)
 
     def _with_timestamps(self, text: str, visuals: list[Visual]) -> tuple[str, list[Visual]]:
-        """Writes every clip as a row of frames, each after its time: `<1.5 seconds><|vision_start|>...<|vision_end|>`.
+        """Writes every clip as a sequence of frames, each after its time: `<1.5
+        seconds><|vision_start|>...<|vision_end|>`.
 
-        As Qwen3-VL was released (transformers 4.57): the row stands in the place of the clip's own start and end marks.
+        As Qwen3-VL was released (transformers 4.57): the sequence replaces the clip's own start and end marks.
         """
         start, pad, end = self.tokenizer.convert_ids_to_tokens(
             [self.config.vision_start_token_id, self.config.video_token_id, self.config.vision_end_token_id]
@@ -429,7 +429,7 @@ class Processor:
 
 @contextmanager
 def _as_input() -> Iterator[None]:
-    """What cannot be read is the user's mistake here, where one prompt is made of it."""
+    """Turns a VideoError into an InputError: here the user named the file."""
     try:
         yield
     except VideoError as error:
@@ -444,7 +444,7 @@ def _checked_frames(frames: np.ndarray, rank: int, what: str) -> np.ndarray:
 
 
 def _without_data(messages: Sequence[Message]) -> list[Message]:
-    """The messages as a chat template reads them: content items by type, without frames."""
+    """The messages as input of a chat template: content items by type, without frames."""
     plain = []
     for message in messages:
         content = message["content"]
@@ -467,7 +467,7 @@ def round_up(n: int) -> int:
 
 
 def least_shape(rows: Sequence[Encoded], config: VisionConfig | None) -> Shape:
-    """The shape that just holds `rows`; those of a model of text alone (None) have no visuals."""
+    """The smallest shape that holds `rows`; rows of a text-only model (None) have no visuals."""
     if config is None:
         return Shape(max(len(row.tokens) for row in rows))
     unit, side = config.spatial_merge_size**2, config.window_size // (config.spatial_merge_size * config.patch_size)
@@ -565,7 +565,7 @@ def _no_motion(patches: np.ndarray) -> Motion:
 
 
 def _link(following: np.ndarray, visuals: Sequence[Visual]) -> None:
-    """Writes for every patch of a row's clips the one at the same place a temporal patch later."""
+    """Writes for every patch of a row's clips the patch at the same position one temporal patch later."""
     at = 0
     for visual in visuals:
         size = len(visual.patches) // visual.grid[0]

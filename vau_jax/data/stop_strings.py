@@ -1,8 +1,8 @@
-"""Finding stop strings on the device, while tokens are drawn.
+"""Matching of stop strings on the device during sampling.
 
-A machine reads the bytes of each token and knows how much of a stop string the text ends with (Aho and Corasick,
-doi 10.1145/360825.360855). Its moves over whole tokens are one table, so that a step of sampling is one lookup; a stop
-string is found across token borders and inside a token alike.
+An automaton over the bytes of the tokens tracks how much of a stop string the text ends with (Aho and Corasick, doi
+10.1145/360825.360855). Its transitions over whole tokens are one table, so that a decoding step costs one lookup; a
+stop string is matched across token borders and inside a token alike.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,9 @@ if TYPE_CHECKING:  # slow to import
 
 
 def stop_table(stop_strings: Sequence[str], tokens: Sequence[bytes]) -> np.ndarray:
-    """int32 [S, V]: the state after token v in state s. It begins in 0; the last state is "found" and never left."""
+    """int32 [S, V]: the state after token v in state s. The first state is 0; the last means "matched" and is never
+    left.
+    """
     moves = _byte_moves([text.encode("utf-8") for text in stop_strings])  # [S, 256]
     states = np.repeat(np.arange(len(moves), dtype=np.int32)[:, None], len(tokens), axis=1)
     lengths = np.asarray([len(token) for token in tokens])
@@ -29,7 +31,7 @@ def stop_table(stop_strings: Sequence[str], tokens: Sequence[bytes]) -> np.ndarr
 
 
 def _byte_moves(texts: Sequence[bytes]) -> np.ndarray:
-    """int32 [S, 256]: the machine over single bytes; a state is the longest prefix of a stop string just read."""
+    """int32 [S, 256]: the automaton over single bytes; a state is the longest prefix of a stop string just read."""
     if not all(texts):
         raise InputError("a stop string is empty: give at least one character")
     prefixes = sorted({text[:n] for text in texts for n in range(len(text))}, key=len)
@@ -45,7 +47,7 @@ def _byte_moves(texts: Sequence[bytes]) -> np.ndarray:
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[bytes]:
-    """What each token id writes, by a byte-level BPE; ids without a token write nothing."""
+    """The bytes of each token id of a byte-level BPE; ids without a token have none."""
     added = {i: token.content.encode("utf-8") for i, token in tokenizer.added_tokens_decoder.items()}
     byte_of = {letter: byte for byte, letter in _byte_letters().items()}
     result = []
@@ -56,7 +58,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[b
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in a byte-level vocabulary (GPT-2's): itself where it can be printed."""
+    """The letter that represents each byte in a byte-level vocabulary (GPT-2's): itself where it is printable."""
     printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printed]
     return {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -8,7 +8,7 @@ from vau_jax.datasets import array_record, vau_bench, vau_bench_tfds, video_qa
 from vau_jax.datasets.audit import Audit
 from vau_jax.tasks.example import Example
 
-Reader = Callable[[ConfigDict], tuple[list[Example], Audit]]  # config.data to examples, each id once, and an account
+Reader = Callable[[ConfigDict], tuple[list[Example], Audit]]  # config.data to examples with unique ids, and an audit
 
 DATASETS: dict[str, Reader] = {  # by config.data.dataset
     "vau_bench": vau_bench.read,

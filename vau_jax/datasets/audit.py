@@ -1,4 +1,4 @@
-"""The account of a dataset's irregularities: nothing is changed or left out silently."""
+"""The record of a dataset's irregularities: nothing is changed or left out silently."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class AuditEntry:
 
 @dataclass
 class Audit:
-    """What a reader changed, excluded or flagged as doubtful, row by row."""
+    """What a reader changed, excluded or flagged, row by row."""
 
     path: str
     protocol: str

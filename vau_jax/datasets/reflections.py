@@ -33,7 +33,7 @@ def load(path: str | os.PathLike) -> dict[str, Reflection]:
 
 
 def _checked(record: Reflection, task: str) -> Reflection:
-    """A record that JSON gave. Raises ValueError where a field has another type or the draft is no draft."""
+    """A record from JSON. Raises ValueError where a field has another type or the draft is invalid."""
     if not all(isinstance(text, str) for text in (record.think, record.reflect, record.revise)):
         raise ValueError("think, reflect and revise must be texts")
     if not isinstance(record.draft_is_right, bool):

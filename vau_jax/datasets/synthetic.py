@@ -1,7 +1,7 @@
 """Renders small surveillance-like clips with known anomalies, so that the whole system runs without a download.
 
 Every clip is a scene: a static textured background (a *layout*), people and vehicles that move about, camera jitter,
-distractors, and at most one anomaly, visible only inside its interval, with a motion and a colour of its own.
+distractors, and at most one anomaly, visible only inside its interval, with its own motion and colour.
 Annotations use VAU-Bench's 13 CSV columns, so that real data takes the same path. Beside each CSV lies a JSONL of
 reflection records (initial reasoning, draft, reflection, revision), composed from the scene's facts; see
 `vau_jax.tasks.example.Reflection`. Layouts of the test split never appear in training.
@@ -36,7 +36,7 @@ WRONG_DRAFT_SHARE = 0.4
 
 @dataclass(frozen=True)
 class Kind:
-    """The words for one class: in one word, what is seen, the main object, where it leads."""
+    """The words for one class: in one word, the visible event, the main object, the consequence."""
 
     word: str
     cue: str
@@ -156,7 +156,7 @@ def background(layout: int, width: int, height: int) -> np.ndarray:
 
 
 class Painter:
-    """Draws the frames of one scene; all random choices are made once, so a frame depends on its time alone."""
+    """Renders the frames of one scene. All random choices are made once, so a frame depends on its time alone."""
 
     def __init__(self, scene: Scene, shake: bool = True) -> None:
         rng = np.random.default_rng([scene.seed, 3])
@@ -316,7 +316,7 @@ def encode(path: str | os.PathLike, images: Iterator[np.ndarray], fps: int | Fra
 def annotation(scene: Scene) -> dict[str, object]:
     """The scene's row in VAU-Bench's columns.
 
-    The four options are drawn so that looking at the text alone tells nothing: `Normal` stands among the wrong options
+    The four options are drawn so that the text alone gives no hint: `Normal` stands among the wrong options
     of an anomalous clip just often enough that it is right in one of four of its appearances.
     """
     rng = np.random.default_rng([scene.seed, 4])
@@ -411,7 +411,7 @@ DRAFTS = {"qa": (_letter, " {check}"), "grounding": (_interval, ""), "classifica
 
 
 def split_scenes(split: str, count: int, seed: int) -> list[Scene]:
-    """The scenes of a split: every class equally often, but for Normal's larger share."""
+    """The scenes of a split: every class equally often, except for Normal's larger share."""
     rng = np.random.default_rng([seed, *split.encode()])
     normal = round(NORMAL_SHARE * count)
     labels = ["Normal"] * normal + [ANOMALIES[i % len(ANOMALIES)] for i in range(count - normal)]

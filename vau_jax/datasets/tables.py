@@ -1,8 +1,8 @@
-"""Tables of text from files that others wrote: CSV by its rules alone, JSONL by lines.
+"""Tables of text from external files: CSV by its exact rules, JSONL by lines.
 
-A quote too many makes a reader of CSV take all rows up to the next quote for one cell, without a word. So quotes must
-match, every row must have as many cells as the header, and no cell may hold what looks like a row; a row that breaks
-a rule costs itself, is told by number and reason, and reading goes on at the next line of the file.
+With one stray quote a CSV reader silently merges all rows up to the next quote into one cell. So quotes must match,
+every row must have as many cells as the header, and no cell may contain something that looks like a row. A row that
+breaks a rule is left out and reported by number and reason; reading continues at the next line of the file.
 """
 
 import csv

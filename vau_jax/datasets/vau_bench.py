@@ -6,7 +6,7 @@ three different codes stand for "no interval", and some rows have no text at all
     rows, audit = load("test_ecva.csv", source="ecva")
     print(audit.table())
 
-It also reads the JSONL that `data_prep.vau_bench import` writes: rows that are mended already.
+It also reads the JSONL that `data_prep.vau_bench import` writes: rows that are corrected already.
 """
 
 import ast
@@ -67,7 +67,7 @@ Interval = None | Literal["normal"] | tuple[float, float]
 
 @dataclass(frozen=True)
 class Row:
-    """One video's annotation. A field that the file does not usably give is None or empty, never guessed."""
+    """One video's annotation. A field without a usable value in the file is None or empty, never guessed."""
 
     video: str  # file name as in the CSV
     source: Source
@@ -120,8 +120,8 @@ def load(
     else:
         result, faults = tables.csv_rows(path, text, COLUMNS, "Video Name")
     if not result:
-        told = f", the first is row {faults[0].number}: {faults[0].reason}" if faults else ""
-        raise InputError(f"{path} has no rows that can be read: at least one annotated video is needed{told}")
+        first = f", the first is row {faults[0].number}: {faults[0].reason}" if faults else ""
+        raise InputError(f"{path} has no rows that can be read: at least one annotated video is needed{first}")
     audit = Audit(str(path), protocol, len(result) + len(faults))
     audit.entries = [AuditEntry(fault.number, fault.start, "excluded", "row", fault.reason) for fault in faults]
     return _rows(result, source, protocol, audit), audit
@@ -136,10 +136,10 @@ def imported(path: Path, records: Sequence[tuple[int, dict[str, Any]]], protocol
     return [row for row in rows if _stays_inside(row.video, row.line, audit)], audit
 
 
-def _rows(found: Sequence[tuple[int, dict[str, str]]], source: str, protocol: str, audit: Audit) -> list[Row]:
+def _rows(records: Sequence[tuple[int, dict[str, str]]], source: str, protocol: str, audit: Audit) -> list[Row]:
     """The rows of text as typed ones, by the rules of their sources."""
     rows, seen = [], set()
-    for line, record in found:
+    for line, record in records:
         video = record["Video Name"].strip()
         if not _stays_inside(video, line, audit):
             continue
@@ -192,10 +192,10 @@ def examples_of(rows: Iterable[Row], tasks: Sequence[str], folder: Path, audit: 
 
 
 def example_of(row: Row, name: str, folder: Path = Path()) -> Example | None:
-    """A row as an example of a task; None where the row has no answer to it.
+    """A row as an example of a task; None where the row lacks the task's answer.
 
-    The id is `video/task/digest`. The digest is of what is asked and of the truth, in whatever order the options are:
-    questions about the same video have different ids, and a row keeps its id wherever it stands, and in other files.
+    The id is `video/task/digest`, with a digest of question and truth that is independent of the order of the options:
+    questions about the same video have different ids, and a row keeps its id at any position and in other files.
     """
     task, known = TASKS[name], annotation_of(row)
     truth = task.truth(known)
@@ -209,7 +209,7 @@ def example_of(row: Row, name: str, folder: Path = Path()) -> Example | None:
 
 
 def annotation_of(row: Row) -> Annotation:
-    """A row in the terms that tasks read."""
+    """A row in the format that tasks read."""
     interval = row.interval
     return Annotation(
         question=row.question,
@@ -225,7 +225,7 @@ def annotation_of(row: Row) -> Annotation:
 
 
 def meta_of(row: Row) -> dict[str, Any]:
-    """What `Example.meta` holds of a row: all but what is asked and answered; the options, for other tasks too."""
+    """`Example.meta` of a row: everything except question and answer; the options, for other tasks too."""
     asked = ("question", "answer", "interval")
     return {name: value for name, value in vars(row).items() if name not in asked} | {"options": list(row.options)}
 
@@ -291,7 +291,7 @@ def _seconds(value: object) -> float:
 
 
 def _possible(row: Row) -> bool:
-    """Whether every field of a row that JSON gave has its type and a value that there is."""
+    """Whether every field of a row from JSON has its type and a valid value."""
     texts = [row.video, row.question, *row.options, row.key_object, row.description]
     texts += [*row.reasoning.keys(), *row.reasoning.values()]
     numbers = [n for n in (row.duration, row.fps, row.width, row.height) if n is not None]
@@ -319,7 +319,7 @@ def detect_source(video: str) -> Source:
 
 @dataclass
 class _RowReader:
-    """Reads one record by the rules of its source, and notes in the audit what it had to do."""
+    """Reads one record by the rules of its source, and notes corrections in the audit."""
 
     record: dict[str, str]
     line: int
@@ -427,7 +427,7 @@ class _RowReader:
             self.note("excluded", "grounding", f"interval is empty, reversed or negative: {raw}")
             return None
         if end > MAX_SECONDS:
-            self.note("excluded", "grounding", f"interval lies beyond the end of any video: {raw}")
+            self.note("excluded", "grounding", f"interval is beyond the end of any video: {raw}")
             return None
         return start, end
 
@@ -443,7 +443,7 @@ class _RowReader:
 
 
 def ucf_class(video: str) -> str | None:
-    """The label that the name of a UCF-Crime video says: `Shoplifting037_x264.mp4` is Stealing."""
+    """The label in the name of a UCF-Crime video: `Shoplifting037_x264.mp4` is Stealing."""
     name = plain_name(video)
     for beginning, label in {**UCF_CLASSES, **{label: label for label in LABELS}}.items():
         if re.match(rf"{re.escape(beginning)}_?\d", name):

@@ -29,7 +29,7 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 class _UnusableError(ValueError):
-    """Why a line is left out."""
+    """The reason why a line is left out."""
 
 
 def read(config: ConfigDict) -> tuple[list[Example], Audit]:
@@ -95,7 +95,7 @@ def _videos(raw: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _annotation(raw: dict[str, Any]) -> Annotation:
-    """What a line asks, and the index of the right option."""
+    """The question of a line, and the index of the right option."""
     if raw.get("problem_type", MULTIPLE_CHOICE) != MULTIPLE_CHOICE:
         raise _UnusableError(f"problem_type is not multiple choice: {str(raw['problem_type'])[:100]}")
     problem, options = raw.get("problem"), raw.get("options")
@@ -110,7 +110,7 @@ def _annotation(raw: dict[str, Any]) -> Annotation:
 
 
 def _without_letters(options: list[str]) -> tuple[str, ...]:
-    """The texts of options; their letters are taken off where all have them in order."""
+    """The texts of options without their letters, where all have them in order."""
     matches = [_LETTERED.fullmatch(option.strip()) for option in options]
     if all(match and match[1] == LETTERS[i] for i, match in enumerate(matches[: len(LETTERS)])):
         return tuple((match[2] or "").strip() for match in matches if match)

@@ -1,4 +1,4 @@
-"""The charts of a report: training curves, and what the tasks draw of evaluations."""
+"""The charts of a report: training curves, and the tasks' charts of evaluations."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ SOURCES = {"test_msad": "MSAD", "test_ucf_crime": "UCF-Crime", "test_ecva": "ECV
 
 
 def source_of(result: dict[str, Any]) -> str | None:
-    """Which of VAU-Bench's test files an evaluation is of; None for others, and for blind ones."""
+    """The VAU-Bench test file of an evaluation; None for other files, and for blind evaluations."""
     csv = result.get("settings", {}).get("data", {}).get("csv", "")
     return None if result["blind"] else SOURCES.get(Path(csv).stem)
 

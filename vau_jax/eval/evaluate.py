@@ -36,7 +36,7 @@ Key = tuple[str, int]  # of an example: its id, and its rotation
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
-    """Evaluates config.checkpoint on config.data and returns what it wrote to metrics.json.
+    """Evaluates config.checkpoint on config.data and returns the contents of metrics.json.
 
     Raises InputError where another evaluation, or a run, is in `workdir`.
     """
@@ -81,7 +81,7 @@ def _run(config: ConfigDict, workdir: Path, examples: list[Example], audit: Audi
 
 
 def check(config: ConfigDict) -> None:
-    """Raises InputError for settings that no evaluation can have."""
+    """Raises InputError for invalid settings of an evaluation."""
     pipeline.check(config.data)
     check_range("seed", config.seed, 0, 2**31 - 1)
     if config.samples < 1 or not 1 <= config.rotations <= 4:
@@ -99,9 +99,9 @@ def check(config: ConfigDict) -> None:
 
 
 def _fingerprint(config: ConfigDict, videos: Iterable[Path]) -> str:
-    """Changes when anything that decides the predictions does: settings, weights, annotations, words, videos.
+    """A hash of everything that determines the predictions: settings, weights, annotations, prompts, videos.
 
-    Files of text are known by their contents, videos (of which there may be hundreds of gigabytes) by size and time.
+    Text files are hashed by content, videos (possibly hundreds of gigabytes) by size and time.
     """
     texts = [config.data[name] for name in ("csv", "reflection", "templates") if config.data[name]]
     files = [(path.name, stat.st_size, stat.st_mtime_ns) for path in videos for stat in [path.stat()]]
@@ -120,7 +120,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def predict(config: ConfigDict, workdir: Path, examples: list[Example], fingerprint: str) -> list[Record]:
-    """One record an example, from predictions.jsonl where it is there, else from the model."""
+    """One record per example, from predictions.jsonl where it exists, else from the model."""
     path = workdir / "predictions.jsonl"
     records = _finished(path, fingerprint)
     keys = [(example.id, example.rotation) for example in examples]
@@ -144,7 +144,7 @@ def _key(record: Record) -> Key:
 
 
 def _finished(path: Path, fingerprint: str) -> dict[Key, Record]:
-    """The whole records of an earlier call with the same settings; the file keeps only those."""
+    """The complete records of an earlier call with the same settings; the file keeps only those."""
     lines = read_lines(path) if path.exists() else []
     kept = {line: record for line in lines if (record := of_line(line, fingerprint))}
     write_text(path, "".join(kept))

@@ -66,7 +66,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def choose(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of them, evenly from first to last."""
+    """At most `most` of them, evenly spaced from first to last."""
     if len(items) <= most:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, most).astype(int)]
@@ -109,7 +109,7 @@ def _states(record: Record) -> tuple[str, ...]:
 
 
 def sections(text: str) -> list[tuple[str, str]]:
-    """(tag, content) in the order of the text; all of it as one where there are no tags."""
+    """(tag, content) in the order of the text; the full text as one where there are no tags."""
     parts, at = [], 0
     tags = list(TAG.finditer(text))
     for opened, closed in pairwise(tags):
@@ -173,6 +173,6 @@ def _strip(frames: np.ndarray) -> Strip:
 
 
 def videos_of(evaluation: dict[str, Any]) -> Path | None:
-    """The folder of an evaluation's videos, where it is still there."""
+    """The folder of an evaluation's videos, where it still exists."""
     folder = Path(evaluation["settings"]["data"]["videos"]) if "settings" in evaluation else None
     return folder if folder and folder.is_dir() else None

@@ -26,10 +26,10 @@ FOLDER = "judged"
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
-    """Marks the descriptions of the evaluation in `workdir`, and returns what it wrote.
+    """Scores the descriptions of the evaluation in `workdir`, and returns the contents of the file it wrote.
 
-    A description of a video that could not be read has 0 on every axis; one that the judge did not mark is left out of
-    the means, and counted. A killed call pays for no answer twice.
+    A description of an unreadable video has 0 on every axis; one that the judge did not score is left out of the means,
+    and counted. A repeated call after a kill pays for no answer twice.
     """
     folder = Path(workdir) / FOLDER
     records = [record for record in load(Path(workdir)) if TASKS[record.task].judged]

@@ -1,4 +1,4 @@
-"""Numbers about several answers to a question, about reflection, and about the difference of two evaluations."""
+"""Metrics over several answers to a question, of reflection, and of the difference of two evaluations."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def paired(a: np.ndarray, b: np.ndarray, resamples: int = 10000, seed: int = 0) 
         return {"difference": None, "low": None, "high": None, "p": None, "n": 0}
     mean = estimate(difference, seed=seed)
     rng, size, hits, done = np.random.default_rng(seed), abs(difference.sum()), 0, 0
-    while done < resamples:  # in pieces: a thousand rows of signs at a time
+    while done < resamples:  # in chunks of a thousand rows of signs
         count = min(1000, resamples - done)
         sums = rng.choice([-1.0, 1.0], (count, len(difference))) @ difference
         hits, done = hits + int((np.abs(sums) >= size - 1e-9).sum()), done + count
@@ -35,15 +35,17 @@ def pass_at(right: np.ndarray, k: int) -> dict[str, Any]:
 
 
 def vote(answers: Columns, task: Task, n: int) -> np.ndarray:
-    """int [N]: which of a question's n answers the others agree with most, the first of equals; answers are [N * n],
-    a question's one after the other."""
+    """int [N]: the index of a question's answer that agrees most with its n answers, the first of equals; answers are
+    [N * n], grouped by question.
+    """
     groups = jax.tree.map(lambda x: np.asarray(x).reshape(-1, n, *np.shape(x)[1:]), answers)
     return np.argmax(task.agreement(groups).sum(2), axis=1)
 
 
 def option_order(right: np.ndarray) -> dict[str, Any]:
-    """Of bool [N, R], each question with its options in R orders: accuracy over all, by order, and the share of
-    questions that are right in every order (or in none)."""
+    """From bool [N, R], each question with its options in R orders: accuracy over all, by order, and the share of
+    questions that are right in every order (or in none).
+    """
     return {
         "accuracy": estimate(right.mean(1)),
         "by_order": [float(x) for x in right.mean(0)],
@@ -53,8 +55,9 @@ def option_order(right: np.ndarray) -> dict[str, Any]:
 
 
 def reflection(draft: np.ndarray, final: np.ndarray) -> dict[str, Any]:
-    """Of scores in [0, 1] before and after reflection: how often it helped, changed nothing, or broke an answer, and
-    what it gained (for grounding, in temporal IoU)."""
+    """From scores in [0, 1] before and after reflection: how often it improved, kept or broke an answer, and its gain
+    (for grounding, in temporal IoU).
+    """
     return {
         "draft": estimate(draft),
         "final": estimate(final),

@@ -1,7 +1,7 @@
-"""Published results, in percent, to stand beside one's own; all of Qwen2.5-VL-3B.
+"""Published results, in percent, for comparison; all of Qwen2.5-VL-3B.
 
 VAU-R1 (arXiv 2505.23504): its project page; answers with reasoning for questions, without for grounding. Its intervals
-of ECVA were scored against misread times (see annotations.py). SRVAU-R1 (arXiv 2602.01004).
+of ECVA were scored against misread times (see datasets/vau_bench.py). SRVAU-R1 (arXiv 2602.01004).
 """
 
 _QA, _MIOU = ("tasks", "qa", "accuracy"), ("tasks", "grounding", "mIoU")
@@ -16,7 +16,7 @@ def _grounding(source: str, base: tuple, sft: tuple, rft: tuple) -> dict:
     }
 
 
-# (annotation file's source, title, where the estimate stands in metrics.json) -> model -> percent
+# (annotation file's source, title, path of the estimate in metrics.json) -> model -> percent
 PUBLISHED: dict[tuple[str, str, tuple[str, ...]], dict[str, float]] = {
     ("MSAD", "QA accuracy, MSAD", _QA): {
         "Qwen2.5-VL-3B": 82.50,

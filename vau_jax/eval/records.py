@@ -23,7 +23,7 @@ FORMAT = 2  # of lines; 1 had no number
 
 
 def of_loaded(item: Loaded, completions: Sequence[str], style: str) -> Record:
-    """The record of an example that a model was shown, and its completions."""
+    """The record of an example that was shown to a model, and its completions."""
     length = None if item.failure else item.seconds
     return make(item.example, completions, style, item.prompt, item.failure, length)
 
@@ -36,10 +36,10 @@ def make(
     failure: str | None = None,
     seconds: float | None = None,
 ) -> Record:
-    """The record of an example, shown with its choices in this order, and of its completions.
+    """The record of an example, with its choices in the order shown, and of its completions.
 
-    `seconds` is the length of the video that was read, for annotations that do not say it. With a `failure`, what the
-    model wrote of the grey frames in the video's place is no answer: completions are empty, and every score is 0.
+    `seconds` is the length of the decoded video, for annotations without one. With a `failure`, the text about the grey
+    frames is no answer: completions are empty, and every score is 0.
     """
     task, meta = TASKS[example.task], example.meta
     texts = [""] * len(completions) if failure else list(completions)
@@ -84,7 +84,7 @@ def make(
 
 @jax.jit
 def _score(lenient: Parsed, strict: Parsed, target: Columns) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Task scores of final answers and drafts, and the rewards of all that training can reward, each float32 [N]."""
+    """Task scores of final answers and drafts, and all built-in rewards, each float32 [N]."""
     scores, draft_scores = (jnp.asarray(rewards.task_score(x, target)) for x in (lenient.final, lenient.draft))
     return scores, draft_scores, {name: reward(strict, target) for name, reward in rewards.REWARDS.items()}
 
@@ -110,7 +110,7 @@ def of_line(line: str, fingerprint: str | None = None) -> Record | None:
 
 
 def load(folder: Path) -> list[Record]:
-    """The records of the evaluation in a folder, those of rotated choices left out; none where there is no file."""
+    """The records of the evaluation in a folder, without those of rotated choices; none without a file."""
     path = folder / "predictions.jsonl"
     lines = read_lines(path) if path.is_file() else []
     records = [of_line(line) for line in lines]
@@ -128,5 +128,5 @@ def answers_of(records: Sequence[Record], number: int = 0) -> Columns:
 
 
 def as_array(values: Sequence[float]) -> np.ndarray:
-    """Stored numbers as the float32 that they were computed in."""
+    """Stored numbers in float32, in which they were computed."""
     return np.asarray(values, np.float32)

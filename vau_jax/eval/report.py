@@ -1,4 +1,4 @@
-"""Runs to one page that works from a file: what was run, results, curves, and examples to look at.
+"""Runs to one self-contained page: settings, results, curves, and examples to look at.
 
     python -m vau_jax.report DIR [DIR ...] --out=report.html [--examples=1000]
     python -m vau_jax.report --compare A B
@@ -35,7 +35,7 @@ ROWS_OF_ALL = (
 
 
 def rows() -> tuple[ReportRow, ...]:
-    """The rows of the table: those of the tasks, what reflection changed in them, and those of all tasks together."""
+    """The rows of the table: those of the tasks, the changes by reflection, and those of all tasks together."""
     own = [row for task in TASKS.values() for row in task.report_rows]
     return (*own, *(row for task in TASKS.values() for row in task.reflection_rows), *ROWS_OF_ALL)
 
@@ -45,7 +45,7 @@ def evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
     paths = sorted({p for f in folders for p in f.rglob("metrics.json")}, key=lambda p: p.stat().st_mtime_ns)
     results = [{**read_json(path), "folder": path.parent} for path in paths]
     if old := [str(result["folder"]) for result in results if "settings" not in result]:
-        raise InputError(f"{', '.join(old)}: made by another version, which report does not read: evaluate again")
+        raise InputError(f"{', '.join(old)}: written by another version, which report does not read: evaluate again")
     return results
 
 
@@ -53,7 +53,7 @@ def evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Title row, then one row a number: an evaluation a column, and what a constant guess reaches."""
+    """A title row, then one row per number: a column per evaluation, and the score of a constant guess."""
     lines = [["", *(result["name"] for result in results), "constant guess", "n"]]
     for row in rows():
         estimates = [lookup(result, row.path) for result in results]
@@ -80,24 +80,24 @@ def cell(estimate: dict[str, Any] | None) -> str:
 
 
 def sizes(estimates: Sequence[dict[str, Any] | None]) -> str:
-    """Of how many examples they are: `240`, or `240, 239` where they differ."""
+    """The number of examples: `240`, or `240, 239` where they differ."""
     return ", ".join(dict.fromkeys(str(e["n"]) for e in estimates if e))
 
 
 def escape(text: str) -> str:
-    """Text from files as it may stand in a Markdown table."""
+    """Text from files as a cell of a Markdown table."""
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+!|" else c for c in text.replace("\n", " "))
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """Rows of text as a Markdown table, the first one its head; cells are escaped already where they must be."""
+    """Rows of text as a Markdown table, the first one its header; cells must be escaped already."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *rows[1:]])
 
 
 def published(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Published numbers (percent), and beside them the evaluations of the same annotation files; empty without any."""
+    """Published numbers (percent) beside the evaluations of the same annotation files; empty without any."""
     mine = [(result, charts.source_of(result)) for result in results]
     mine = [(result, source) for result, source in mine if source]
     if not mine:
@@ -114,7 +114,7 @@ def published(results: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def groups(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
     """(title, table) of each task's scores by class and by source, where there is more than one; for grounding the
-    temporal IoU, in which a normal video counts 1 when nothing is found."""
+    temporal IoU, in which a normal video counts 1 when no anomaly is reported."""
     values = []
     for kind, title in (("by_class", "class"), ("by_source", "source")):
         for task in TASKS:
@@ -142,13 +142,13 @@ def judged(results: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def _stale(result: dict[str, Any], marks: dict[str, Any]) -> str:
-    """A note where the evaluation was made again after it was marked."""
+    """A note where the evaluation was repeated after it was judged."""
     path = result["folder"] / "predictions.jsonl"
     return ", of earlier answers" if marks.get("predictions") and marks["predictions"] != content_hash(path) else ""
 
 
 def exclusions(results: Sequence[dict[str, Any]]) -> list[str]:
-    """A line a row that was left out of an evaluation, and why; each once."""
+    """A line for each row that was left out of an evaluation, with the reason; each once."""
     entries = {(e["video"], e["what"], e["reason"]) for result in results for e in result["excluded"]}
     return [f"excluded {video} ({what}): {reason}" for video, what, reason in sorted(entries)]
 
@@ -223,7 +223,7 @@ def _cards(
 
 
 def _filters(cards: Sequence[gallery.Card]) -> dict[str, list[str]]:
-    """What the gallery can be filtered by, and the values that occur."""
+    """The filters of the gallery, and the values that occur."""
 
     def distinct(values: Iterable[str]) -> list[str]:
         return list(dict.fromkeys(values))
@@ -237,7 +237,7 @@ def _filters(cards: Sequence[gallery.Card]) -> dict[str, list[str]]:
 
 
 def _run(run: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page says of a training run."""
+    """A training run's entry on the page."""
     config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
     about = read_json(run / "about.json") if (run / "about.json").is_file() else {}
     seconds = [step["seconds/step"] for step in steps if "seconds/step" in step]

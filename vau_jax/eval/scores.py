@@ -17,8 +17,9 @@ def score(
     records: Sequence[Record], protocol: str = "clean", weights: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
     """All numbers of a list of records: by task, class and source, constant baselines, rewards and, with `weights`,
-    their weighted sum as in training, and what several samples, several orders of choices, and instants add, where
-    there are any."""
+    their weighted sum as in training; and the metrics of several samples, several orders of choices, and time instants,
+    where there are any.
+    """
     first = [record for record in records if not record.rotation]
     result: dict[str, Any] = {"tasks": {}, "baselines": {}, "reflection": {}, "by_class": {}, "by_source": {}}
     overall: dict[str, Any] = {}
@@ -48,7 +49,7 @@ def score(
 
 
 def _by(values: np.ndarray, groups: Sequence[str]) -> dict[str, Any]:
-    """The estimate of each group's task score (temporal IoU for grounding, else accuracy)."""
+    """The mean task score of each group (temporal IoU for grounding, else accuracy)."""
     names = np.asarray(groups)
     return {name: estimate(values[names == name]) for name in sorted(set(groups))}
 

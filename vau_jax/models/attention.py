@@ -24,7 +24,7 @@ from vau_jax.common import sharding
 from vau_jax.common.files import InputError
 
 HIDDEN = -1e30  # finite, so that a row without any visible key gives a number and not NaN
-MOST_SCORES = 1 << 22  # scores of one head and one row that exist at a time; more are computed in pieces
+MOST_SCORES = 1 << 22  # scores of one head and one row that exist at a time; more are computed in chunks
 SPLASH_BLOCK = 512  # queries and keys of one step of the TPU kernel, at most
 
 
@@ -34,11 +34,11 @@ class Keys(NamedTuple):
     k: jax.Array  # [B, K, S, H] or [B, G, K, S, H]
     v: jax.Array
     mask: jax.Array  # bool [B or 1, G or 1, S]: which keys exist
-    causal: bool = False  # query i sees keys up to i alone
+    causal: bool = False  # query i attends to keys up to i
 
 
 class _Part(NamedTuple):
-    """What one set of keys gives a query: softmax sums relative to the set's own largest score."""
+    """The contribution of one set of keys to a query: softmax sums relative to the set's own largest score."""
 
     out: jax.Array  # float32 [B, G, K, R, Q, H]: sum of exp(score - top) * v
     top: jax.Array  # float32 [B, G, K, R, Q]: the largest score
@@ -48,8 +48,8 @@ class _Part(NamedTuple):
 def attend(q: jax.Array, parts: list[Keys]) -> jax.Array:
     """Attention of q [B, G, Q, N, H] over the union of `parts` -> [B, G, Q, N, H]; N is a multiple of K.
 
-    The reference. Where a head would have more than MOST_SCORES scores they are computed in pieces; the backward pass
-    computes them again, so that no scores are kept.
+    The reference implementation. Where a head would have more than MOST_SCORES scores they are computed in chunks; the
+    backward pass recomputes them, so that no scores are kept.
     """
     g, length = q.shape[1:3]
     keys = sum(part.k.shape[-2] for part in parts)
@@ -93,12 +93,12 @@ def _over_queries(q: jax.Array, parts: list[Keys], at_once: int) -> jax.Array:
 
 
 def _wide(parts: list[Keys]) -> list[Keys]:
-    """The keys that all pieces read, as float32: their gradient is then the sum of the pieces' in float32."""
+    """The keys that all chunks read, as float32: their gradient is then summed over the chunks in float32."""
     return [part._replace(k=part.k.astype(jnp.float32), v=part.v.astype(jnp.float32)) for part in parts]
 
 
 def _narrow(parts: list[Keys], dtype: Any) -> list[Keys]:
-    """As they were."""
+    """The inverse of `_wide`."""
     return [part._replace(k=part.k.astype(dtype), v=part.v.astype(dtype)) for part in parts]
 
 
@@ -201,7 +201,7 @@ def prefix_attention(
 ) -> jax.Array:
     """Attention of one packed sequence, prompt then completions: q [B, T + G * C, N, H] -> the same shape.
 
-    prompt_mask is bool [B, T]; generations is G, 0 for a prompt alone. Padding inside a completion lies after its
+    prompt_mask is bool [B, T]; generations is G, 0 for a prompt alone. Padding inside a completion comes after its
     real tokens, where the causal mask already hides it. What padding tokens give is undefined. `implementation` is a
     name in IMPLEMENTATIONS, or "auto" for the best one on this machine.
     """
@@ -257,9 +257,9 @@ def _with_completions(
 class SharedPrefixMask(splash_mask._ComputableMask):
     """The mask of a packed sequence for the TPU kernel, computed block by block: never [S, S] in memory.
 
-    A query is one int32, its row and above that the number of its completion, from 1 on (0: the prompt). It sees keys
-    up to its row that lie in the prompt or from its completion's start on. `length` is that of the sequence; `prompt`
-    and `completion` are T, C.
+    A query is one int32: its row in the low bits, the number of its completion above (from 1; 0: the prompt). It
+    attends to keys up to its row that belong to the prompt or to its own completion. `length` is that of the sequence;
+    `prompt` and `completion` are T, C.
     """
 
     ROW_BITS = 20
@@ -325,7 +325,7 @@ def _splash_alone(
     t = prompt_mask.shape[1]
     pad = -length % 128
     q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
-    # A pad sees pads alone, and nothing real sees it.
+    # Padding attends to padding alone, and no real token attends to it.
     real = jnp.pad(jnp.concatenate([prompt_mask, jnp.ones((b, length - t), bool)], axis=1), ((0, 0), (0, pad)))
     mask = SharedPrefixMask(length + pad, t, (length - t) // max(1, generations))
     block = next(size for size in (SPLASH_BLOCK, 384, 256, 128) if (length + pad) % size == 0)

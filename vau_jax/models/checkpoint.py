@@ -1,4 +1,4 @@
-"""Checkpoints of a run: state, data iterator and step by orbax; and finding the model in a folder."""
+"""Checkpoints of a run (state, data iterator and step) by orbax, and resolution of a model path."""
 
 import hashlib
 import json
@@ -26,16 +26,16 @@ MODEL_FOLDER = "model"  # config, tokenizer and processor files of the run's mod
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter.json"
 INPUTS = "inputs.json"  # what a run reads, with hashes
-NEEDED = "needed_by"  # in the workdir: a note of each run that began with one of its checkpoints
-DAMAGED = "damaged"  # in the workdir: checkpoints that are not as they were written
+NEEDED = "needed_by"  # in the workdir: a note of each run that started from one of its checkpoints
+DAMAGED = "damaged"  # in the workdir: damaged checkpoints
 FORMAT = 2  # of checkpoints; in 1, which had no number, a motion prompt's numbers were not part of the tower
-STATE = "state/"  # how the names of a checkpoint's large files begin
+STATE = "state/"  # prefix of a checkpoint's large files
 
 
 class Checkpoints:
-    """The checkpoints of a workdir: the newest `keep`, the one of the best score, and those that other runs began with.
+    """The checkpoints of a workdir: the newest `keep`, the best one, and those that other runs started from.
 
-    A step is either there whole or not at all; one that was damaged since is put away, with a warning.
+    A step is complete or absent; one that was damaged later is moved away, with a warning.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2) -> None:
@@ -50,7 +50,7 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best, _Needed(self.workdir)]),
             create=True,
             enable_async_checkpointing=False,
-            todelete_subdir=self.removed.name,  # whole, so that a kill leaves no half of it among the others
+            todelete_subdir=self.removed.name,  # as one folder, so that a kill leaves no part of it among the others
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -58,18 +58,19 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: State, data: dict[str, Any], score: float) -> None:
-        """Writes state and the data iterator's state, and returns when they are on disk; higher scores are better."""
+        """Writes state and the data iterator's state, and returns when they are on disk; a higher score is better."""
         numbered = ocp.args.JsonSave({**data, "format": FORMAT})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=numbered)
         self.manager.save(step, args=args, metrics={"score": score if np.isfinite(score) else None})
         self.manager.wait_until_finished()
-        processes.barrier("saved")  # the first process has given the folder its name
+        processes.barrier("saved")  # the first process has renamed the folder
         checksums.write(self.folder / str(step))
         self._empty()
 
     def _quarantine_damaged(self) -> None:
-        """Moves steps that are not as they were written out of the way; all of the newest is read for that (where it is
-        damaged, of the one before), and of the others the small files, which are needed to know the best."""
+        """Moves damaged steps away. All files of the newest step are verified (where it is damaged, of the one before),
+        and of the others the small files, which determine the best.
+        """
         damaged, newest = {}, None
         for step in reversed(processes.broadcast_from_first(lambda: steps(self.workdir))):
             skip = None if newest is None else STATE
@@ -78,9 +79,9 @@ class Checkpoints:
             elif newest is None:
                 newest = step
         if damaged and newest is None:
-            told = ", ".join(f"step {step} ({problem})" for step, problem in damaged.items())
+            listed = ", ".join(f"step {step} ({problem})" for step, problem in damaged.items())
             raise InputError(
-                f"no checkpoint of {self.workdir} is whole: {told}; restore a copy, or start again in another --workdir"
+                f"no checkpoint of {self.workdir} is intact: {listed}; restore a copy, or begin in another --workdir"
             )
         if damaged and processes.is_first():
             for step, problem in damaged.items():
@@ -136,12 +137,12 @@ def _check_format(number: int, like: State, path: Path) -> None:
 
 
 def _score(metrics: dict[str, float | None]) -> float:
-    """What `save` was told; null stands for a score that was no finite number."""
+    """The data given to `save`; null represents a score that was not finite."""
     return -np.inf if metrics["score"] is None else metrics["score"]
 
 
 class BestMetric:
-    """By what the best checkpoint is known: the mean of a metric over the steps since the last that was due."""
+    """The score that determines the best checkpoint: the mean of a metric over the steps since the last checkpoint."""
 
     def __init__(self, config: ConfigDict) -> None:
         auto = "reward" if config.stage == "rft" else "-loss"
@@ -157,7 +158,7 @@ class BestMetric:
         self.values.append(value if np.isfinite(value) else None)
 
     def take(self) -> float:
-        """The mean so far, which begins anew; -inf where it is not a number."""
+        """The mean so far, which is reset; -inf where it is not finite."""
         values, self.values = self.values, []
         return -np.inf if None in values else float(np.mean(values))
 
@@ -165,7 +166,7 @@ class BestMetric:
 def restore_params(step_folder: str | os.PathLike) -> Params:
     """The parameters of one checkpoint, as host arrays. Raises InputError where it is not as it was written.
 
-    No other step takes its place: what is told of a step would be another's.
+    No other step replaces it: its metrics would be reported of another.
     """
     reader = ocp.PyTreeCheckpointer()
     step_folder = Path(step_folder).resolve()
@@ -177,22 +178,22 @@ def restore_params(step_folder: str | os.PathLike) -> Params:
 
 @contextmanager
 def _reading(step_folder: Path) -> Iterator[None]:
-    """Turns what orbax raises into an InputError that says what else there is."""
+    """Turns orbax's errors into an InputError that names the alternatives."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
-        told = f"cannot read the checkpoint {step_folder} ({short(error)})"
-        raise InputError(f"{told}: {_way_out(step_folder)}") from error
+        reason = f"cannot read the checkpoint {step_folder} ({short(error)})"
+        raise InputError(f"{reason}: {_way_out(step_folder)}") from error
 
 
 def _way_out(step_folder: Path) -> str:
-    """What to do about a checkpoint that cannot be read: which other step of the run is whole."""
+    """The way out for a checkpoint that cannot be read: another step of the run that is intact."""
     folder = step_folder.parent
     for step in reversed(steps(folder.parent)):
         other = folder / str(step)
         if other != step_folder and (other / checksums.NOTE).exists() and not checksums.damage(other):
-            return f"step {step} is whole, give {other}, or move the damaged one away and train on from there"
-    return "no other step of the run is whole; put a copy back"
+            return f"step {step} is intact: give {other}, or move the damaged one away and resume from there"
+    return "no other step of the run is intact: restore a copy"
 
 
 def _params(reader: ocp.PyTreeCheckpointer, folder: Path) -> Params:
@@ -210,7 +211,7 @@ def _params(reader: ocp.PyTreeCheckpointer, folder: Path) -> Params:
 
 
 def steps(workdir: str | os.PathLike) -> list[int]:
-    """The finished checkpoints of a workdir, in order."""
+    """The complete checkpoints of a workdir, in order."""
     folder = Path(workdir) / CHECKPOINTS
     if not folder.is_dir():
         return []
@@ -219,29 +220,30 @@ def steps(workdir: str | os.PathLike) -> list[int]:
 
 
 class Source(NamedTuple):
-    """What a run begins with: no folder that may hold something else tomorrow, but these files with these contents."""
+    """The files that a run starts from, with hashes of their contents."""
 
     path: str  # absolute: a model folder, or workdir/checkpoints/STEP
     files: dict[str, str]  # SHA-256 of each, under its name in the model folder or the workdir
-    beside: str = ""  # the path as seen from the run that begins with it: both may move together
+    beside: str = ""  # the path relative to the run that starts from it: both may move together
 
 
 class Adapter(NamedTuple):
-    """What a run with LoRA trains: its checkpoints hold the adapters alone."""
+    """The adapters trained by a run with LoRA: its checkpoints hold the adapters alone."""
 
     base: Source  # of the other parameters
     lora: LoRA
 
 
-class Found(NamedTuple):
+class ModelFiles(NamedTuple):
     folder: Path  # config, tokenizer and processor files
     step_folder: Path | None  # the checkpoint that holds the weights; None: the folder's safetensors do
     adapter: Adapter | None = None
 
 
 def source(path: str | os.PathLike, user: str | os.PathLike) -> Source:
-    """What `path` (see `find_model`) holds now that `user`, a run, begins with it. Reads all of a model folder's
-    weights. Raises InputError."""
+    """The current contents of `path` (see `find_model`), when `user`, a run, starts from it. Reads all of a model
+    folder's weights. Raises InputError.
+    """
     result = find_model(path)
     here = (result.step_folder or result.folder).resolve()
     return Source(str(here), _contents(result), os.path.relpath(here, Path(user).resolve()))
@@ -254,27 +256,28 @@ def read_source(fields: Fields) -> Source:
 
 
 def contents(path: str | os.PathLike) -> dict[str, str]:
-    """The SHA-256 of every file that the model at `path` is loaded from; those of what its adapters are put on too."""
+    """The SHA-256 of every file that the model at `path` is loaded from, including its adapters' base."""
     result = find_model(path)
     base = result.adapter.base.files if result.adapter else {}
     return _contents(result) | {f"base/{name}": x for name, x in base.items()}
 
 
-def _contents(found: Found) -> dict[str, str]:
-    names = [file.name for file in _model_files(found.folder)]
-    if found.step_folder is None:
-        weights = sorted(file.name for file in found.folder.glob("*.safetensors"))
-        return checksums.of_files(found.folder, [*names, *weights])
-    model = checksums.of_files(found.folder, names)
-    state = checksums.of_files(found.step_folder, below=STATE)
-    step = f"{CHECKPOINTS}/{found.step_folder.name}"
+def _contents(source_files: ModelFiles) -> dict[str, str]:
+    names = [file.name for file in _model_files(source_files.folder)]
+    if source_files.step_folder is None:
+        weights = sorted(file.name for file in source_files.folder.glob("*.safetensors"))
+        return checksums.of_files(source_files.folder, [*names, *weights])
+    model = checksums.of_files(source_files.folder, names)
+    state = checksums.of_files(source_files.step_folder, below=STATE)
+    step = f"{CHECKPOINTS}/{source_files.step_folder.name}"
     return {f"{MODEL_FOLDER}/{name}": x for name, x in model.items()} | {f"{step}/{n}": x for n, x in state.items()}
 
 
 def find_source(source: Source, user: str | os.PathLike) -> str:
-    """Where the source of `user`, a run, is now. Raises InputError unless it is as it was when that began.
+    """The current path of the source of `user`, a run.
 
-    Of several processes that load together the first alone reads the files for that.
+    Raises InputError unless its contents are those when the run began. Of several processes that load together the
+    first alone reads the files.
     """
     path = Path(source.path)
     if source.beside and not path.is_dir():
@@ -299,7 +302,7 @@ def find_source(source: Source, user: str | os.PathLike) -> str:
 
 
 def write_adapter(workdir: str | os.PathLike, adapter: Adapter) -> None:
-    """Notes in a run's workdir that its checkpoints hold adapters, and for what."""
+    """Notes in a run's workdir that its checkpoints hold adapters, and of which model."""
     note = {"base": adapter.base._asdict(), "lora": vars(adapter.lora)}
     write_text(Path(workdir) / ADAPTER, dump_json(note, indent=1))
 
@@ -314,7 +317,7 @@ def _adapter(workdir: Path) -> Adapter | None:
 
 
 def need(source: Source, workdir: str | os.PathLike) -> None:
-    """Asks the run whose checkpoint `source` is to keep it."""
+    """Asks the run that owns checkpoint `source` to keep it."""
     path = Path(source.path)
     if not _is_step(path):
         return
@@ -328,14 +331,17 @@ def need(source: Source, workdir: str | os.PathLike) -> None:
 
 
 class _Needed(PreservationPolicy):
-    """Keeps the steps of a workdir that other runs began with, also where such a run is no longer where it was: it may
-    have another name by now, and is lost without its beginning."""
+    """Keeps the steps of a workdir that other runs started from, also when such a run was moved: it cannot be restored
+    without them.
+    """
 
     def __init__(self, workdir: Path) -> None:
         self.folder = workdir / NEEDED
         for path, step, by in self._notes():
             if not os.path.isdir(by) and processes.is_first():
-                print(f"step {step} of {workdir} is kept for {by}, which is not there: delete {path} if it is gone")
+                print(
+                    f"step {step} of {workdir} is kept for {by}, which does not exist: delete {path} if it was removed"
+                )
 
     def _notes(self) -> list[tuple[Path, int, str]]:
         paths = sorted(self.folder.glob("*.json"))
@@ -347,22 +353,21 @@ class _Needed(PreservationPolicy):
         return [checkpoint.step in needed for checkpoint in checkpoints]
 
 
-def find_model(path: str | os.PathLike) -> Found:
-    """Where a model's files are.
-
-    `path` is a Hugging Face folder, the workdir of a run (its last checkpoint), or workdir/checkpoints/STEP.
+def find_model(path: str | os.PathLike) -> ModelFiles:
+    """Resolves a model path: a Hugging Face folder, the workdir of a run (its last checkpoint), or
+    workdir/checkpoints/STEP.
     """
     path = Path(path)
     if not os.path.isdir(path):  # pathlib's raises for names that no file system takes
         raise InputError(f"model folder {path} does not exist: give a Hugging Face folder or the workdir of a run")
     if _is_step(path):
-        return Found(path.parent.parent / MODEL_FOLDER, path, _adapter(path.parent.parent))
+        return ModelFiles(path.parent.parent / MODEL_FOLDER, path, _adapter(path.parent.parent))
     if (path / MODEL_FOLDER).is_dir():
         result = steps(path)
         if not result:
             raise InputError(f"{path} is a run without a finished checkpoint: train it first, or give a model folder")
-        return Found(path / MODEL_FOLDER, path / CHECKPOINTS / str(result[-1]), _adapter(path))
-    return Found(path, None)
+        return ModelFiles(path / MODEL_FOLDER, path / CHECKPOINTS / str(result[-1]), _adapter(path))
+    return ModelFiles(path, None)
 
 
 def _is_step(path: Path) -> bool:
@@ -370,13 +375,15 @@ def _is_step(path: Path) -> bool:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """A model folder's config, tokenizer and processor files; what an evaluation wrote there is none."""
+    """A model folder's config, tokenizer and processor files, without the outputs of an evaluation."""
     known, others = (".json", ".jinja", ".txt"), (".index.json", "metrics.json")
     return sorted(f for f in folder.iterdir() if f.suffix in known and not f.name.endswith(others))
 
 
 def copy_model_files(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
-    """Copies a model folder's config, tokenizer and processor files to workdir/model, so that the run stands alone."""
+    """Copies a model folder's config, tokenizer and processor files to workdir/model, so that the run is
+    self-contained.
+    """
     target = Path(workdir) / MODEL_FOLDER
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

@@ -14,20 +14,20 @@ from vau_jax.models.layers import ACTIVATIONS
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Far above any published model, and small enough that whatever is computed from a config ends soon and fits in memory.
+# Far above any published model, and small enough that computations on a config are fast and fit in memory.
 FILE_BYTES = 2**24  # of a JSON file in a model folder
 MOST_LAYERS = 1024
 MOST_UNITS = 2**20  # heads, channels and hidden units
 MOST_TOKENS = 2**24  # of a vocabulary
 MOST_PIXELS = 2**40  # Qwen3-VL bounds a whole clip
 
-MOTION_FILE = "motion_prompt.json"  # beside a model's config: its Video Motion Prompt, where it has one
-ORDERS = ("rgb", "bgr")  # of the channels that it weighs
+MOTION_FILE = "motion_prompt.json"  # in a model folder: its Video Motion Prompt, where it has one
+ORDERS = ("rgb", "bgr")  # of the colour channels
 
 
 @dataclass(frozen=True)
 class Motion:
-    """The form of a Video Motion Prompt in front of the tower; see motion_prompt.py."""
+    """Options of a Video Motion Prompt in front of the tower; see motion_prompt.py."""
 
     signed: bool = True
     order: str = "rgb"
@@ -74,8 +74,8 @@ class QwenVLConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: tuple[int, ...]  # frequencies that turn with time, height and width
-    mrope_interleaved: bool  # the three alternate, instead of standing in three blocks
+    mrope_section: tuple[int, ...]  # frequencies for time, height and width
+    mrope_interleaved: bool  # the three alternate, instead of forming three blocks
     qkv_bias: bool
     out_bias: bool  # of o_proj
     qk_norm: bool  # RMS norm of each head's query and key
@@ -88,7 +88,7 @@ class QwenVLConfig:
 
     @property
     def never_sampled(self) -> tuple[int, ...]:
-        """Tokens that stand for visual features, which a completion has none of."""
+        """Tokens that represent visual features, which never occur in a completion."""
         return (self.image_token_id, self.video_token_id) if self.vision else ()
 
     @property
@@ -98,7 +98,7 @@ class QwenVLConfig:
 
     @property
     def timestamps(self) -> bool:
-        """A video is written as one image after the other, each after its time in text (Qwen3-VL)."""
+        """A video is written as a sequence of images, each after its time as text (Qwen3-VL)."""
         return self.model_type == "qwen3_vl"
 
 
@@ -190,7 +190,7 @@ def with_motion(config: QwenVLConfig, motion: Motion | None) -> QwenVLConfig:
 
 @dataclass(frozen=True)
 class ProcessorSettings:
-    """What an image or video processor's config says; a field that it lacks is None, or here empty."""
+    """The config of an image or video processor; an absent field is None, or here empty."""
 
     fields: Fields
 
@@ -204,7 +204,7 @@ class ProcessorSettings:
         return {"min_pixels": least, "max_pixels": most}
 
     def statistics(self) -> dict[str, tuple[float, ...]]:
-        """image_mean and image_std where they are there."""
+        """image_mean and image_std where present."""
         result = {
             "image_mean": self.fields.numbers("image_mean", 0, 1, (3,), ()),
             "image_std": self.fields.numbers("image_std", 1e-3, 1e3, (3,), ()),
@@ -212,7 +212,7 @@ class ProcessorSettings:
         return {name: values for name, values in result.items() if values}
 
     def check_sizes(self, vision: VisionConfig) -> None:
-        """Raises InputError where the processor would cut other patches than the model takes."""
+        """Raises InputError where the processor's patches differ from the model's."""
         ours = {"patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size}
         for name, size in {**ours, "merge_size": vision.spatial_merge_size}.items():
             self.fields.integer(name, size, size, size)
@@ -322,7 +322,7 @@ def _checked(c: QwenVLConfig, where: str) -> QwenVLConfig:
 
 
 def _checked_vision(c: QwenVLConfig, v: VisionConfig) -> dict[str, Any]:
-    """What may be wrong with the sizes of the tower -> whether it is."""
+    """Rules that the sizes of the tower may break -> whether they do."""
     unit = v.patch_size * v.spatial_merge_size
     layers = f"do not fit {v.depth} vision and {c.num_layers} text layers, each once and in order"
     deep = v.deepstack_layers

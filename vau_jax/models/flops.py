@@ -19,7 +19,7 @@ from vau_jax.types import Batch, Completions, Vision
 
 @jax.jit
 def sizes(batch: Batch, completions: Completions) -> dict[str, jax.Array]:
-    """How much of a padded batch is real, float32 scalars: tokens, pairs of a query and a key that it sees, patches."""
+    """The real part of a padded batch, as float32 scalars: tokens, query-key pairs, patches."""
     prompts = jnp.sum(batch.mask, axis=1, dtype=jnp.float32)[:, None]  # [B, 1]
     lengths = jnp.sum(completions.mask, axis=2, dtype=jnp.float32)  # [B, G]
     result = {
@@ -36,7 +36,7 @@ def sizes(batch: Batch, completions: Completions) -> dict[str, jax.Array]:
 
 
 def forward(config: QwenVLConfig, size: dict[str, float]) -> dict[str, float]:
-    """Of the forward pass of a batch of `sizes`, by part: decoder, head (the completions' logits), tower."""
+    """Operations of the forward pass of a batch of `sizes`, by part: decoder, head (the completions' logits), tower."""
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     weights = config.hidden_size * (2 * heads + 2 * kv + 3 * config.intermediate_size)
     tokens = size["prompt"] + size["drawn"]
@@ -90,7 +90,7 @@ def _of(jaxpr: core.Jaxpr) -> float:
 
 
 def _devices(params: dict[str, Any]) -> int:
-    """How many run the program inside an operation."""
+    """The number of devices that run the program inside an operation."""
     return params["mesh"].size if "mesh" in params else 1
 
 

@@ -28,12 +28,12 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 2 << 30  # of one file that `save_weights` writes; saving needs about three times that beside the model
 STORED = {"BF16": jnp.bfloat16, "F16": jnp.float16}  # dtypes by safetensors' names; all others are read as float32
-TRANSPOSE_ROWS = 256  # of a tensor turned at a time: a block that fits the processor's cache, five times faster
-FINITE_BLOCK = 1 << 16  # numbers looked at together: they and what is computed of them stay in the processor's cache
+TRANSPOSE_ROWS = 256  # of a tensor transposed at a time: a block that fits the processor's cache, five times faster
+FINITE_BLOCK = 1 << 16  # numbers checked together: they and intermediate results stay in the processor's cache
 HEADER_BYTES = 1 << 24  # of a safetensors file; that of 72B parameters in one file has 120 kB
 DTYPES = ("F32", "BF16", "F16", "F64")
 Index = tuple[slice, ...]  # with start and stop
-Layout = Callable[[str, tuple[int, ...]], Sharding]  # how a parameter of this path and shape lies on devices
+Layout = Callable[[str, tuple[int, ...]], Sharding]  # the sharding of a parameter of this path and shape
 
 
 # --- Names --------------------------------------------------------------------------------------------------------
@@ -134,11 +134,11 @@ def published_name(plain: str, config: QwenVLConfig) -> str:
 
 
 def parameter_shapes(config: QwenVLConfig) -> dict[str, tuple[int, ...]]:
-    """Path ("decoder/norm/weight") -> shape of every parameter, without making any."""
+    """Path ("decoder/norm/weight") -> shape of every parameter, without allocating any."""
     return dict(_parameter_shapes(config))
 
 
-@lru_cache(16)  # following the model's code takes half a second
+@lru_cache(16)  # tracing the model takes half a second
 def _parameter_shapes(config: QwenVLConfig) -> dict[str, tuple[int, ...]]:
     shapes = jax.eval_shape(lambda: qwen_vl.init(config, jax.random.key(0)))
     return {path: leaf.shape for path, leaf in flatten(shapes).items()}
@@ -165,7 +165,7 @@ def unflatten(flat: dict[str, Any]) -> Params:
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies, and what it is: known from the file's header, before any of its bytes are read."""
+    """Location, shape and dtype of a tensor, from the file's header: its data is not read yet."""
 
     path: Path
     name: str  # in the file
@@ -197,10 +197,10 @@ def headers(path: Path) -> dict[str, Tensor]:
 
 
 class _Reader:
-    """The tensors of a folder, under the table's names, of which any part can be read alone."""
+    """The tensors of a folder, under the table's names; any part of one can be read separately."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads headers alone. Raises InputError for what cannot be read and what stands in two files."""
+        """Reads headers only. Raises InputError for unreadable files and for a tensor in two files."""
         self.tensors: dict[str, Tensor] = {}
         for path in self._files(folder):
             for name, tensor in headers(path).items():
@@ -216,7 +216,7 @@ class _Reader:
         if index.is_file():
             places = Fields(read_json(index, model_config.FILE_BYTES), str(index)).object("weight_map")
             names = sorted({places.text(name) for name in places.raw})
-            for name in names:  # what an index leads to lies beside it: a path would read any file of this machine
+            for name in names:  # files of an index are in its folder: a path could name any file of this machine
                 if not re.fullmatch(r"[\w.-]+\.safetensors", name):
                     raise InputError(f"{index} names the file {name!r}: expected NAME.safetensors, in the same folder")
             absent = [name for name in names if not (folder / name).is_file()]
@@ -232,7 +232,7 @@ class _Reader:
         raise InputError(f"{folder} has no {SINGLE} and no {INDEX}")
 
     def dtype(self, rule: Rule) -> Any:
-        """What one of our parameters is stored in; float32 where its layers differ."""
+        """The stored dtype of one of our parameters; float32 where its layers differ."""
         results = {self.tensors[name].dtype for name in rule.tensors}
         return STORED.get(results.pop(), np.float32) if len(results) == 1 else np.float32
 
@@ -268,17 +268,17 @@ def _copy(tensor: Any, index: Index, transpose: bool, out: np.ndarray) -> None:
         else:
             block = tensor[first:last].reshape(last - first, -1)[:, columns]
         target = out[:, first - rows.start : last - rows.start]
-        if block.dtype == out.dtype:  # numpy moves integers faster than bfloat16, which is not its own
+        if block.dtype == out.dtype:  # numpy copies integers faster than bfloat16
             bits = np.dtype(f"u{block.dtype.itemsize}")
             block, target = block.view(bits), target.view(bits)
         target[...] = block.T
 
 
 def check_finite(values: np.ndarray, tensor: Tensor) -> None:
-    """Raises InputError where part of a tensor holds NaN or infinity, which would end in tokens of no meaning.
+    """Raises InputError where part of a tensor holds NaN or infinity, which would give meaningless tokens.
 
-    Such numbers alone have an exponent of ones only. Looking at the bits costs one more pass over memory at 3 to 6 GB/s
-    (numpy's own test takes bfloat16 apart, at 0.4), less than a tenth of what turning a kernel costs.
+    Only such numbers have an exponent of all ones. Checking the bits costs one more pass over memory at 3 to 6 GB/s
+    (numpy's own test of bfloat16: 0.4), less than a tenth of the cost of transposing a kernel.
     """
     flat = values.reshape(-1)
     bits = flat.view(f"u{flat.dtype.itemsize}")
@@ -309,13 +309,13 @@ def _check(reader: _Reader, config: QwenVLConfig, shapes: dict[str, tuple[int, .
 
 
 def some(problems: list[str]) -> str:
-    """How many there are, and the first of them, on one line."""
+    """The number of problems, and the first of them, on one line."""
     left = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
     return f"{len(problems)} problem{'s' * (len(problems) > 1)}: {'; '.join(problems[:10])}{left}"
 
 
 def _check_memory(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, np.dtype], layout: Layout) -> None:
-    """Raises InputError where what lies in this machine's own memory would not fit into it."""
+    """Raises InputError where the parameters in host memory would not fit into it."""
     size = 0
     for path, shape in shapes.items():
         for device, index in layout(path, shape).addressable_devices_indices_map(shape).items():
@@ -336,10 +336,10 @@ def load(
     dtype: Any | None,
     layout: Layout,
 ) -> Params:
-    """Reads a folder's safetensors into our parameters in `dtype` (None: each as it is stored), one after the other,
+    """Reads a folder's safetensors into our parameters in `dtype` (None: the stored dtypes), sequentially,
     the largest first.
 
-    `layout(path, shape)` says how a parameter lies on devices (`sharding.layout`). A process reads only what its own
+    `layout(path, shape)` is the sharding of a parameter (`sharding.layout`). A process reads only what its own
     devices hold. Beside the parameters themselves, memory holds one parameter's part for one device.
     Raises InputError for a folder without safetensors, for tensors that do not fit the config or the machine, before
     anything is read, and for a tensor that holds NaN or infinity.
@@ -358,7 +358,7 @@ def load(
 
 
 def _place(shape: tuple[int, ...], layout: Sharding, read: Callable[[Index], np.ndarray]) -> jax.Array:
-    """An array on the devices of `layout`, of which this process reads each part that its devices hold once."""
+    """An array on the devices of `layout`; this process reads each part that its devices hold once."""
     holders_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in layout.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
@@ -396,7 +396,7 @@ def save_weights(folder: str | os.PathLike, params: Params, config: QwenVLConfig
     def flush() -> None:
         path = folder / f"{len(shards)}.safetensors.part"
         save_file(held, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # the library's files are the owner's alone
+        path.chmod(0o644)  # the library's files are readable by the owner alone
         sync(path)
         shards.append((path, list(held), size))
 

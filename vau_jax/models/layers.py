@@ -1,4 +1,4 @@
-"""Layers that the vision tower and the decoder share."""
+"""Layers shared by the vision tower and the decoder."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,8 +21,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # by Hugging Face'
 }
 
 
-# What many tokens share has a gradient that is a sum over all of them. In bfloat16 a sum of ones stays at 256, so that
-# these two add up in float32, whatever the dtypes of parameters and activations.
+# The gradient of values shared by many tokens is a sum over all of them. In bfloat16 a sum of ones stops at 256, so
+# these two accumulate in float32, whatever the dtypes of parameters and activations.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -46,9 +46,9 @@ def for_all(shared: jax.Array, like: jax.Array) -> jax.Array:
 
 
 class Dense(nn.Module):
-    """A linear layer as everywhere in the model: kernel [in, out], with its LoRA where collection `lora` has one.
+    """The linear layer used throughout the model: kernel [in, out], with LoRA where collection `lora` has it.
 
-    With `parts`, the features are several projections' heads side by side, and the output has axes for them,
+    With `parts`, the features are the heads of several projections side by side, and the output has axes for them,
     heads split over the tensor axis of the mesh.
     """
 
@@ -67,15 +67,16 @@ class Dense(nn.Module):
             y += for_all(bias.reshape(self.parts or -1), y)
         if self.lora is None or not self.has_variable("lora", "a"):
             return y
-        if self.lora.dropout and self.has_rng("dropout"):  # training gives the key, everything else does not
+        if self.lora.dropout and self.has_rng("dropout"):  # only training gives the key
             kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.lora.dropout), 0)
         a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b"))
         return y + self._times(x @ a, b) * jnp.asarray(self.lora.scale, self.dtype)
 
     def _times(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """x @ kernel. Devices hold consecutive columns of a kernel, which are heads of one projection alone; the kernel
-        is laid out anew, being much smaller than what comes out."""
+        """x @ kernel. Devices hold consecutive columns of a kernel, which belong to one projection; the kernel is
+        resharded by heads, being much smaller than the output.
+        """
         kernel = kernel.astype(self.dtype)
         if not self.parts:
             return x @ kernel
@@ -111,8 +112,9 @@ class LayerNorm(nn.Module):
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """x [..., D] as a plain matrix, whose gradients XLA on CPU computes nearly twice as fast; split over devices as it
-    is, since axes made one would be split as one."""
+    """x [..., D] as a matrix, whose gradients XLA on CPU computes nearly twice as fast; unchanged where the tensor axis
+    is split, since merged axes would be sharded as one.
+    """
     return x.reshape(-1, x.shape[-1]) if sharding.tensor_parts() == 1 else x
 
 

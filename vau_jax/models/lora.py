@@ -21,7 +21,7 @@ DECODER = (r"decoder/layers/.*_proj",)  # every linear layer of the decoder
 
 @dataclass(frozen=True)
 class LoRA:
-    """Which linear layers get adapters, and of what kind."""
+    """Options of adapters: which linear layers, and their kind."""
 
     rank: int
     alpha: float
@@ -39,13 +39,13 @@ class LoRA:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises InputError for the first setting that config.lora may not have."""
+    """Raises InputError for the first invalid setting of config.lora."""
     check_ranges(config, "lora.", {"rank": NOT_NEGATIVE, "dropout": SHARE})
     check_patterns(config, "lora.", ("targets",))
 
 
 def read(fields: Fields) -> LoRA:
-    """The kind that a file describes. Raises InputError."""
+    """The kind described by a file. Raises InputError."""
     targets = fields.raw.get("targets")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise InputError(f"{fields.where}: targets={targets!r}: expected a list of strings")
@@ -79,7 +79,7 @@ def targets(kernels: dict[str, tuple[int, ...]], lora: LoRA) -> dict[str, tuple[
 
 
 def init(key: jax.Array, kernels: dict[str, tuple[int, ...]], lora: LoRA, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Fresh adapters, flat: a uniform in ±1 / sqrt(in), b zero, so that training begins at the model itself."""
+    """Fresh adapters, flat: a uniform in ±1 / sqrt(in), b zero, so that training starts at the model itself."""
     flat = {}
     for number, (name, shape) in enumerate(sorted(targets(kernels, lora).items())):
         *stack, inputs, outputs = shape
@@ -90,7 +90,7 @@ def init(key: jax.Array, kernels: dict[str, tuple[int, ...]], lora: LoRA, dtype:
 
 
 def split(trained: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(adapters, parameters that are trained whole) of a tree that has both."""
+    """(adapters, fully trained parameters) of a tree that has both."""
     adapters: dict[str, Any] = {}
     whole: dict[str, Any] = {}
     for name, tree in trained.items():
@@ -106,14 +106,15 @@ def split(trained: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def overlay(params: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
-    """The parameters, with those of `whole` in their places."""
+    """The parameters, with those of `whole` replacing their counterparts."""
     below = {name: overlay(params.get(name, {}), x) if isinstance(x, dict) else x for name, x in whole.items()}
     return {**params, **below}
 
 
 def merge(params: dict[str, Any], trained: dict[str, Any], lora: LoRA, dtype: Any | None = None) -> dict[str, Any]:
-    """The parameters with what was trained beside them: adapters added in, in float32 and rounded once (to `dtype`, or
-    each to its own), parameters trained whole in their places, as they are; nested trees."""
+    """The parameters with the trained ones merged: adapters added in float32 and rounded once (to `dtype`, or to each
+    parameter's own), fully trained parameters replaced unchanged; nested trees.
+    """
     adapters, whole = split(trained)
     return overlay(_added(params, adapters, lora, dtype), whole)
 

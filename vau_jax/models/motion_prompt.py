@@ -27,7 +27,7 @@ PUBLISHED = {  # (m, n) that the paper's authors learned
 }
 
 
-STARTS = PUBLISHED | {"identity": (0.9, -2.0)}  # what stands still has the weight 0.999
+STARTS = PUBLISHED | {"identity": (0.9, -2.0)}  # a still pixel has the weight 0.999
 
 
 def slope(m: jax.Array | float) -> jax.Array:
@@ -79,7 +79,7 @@ def motion_prompt(
     return prompted, attention, variation
 
 
-PREFIX = "visual/motion_prompt/"  # how the names of its parameters begin
+PREFIX = "visual/motion_prompt/"  # prefix of its parameters' names
 NAMES = (PREFIX + "m", PREFIX + "n")
 VARIATION = "motion/variation"  # name of the auxiliary loss
 
@@ -89,12 +89,13 @@ VARIATION = "motion/variation"  # name of the auxiliary loss
 
 class MotionPrompt(nn.Module):
     """The layer on patches, a submodule of the vision tower with two parameters, m and n. A model whose parameters lack
-    them is the one before it got a motion prompt."""
+    them has no motion prompt yet.
+    """
 
     config: VisionConfig
 
     def __call__(self, vision: Vision) -> jax.Array | None:
-        """float32 [B, P, depth, size^2]: weights of the patches' pixels; 1 where nothing can move."""
+        """float32 [B, P, depth, size^2]: weights of the patches' pixels; 1 for still images."""
         c = self.config
         if not self.has_variable("params", "m"):
             return None
@@ -128,7 +129,7 @@ def pairs_of(vision: Vision, config: VisionConfig) -> jax.Array:
 
 
 def start(name: str) -> tuple[float, float]:
-    """(m, n) to begin from: one of STARTS. Raises InputError for another name."""
+    """Initial (m, n): one of STARTS. Raises InputError for another name."""
     if name not in STARTS:
         raise InputError(f"motion.start={name!r} is unknown: expected one of {', '.join(STARTS)}")
     return STARTS[name]

@@ -1,4 +1,4 @@
-"""What the rest of the project asks of a model: five methods, each a function of parameters and batches.
+"""The interface that the rest of the project uses of a model: methods that are functions of parameters and batches.
 
 `QwenVL` is the one implementation; a new architecture is another class with these methods. Axes: see `vau_jax.types`.
 """
@@ -12,17 +12,19 @@ from vau_jax.types import Batch, Completions, Features, KVCache, Variables
 
 class Model(Protocol):
     """Methods marked `apply` run as `model.apply(variables, ..., method="name")`. The vision tower is optional: a model
-    whose config has none takes batches whose `vision` is None, and encodes nothing."""
+    without one takes batches whose `vision` is None, and is never asked to encode any.
+    """
 
     config: Any
     dtype: Any
 
     def encode_vision(self, batch: Batch) -> Features:
-        """apply: visual features of the batch's patches, tokens [B, M, D]; features that are there already stay."""
+        """apply: visual features of the batch's patches, tokens [B, M, D]; features are returned unchanged."""
 
     def hidden(self, batch: Batch, completions: Completions | None = None) -> jax.Array:
-        """apply: last hidden states [B, T + G * C, D] of prompts and of G completions each, which see the prompt and
-        themselves. Sows totals of auxiliary losses among the "losses"."""
+        """apply: last hidden states [B, T + G * C, D] of prompts and of G completions each, which attend to the prompt
+        and themselves. Sows totals of auxiliary losses among the "losses".
+        """
 
     def prefill(self, batch: Batch) -> tuple[jax.Array, KVCache]:
         """apply: hidden states [B, T, D] of the prompts, and their cache [L, B, K, T, H]."""
@@ -37,4 +39,4 @@ class Model(Protocol):
         """The matrix [V, D] that turns hidden states into logits."""
 
     def loss_counts(self, batch: Batch) -> dict[str, jax.Array]:
-        """What the totals of auxiliary losses are divided by, float32 [] by name."""
+        """Divisors of the totals of auxiliary losses, float32 [] by name."""

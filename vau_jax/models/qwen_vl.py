@@ -1,7 +1,8 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL as functions of their parameters: whole sequences, prefill, one decoding step.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and the text models Qwen2 and Qwen3 as functions of their parameters: complete
+sequences, prefill, one decoding step.
 
 A prompt and its G completions are one packed sequence [T + G * C]: the prompt goes through the model once, each
-completion sees the prompt and itself (see `attention`). SFT is the case G = 1; sampling reads the prompt's cache.
+completion attends to the prompt and itself (see `attention`). SFT is the case G = 1; sampling reads the prompt's cache.
 
 `variables` is {"params": ...}, or {"params": ..., "lora": ...} for the model with its adapters.
 """
@@ -27,7 +28,7 @@ from vau_jax.types import Batch, Completions, Features, Groups, KVCache, Params,
 
 
 class Packed(NamedTuple):
-    """Where the tokens of a packed sequence stand."""
+    """Positions and masks of a packed sequence."""
 
     angles: jax.Array  # float32 [B, T + G * C, H / 2]
     prompt_mask: jax.Array  # bool [B, T]
@@ -35,7 +36,7 @@ class Packed(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """Where the tokens of one decoding step stand."""
+    """Positions and masks of one decoding step."""
 
     angles: jax.Array  # float32 [B, G, H / 2]
     prompt_mask: jax.Array  # bool [B, T]
@@ -56,7 +57,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """x is [B, S, D]: a packed sequence, or one token of each completion when `caches` (prompt, own) are given."""
         c, packed = self.config, isinstance(where, Packed)
-        # Tokens of a packed sequence are split over devices but for the products; a decoding step has too few.
+        # Tokens of a packed sequence are sharded, except in the matrix products; a decoding step has too few.
         gathered, split = (
             f if packed else (lambda same: same) for f in (sharding.whole_tokens, sharding.between_layers)
         )
@@ -155,7 +156,7 @@ class Embedding(nn.Module):
 
 
 def _on_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of `QwenVL` whose layers lay their arrays out on its mesh."""
+    """A method of `QwenVL` whose arrays are sharded over its mesh."""
 
     @wraps(method)
     def on_mesh(self: "QwenVL", *args: Any, **kwargs: Any) -> Any:
@@ -170,11 +171,11 @@ class QwenVL(nn.Module):
 
     config: QwenVLConfig
     dtype: Any = jnp.float32
-    remat: bool = False  # compute activations again in the backward pass
+    remat: bool = False  # recompute activations in the backward pass
     unroll: int = 1  # layers in one round of the scan: more is faster for small models, and slower to compile
     attention: str = "auto"  # of prompts, a name in attention.IMPLEMENTATIONS
     lora: LoRA | None = None  # the kind of adapters that collection "lora" holds
-    mesh: Mesh | None = None  # where parameters and batches lie; None: one device
+    mesh: Mesh | None = None  # of parameters and batches; None: one device
 
     def setup(self) -> None:
         c = self.config
@@ -198,7 +199,7 @@ class QwenVL(nn.Module):
 
     @nn.nowrap
     def loss_counts(self, batch: Batch) -> dict[str, jax.Array]:
-        """What the totals that a forward pass sows among the "losses" are divided by, by name: float32 [] each."""
+        """Divisors of the totals that a forward pass sows among the "losses", by name: float32 [] each."""
         prompted = self.config.motion and isinstance(batch.vision, Vision)
         return {VARIATION: pairs_of(batch.vision, self.config.vision)} if prompted else {}
 
@@ -209,7 +210,7 @@ class QwenVL(nn.Module):
         return params["embed_tokens"]["embedding"] if self.config.tie_word_embeddings else params["lm_head"]
 
     def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-        """Token embeddings [B, T, D] with visual features in the places of visual tokens, and `Packed.deep`."""
+        """Token embeddings [B, T, D] with visual features at the positions of visual tokens, and `Packed.deep`."""
         x = self.embed_tokens(batch.tokens)
         if batch.vision is None:
             return x, None
@@ -251,9 +252,9 @@ class QwenVL(nn.Module):
 
 
 def init(config: QwenVLConfig, key: jax.Array) -> Params:
-    """Random float32 parameters as Hugging Face draws them: normal(initializer_range), norms one, biases zero.
+    """Random float32 parameters with Hugging Face's distribution: normal(initializer_range), norms one, biases zero.
 
-    Those of a motion prompt are not among them: they come from its own file, or from where training begins.
+    Without those of a motion prompt, which come from its own file or from where training starts.
     """
     config = with_motion(config, None)
     token = jnp.zeros((1, 1), jnp.int32)
@@ -288,8 +289,9 @@ def _one_unit(v: VisionConfig) -> Vision:
 
 
 def with_adapters(params: Params, trained: Params | None) -> Variables:
-    """What `apply` takes: the parameters, and what is trained beside them: LoRA's factors, and parameters that are
-    trained whole and take the place of those in `params`."""
+    """The variables for `apply`: the parameters, LoRA's factors, and fully trained parameters in place of those in
+    `params`.
+    """
     if trained is None:
         return {"params": params}
     adapters, whole = lora.split(trained)

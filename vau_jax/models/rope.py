@@ -11,9 +11,9 @@ def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
 
 
 def mrope_axes(sections: tuple[int, ...], interleaved: bool) -> np.ndarray:
-    """int [H / 2]: whether a frequency turns with the time (0), height (1) or width (2) position.
+    """int [H / 2]: whether a frequency belongs to the time (0), height (1) or width (2) position.
 
-    `sections` says how many frequencies each of the three gets: consecutive ones (Qwen2-VL, arXiv 2409.12191, section
+    `sections` is the number of frequencies of each of the three: consecutive ones (Qwen2-VL, arXiv 2409.12191, section
     2.1), or `interleaved` as t h w t h w ... until a section is used up, and time from there on (Qwen3-VL).
     """
     if not interleaved:
@@ -39,7 +39,7 @@ def patch_angles(positions: jax.Array, head_dim: int, theta: float = 10000.0) ->
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turns x [..., S, N, H] by angles [..., S, H / 2]; dimension i pairs with i + H / 2. Computed in float32."""
+    """Rotates x [..., S, N, H] by angles [..., S, H / 2]; dimension i pairs with i + H / 2. Computed in float32."""
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

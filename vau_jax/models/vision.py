@@ -2,7 +2,7 @@
 
     patches -> embed (+ learned positions, Qwen3) -> depth x block -> merger -> visual tokens
                                                        |  after some blocks (Qwen3, DeepStack, arXiv 2406.04334)
-                                                       +--> merger of its own -> first decoder layers
+                                                       +--> a second merger -> first decoder layers
 
 Attention stays inside a temporal patch (a frame), and in most layers of Qwen2.5-VL inside windows of it.
 """

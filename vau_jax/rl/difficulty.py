@@ -1,8 +1,8 @@
-"""Difficulty-aware augmentation: what the policy does well is made harder to see, what it fails at comes with a hint.
+"""Difficulty-aware augmentation: easy examples get degraded frames, failed ones a hint.
 
-The idea is DeepVideo-R1's (arXiv 2506.07464): groups whose rewards are all alike teach nothing. The form is ours: the
-running accuracy is kept for each kind of example, a task and an anomaly class, since most examples are met once or
-twice; kinds above `easy` get noisy or dropped frames, kinds below `hard` a line from the annotation.
+The idea is DeepVideo-R1's (arXiv 2506.07464): groups with equal rewards give no gradient. The form is ours: the running
+accuracy is kept for each kind of example, a task and an anomaly class, since most examples occur once or twice; kinds
+above `easy` get noisy or dropped frames, kinds below `hard` a line from the annotation.
 """
 
 from dataclasses import replace
@@ -23,14 +23,14 @@ class Difficulty:
         self.accuracy: dict[str, float] = {}  # kind -> mean score, 1 / memory of each new group's
 
     def level(self, example: Example) -> str | None:
-        """EASY, HARD or None; None for kinds that have not been met."""
+        """EASY, HARD or None; None for kinds without a score yet."""
         accuracy = self.accuracy.get(example.kind)
         if accuracy is None or self.config.hard <= accuracy <= self.config.easy:
             return None
         return EASY if accuracy > self.config.easy else HARD
 
     def choose(self, host: HostBatch, collate: Collator) -> tuple[HostBatch, list[dict[str, int]]]:
-        """The batch with each example in the variant of its kind's level; and of each which it is, as counts."""
+        """The batch with each example in the variant of its kind's level, and the number of examples of each level."""
         levels = [self.level(item.example) for item in host.examples]
         counts = [{f"difficulty/{name}": int(level == name) for name in (EASY, HARD)} for level in levels]
         if not any(levels):
@@ -42,7 +42,7 @@ class Difficulty:
         return collate(items), counts
 
     def learn(self, outcome: Outcome) -> None:
-        """Takes in the mean score of each group."""
+        """Updates with the mean score of each group."""
         scores, counts = (x.reshape(len(outcome.kinds), -1) for x in (outcome.final_score, outcome.counts))
         for kind, score, known in zip(outcome.kinds, scores.mean(1), counts.any(1), strict=True):
             if known and np.isfinite(score):  # descriptions have no score

@@ -1,6 +1,5 @@
-"""The engine: what samples completions of a batch of prompts, and the programs that it runs.
-
-Another engine has the same two methods.
+"""The engine: it samples completions of a batch of prompts, and lists the programs it runs. Another engine provides the
+same two methods.
 """
 
 import math
@@ -29,14 +28,14 @@ RANGES = {"max_draws": COUNT, "reward_workers": COUNT, "num_generations": (2, ma
 
 
 def check(config: ConfigDict, max_new_tokens: int) -> None:
-    """Raises InputError for the first setting that config.rollout may not have."""
+    """Raises InputError for the first invalid setting of config.rollout."""
     check_ranges(config, "rollout.", RANGES)
     names = ("temperature", "top_p", "top_k", "min_new_tokens")
     sampling.check("rollout.", max_new_tokens=max_new_tokens, **{name: config[name] for name in names})
 
 
 class Engine:
-    """Samples on the devices of the mesh that the parameters lie on, by `sampling.sample`."""
+    """Samples on the devices of the mesh of the parameters, by `sampling.sample`."""
 
     def __init__(self, config: ConfigDict, model: QwenVL, end_tokens: tuple[int, ...], max_new_tokens: int) -> None:
         """`config` is config.rollout."""

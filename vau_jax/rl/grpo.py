@@ -1,6 +1,6 @@
 """Group-relative policy optimisation: advantages and losses, as pure functions of arrays.
 
-N completions, G of each prompt one after the other; C completion tokens. Reductions and log-probabilities are float32
+N completions, grouped by prompt, G each; C completion tokens. Reductions and log-probabilities are float32
 or wider. The exact forms are those of TRL's GRPOTrainer, tested against it; "reg_grpo" is not in TRL.
 
 Every loss is a sum over tokens of a term times a weight, and the weights come from the mask and from two numbers alone:
@@ -43,7 +43,7 @@ RANGES = {
 
 
 def check(config: ConfigDict, max_new_tokens: int) -> None:
-    """Raises InputError for the first setting that config.grpo may not have."""
+    """Raises InputError for the first invalid setting of config.grpo."""
     check_choices(config, "grpo.", CHOICES)
     check_ranges(config, "grpo.", RANGES)
     check_range("grpo.overlong_buffer", config.overlong_buffer, 0, max_new_tokens)
@@ -101,8 +101,9 @@ def _standardise(values: Array, axis: int, ddof: int, eps: float) -> Array:
 
 
 def overlong_penalty(lengths: Array, limit: int, buffer: int) -> Array:
-    """A reward in [-1, 0] for completions of `lengths` tokens [N]: 0 up to limit - buffer, then falling evenly to -1 at
-    `limit` and staying there (DAPO's soft overlong punishment, arXiv 2503.14476, equation 13)."""
+    """A reward in [-1, 0] for completions of `lengths` tokens [N]: 0 up to limit - buffer, then decreasing linearly to
+    -1 at `limit` and beyond (DAPO's soft overlong punishment, arXiv 2503.14476, equation 13).
+    """
     return -jnp.clip((jnp.asarray(lengths) - (limit - buffer)) / buffer, 0.0, 1.0)
 
 
@@ -166,7 +167,7 @@ def loss(logps: Array, batch: Mapping[str, Array], config: Any) -> tuple[Array, 
 
 
 def totals(batch: Mapping[str, Array]) -> dict[str, Array]:
-    """What the weights of an update's tokens depend on besides their own completion, as float32 scalars."""
+    """The batch-wide numbers that the token weights of an update depend on, as float32 scalars."""
     mask = jnp.asarray(batch["mask"])
     count = jnp.float32(mask.size // mask.shape[-1])
     return {"num_completions": count, "num_tokens": jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)}
@@ -197,7 +198,7 @@ def predicted_advantages(log_ratio: Array, mask: Array, num_generations: int, ep
 def _policy_term(
     logps: Array, old_logps: Array, mask: Array, advantages: Array, config: Any
 ) -> tuple[Array, dict[str, Array]]:
-    """The policy's term of each token [N, C] or completion [N, 1], and how often it was clipped."""
+    """The policy's term of each token [N, C] or completion [N, 1], and the share that was clipped."""
     log_ratio = logps - old_logps
     if config.loss_type == "reg_grpo":
         eps = getattr(config, "regression_eps", 1.0)
@@ -221,7 +222,7 @@ def _policy_term(
 
 
 def _token_weights(mask: Array, whole: Mapping[str, Array], config: Any) -> Array:
-    """The weight [N, C] of each token's term, 0 where mask is."""
+    """The weight [N, C] of each token's term, 0 outside the mask."""
     if config.loss_type in ("grpo", "gspo", "reg_grpo"):
         return mask / jnp.maximum(mask.sum(1, keepdims=True), 1.0) / whole["num_completions"]
     if config.loss_type == "dr_grpo":

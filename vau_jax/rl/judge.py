@@ -36,7 +36,7 @@ Marks = dict[str, float]
 
 @dataclass(frozen=True)
 class Subject:
-    """A text about a video, and what the annotation says of that."""
+    """A text about a video, and the annotation it is compared with."""
 
     text: str
     anomaly_class: str | None
@@ -54,7 +54,7 @@ class Subject:
 
 
 def messages(subject: Subject) -> list[Message]:
-    """The judge's prompt for one text; what would close its fence is taken out, and so are the grammar's tags."""
+    """The judge's prompt for one text; closing fences and the grammar's tags are removed from the text."""
     s = subject
     known = [f"Kind of event: {s.anomaly_class or 'unknown'}", f"Key objects: {s.key_object or 'unknown'}", s.facts]
     fenced = re.sub(r"</?candidate>", " ", TAG.sub(" ", s.text))
@@ -63,7 +63,7 @@ def messages(subject: Subject) -> list[Message]:
 
 
 def prompt_hash() -> str:
-    """Of the prompt around the texts: marks under another one do not compare."""
+    """Hash of the prompt around the texts: marks under different prompts are not comparable."""
     blank = messages(Subject("", None, "", ""))
     return hashlib.sha256(dump_json(blank).encode()).hexdigest()[:16]
 
@@ -94,7 +94,7 @@ class Judge:
     def marks(
         self, subjects: Sequence[Subject], show: Callable[[int], None] = lambda done: None
     ) -> list[tuple[Marks | None, str]]:
-        """For each subject its marks, or None and why there are none. Equal questions are asked once; `show` is told
+        """For each subject its marks, or None and the reason. Equal questions are asked once; `show` is called with
         how many are done."""
         asked = [messages(subject) for subject in subjects]
         keys = [dump_json(question) for question in asked]
@@ -111,6 +111,6 @@ class Judge:
         return [(read_marks(replies[key].text), replies[key].error) for key in keys]
 
     def totals(self, texts: Sequence[tuple[Example, str]]) -> list[tuple[float | None, str]]:
-        """`total` of texts about examples' videos, likewise."""
+        """`total` of texts about examples' videos, in the same form."""
         marked = self.marks([Subject.of_example(example, text) for example, text in texts])
         return [(None if marks is None else total(marks), error) for marks, error in marked]

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from vau_jax.common import sharding
 
-TOKENS = 256  # of a piece, of each row of the batch
-VOCABULARY = 16384  # of a piece, at most, where the vocabulary divides well
+TOKENS = 256  # of a chunk, of each row of the batch
+VOCABULARY = 16384  # of a chunk, at most, where the vocabulary divides well
 
 
 def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
@@ -26,12 +26,14 @@ def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
 def sampling_logits(
     hidden: jax.Array, head: jax.Array, temperature: float | jax.Array, never: tuple[int, ...]
 ) -> jax.Array:
-    """The logits that completions are drawn from and scored with: divided by temperature, `never` tokens impossible."""
+    """The logits of the distribution that completions are sampled from and scored with: divided by temperature, `never`
+    tokens impossible.
+    """
     return logits(hidden, head) / temperature + _forbidden(never, head.shape[0])
 
 
 def _forbidden(never: tuple[int, ...], vocabulary: int) -> jax.Array:
-    """What is added to logits [V]: -inf for tokens that are never sampled."""
+    """An addend to logits [V]: -inf for tokens that are never sampled."""
     return jnp.zeros(vocabulary).at[jnp.asarray(never, jnp.int32)].set(-jnp.inf)
 
 
@@ -43,11 +45,11 @@ def token_logps(
     never: tuple[int, ...] = (),
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target and entropy of its distribution, both float32 of the targets' shape.
+    """Log-probability of each target and entropy of its distribution, both float32 in the targets' shape.
 
     hidden [B, ..., D] predicts targets int32 [B, ...]; head is [V, D]. Logits exist for TOKENS tokens of each row and
-    VOCABULARY entries at a time. The backward pass computes them again, and adds up the head's gradient in float32. On
-    a `mesh` each device takes its own tokens and its own part of the vocabulary.
+    VOCABULARY entries at a time. The backward pass recomputes them, and accumulates the head's gradient in float32. On
+    a `mesh` each device computes its own tokens and its own part of the vocabulary.
     """
     b, dim = targets.shape[0], hidden.shape[-1]
     wanted = targets.reshape(b, -1)
@@ -69,14 +71,15 @@ def token_logps(
 
 
 def vocabulary_pieces(size: int) -> int:
-    """Into how many equal parts a vocabulary of `size` tokens is cut: the least number that divides it and leaves no
-    part above VOCABULARY, or 1 when that would leave parts too small to be worth it."""
+    """The number of equal chunks of a vocabulary of `size` tokens: the smallest divisor that leaves no chunk above
+    VOCABULARY, or 1 where the chunks would be too small to pay off.
+    """
     count = next(n for n in range(-(-size // VOCABULARY), size + 1) if size % n == 0)
     return count if size // count >= VOCABULARY // 8 else 1
 
 
 class _Given(NamedTuple):
-    """What `_score` scores, or how each lies on the devices."""
+    """Inputs of `_score`, or the partition spec of each."""
 
     hidden: Any  # [m, t, D]
     head: Any  # [V, D]
@@ -85,8 +88,10 @@ class _Given(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """How the arrays of `_score` lie on the devices: the mesh axes that they are split over, none on one device. What
-    is sent is a piece of the head at a time, and sums at the end; left to the compiler, it would be much in each round.
+    """Sharding of the arrays of `_score`: the mesh axes that they are split over, none on one device.
+
+    Devices exchange one chunk of the head at a time, and sums at the end; left to the compiler, it would be far more in
+    each iteration.
     """
 
     mesh: Mesh | None = None
@@ -103,8 +108,9 @@ class _Layout(NamedTuple):
         return cls(mesh, sharding.EXAMPLES, vocabulary, width) if split else cls(mesh, (), vocabulary, None)
 
     def on_each(self, function: Callable, of_tokens: int, gradients: bool) -> Callable:
-        """The function of `_Given` and so many arrays [m, t] on each device's parts. It returns the gradients by hidden
-        and head, or else three arrays [m, t]."""
+        """The function of `_Given` and `of_tokens` arrays [m, t], run on each device's shards. It returns the gradients
+        by hidden and head, or else three arrays [m, t].
+        """
         if self.mesh is None:
             return function
         tokens, head = P(None, self.tokens or None), P(self.vocabulary, self.width)
@@ -114,11 +120,11 @@ class _Layout(NamedTuple):
         return jax.shard_map(function, mesh=self.mesh, in_specs=places, out_specs=result, check_vma=False)
 
     def first(self, rows: int) -> jax.Array | int:
-        """The token that this device's part of the vocabulary, of so many tokens, begins with."""
+        """The first token of this device's shard of the vocabulary, of `rows` tokens."""
         return jax.lax.axis_index(self.vocabulary) * rows if self.vocabulary else 0
 
     def whole(self, rows: jax.Array) -> jax.Array:
-        """[v, D] of a part of the head with all columns."""
+        """[v, D] of a shard of the head with all columns."""
         return jax.lax.all_gather(rows, self.width, axis=1, tiled=True) if self.width else rows
 
     def own(self, d_rows: jax.Array) -> jax.Array:
@@ -132,7 +138,7 @@ class _Layout(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A part of the vocabulary: consecutive tokens from `start` on."""
+    """A chunk of the vocabulary: consecutive tokens from `start`."""
 
     start: jax.Array
     rows: jax.Array  # [v, D] of the head
@@ -157,7 +163,7 @@ class _Piece(NamedTuple):
         return (targets - self.start)[:, None] == jnp.arange(len(self.rows))
 
 
-# So far, of each token: the largest score, the sums of exp(score - largest) and of that times score, the target's.
+# Running, of each token: the largest score, the sums of exp(score - largest) and of that times score, the target's.
 _Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 

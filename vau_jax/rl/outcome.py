@@ -1,4 +1,4 @@
-"""How completions did: the arrays that rewards, group selection and metrics are computed on."""
+"""Outcomes of completions: the arrays that rewards, group selection and metrics are computed on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from vau_jax.types import Batch, Sampled
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the completions of B prompts did; N = B * G, a prompt's one after the other."""
+    """Scores of the completions of B prompts; N = B * G, grouped by prompt."""
 
     kinds: list[str]  # B: task and class
     rewards: np.ndarray  # float32 [N, R]; NaN where a reward is absent, or the completion does not count
@@ -27,12 +27,12 @@ class Outcome:
 
     @property
     def counts(self) -> np.ndarray:
-        """bool [N]: completions that are compared and trained on: the video could be read, and no reward failed."""
+        """bool [N]: completions that are compared and trained on: the video was readable, and no reward failed."""
         return ~np.isnan(self.total)
 
     @property
     def varied(self) -> np.ndarray:
-        """bool [B]: groups whose rewards differ, which alone say anything about the policy."""
+        """bool [B]: groups with different rewards; others give no gradient."""
         groups = self.total.reshape(len(self.kinds), -1)
         return np.nan_to_num(np.nanmax(groups, 1, initial=-np.inf) - np.nanmin(groups, 1, initial=np.inf)) > 0
 
@@ -43,12 +43,12 @@ class Outcome:
         return {name: x.reshape(len(self.kinds), -1, *x.shape[1:]) for name, x in arrays.items()}
 
     def groups(self, numbers: np.ndarray) -> "Outcome":
-        """Those of the groups with these numbers."""
+        """The groups with these indices."""
         arrays = {name: x[numbers].reshape(-1, *x.shape[2:]) for name, x in self._by_group.items()}
         return Outcome([self.kinds[i] for i in numbers], **arrays)
 
     def gathered(self, rows: Rows) -> "Outcome":
-        """That of the whole batch, whose `rows` of this process this is."""
+        """The outcome of the whole batch, given this process's `rows` of it."""
         grouped = self._by_group
         rows_of = [[kind, *(x[i].tolist() for x in grouped.values())] for i, kind in enumerate(self.kinds)]
         kinds, *columns = zip(*rows.gather(rows_of), strict=True)
@@ -60,7 +60,7 @@ class Outcome:
 
 
 def joined(outcomes: Sequence[Outcome]) -> Outcome:
-    """One after the other."""
+    """Concatenated."""
     arrays = {name: np.concatenate([getattr(outcome, name) for outcome in outcomes]) for name in _PER_COMPLETION}
     return Outcome([kind for outcome in outcomes for kind in outcome.kinds], **arrays)
 
@@ -70,7 +70,7 @@ _PER_COMPLETION = ("rewards", "total", "ended", "draft_score", "final_score", "r
 
 @dataclass(frozen=True)
 class RolloutBatch(Outcome):
-    """The completions themselves too, on the host: of this process's prompts."""
+    """The outcome together with the completions themselves, on the host: of this process's prompts."""
 
     host: HostBatch
     sampled: Sampled  # numpy; C is the limit

@@ -1,4 +1,4 @@
-"""The rollout: sample on the device, read and reward the texts, choose the groups, and make the batch of one update."""
+"""The rollout: sample on the device, parse and reward the texts, select groups, and build the batch of one update."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +21,11 @@ from vau_jax.rl.outcome import Outcome, RolloutBatch, SelectedGroups, joined
 from vau_jax.rl.scorer import Scorer
 from vau_jax.types import Batch, Completions, TrainBatch, Variables
 
-LENGTHS = 4  # different lengths that completions are padded to: quarters of the limit
+LENGTHS = 4  # number of lengths that completions are padded to: quarters of the limit
 
 
 class Policy(Protocol):
-    """What a rollout needs of the learner."""
+    """The interface of the learner that a rollout uses."""
 
     variables: Variables
 
@@ -35,7 +35,7 @@ class Policy(Protocol):
 
 
 class Collected(NamedTuple):
-    """What a rollout gives besides the batch: numbers of all completions, and one group's records to read."""
+    """The by-products of a rollout: metrics of all completions, and one group's records to read."""
 
     train: TrainBatch
     metrics: dict[str, Any]
@@ -61,7 +61,7 @@ class Clock:
 
 @dataclass
 class RolloutWorker:
-    """Collects batches of completions with all that the loss reads, from batches of prompts."""
+    """Collects batches of completions with all inputs of the loss, from batches of prompts."""
 
     config: ConfigDict
     engine: Engine
@@ -70,7 +70,7 @@ class RolloutWorker:
     difficulty: Difficulty
 
     def collect(self, policy: Policy, batch: HostBatch, key: jax.Array, clock: Clock) -> Collected:
-        """One update's batch from the prompts of `batch`, and, with rollout.max_draws, of further ones of the feed."""
+        """One update's batch from the prompts of `batch` and, with rollout.max_draws, of further batches."""
         chosen, outcomes, levels = self.select(policy, batch, key, clock)
         metrics: dict[str, Any] = {**levels, **self.scorer.metrics(outcomes)}
         if self.config.rollout.max_draws > 1:
@@ -92,10 +92,11 @@ class RolloutWorker:
     def select(
         self, policy: Policy, host: HostBatch, key: jax.Array, clock: Clock
     ) -> tuple[SelectedGroups, list[Outcome], dict[str, int]]:
-        """The groups to train on, how all that were drawn did, and how many prompts were of each level of difficulty.
+        """The groups to train on, the outcomes of all that were sampled, and the number of prompts of each level of
+        difficulty.
 
-        With rollout.max_draws, groups whose rewards are all alike are replaced by groups of further prompts, as long as
-        draws are left (DAPO's dynamic sampling, arXiv 2503.14476); those that remain have advantage 0.
+        With rollout.max_draws, groups with equal rewards are replaced by groups of further prompts until the limit is
+        reached (DAPO's dynamic sampling, arXiv 2503.14476); those that remain have advantage 0.
         """
         draws: list[RolloutBatch] = []
         outcomes: list[Outcome] = []
@@ -127,16 +128,19 @@ class RolloutWorker:
         return chosen, outcomes, pipeline.summed(levels)
 
     def keys(self, host: HostBatch, key: jax.Array) -> jax.Array:
-        """A key for each prompt of the whole batch [B], by its example alone: token t of its completion g is drawn with
-        fold_in(fold_in(keys[b], g), t). So neither the position in the batch nor the number of devices or processes
-        changes what is drawn."""
+        """A key for each prompt of the whole batch [B], by its example alone: token t of its completion g is sampled
+        with fold_in(fold_in(keys[b], g), t). So the sample depends neither on the position in the batch nor on the
+        number of devices or processes.
+        """
         ids = self.feed.rows.gather([item.example.id for item in host.examples])
         repeats = [ids[:row].count(ids[row]) for row in self.feed.rows.mine]
         numbers = self.feed.rows.put(pipeline.draw_numbers(host.examples, repeats))
         return pipeline.keys_of(key, numbers)
 
     def _of_several(self, policy: Policy, draws: list[RolloutBatch], outcomes: list[Outcome]) -> SelectedGroups:
-        """Of several draws; a group may go to the devices of another process than the one that has read it."""
+        """Selects from several batches; a group may go to the devices of another process than the one that has parsed
+        it.
+        """
         every = joined(outcomes)
         numbers = np.argsort(~every.varied, kind="stable")[: self.config.batch_size]
         shape = Shape(*map(max, *(self.feed.shape(draw.host) for draw in draws)))
@@ -146,7 +150,7 @@ class RolloutWorker:
         return SelectedGroups(every.groups(numbers), policy.encode_vision(batch), self.feed.rows.fetch(sampled), first)
 
     def _first(self, draws: list[RolloutBatch], number: int) -> list[dict[str, Any]]:
-        """Records of the group `number`, counted through all draws, from the process that has read it."""
+        """Records of the group `number`, counted over all batches, from the process that has parsed it."""
         draw, row = divmod(number, self.config.batch_size)
         mine = [self.scorer.records(draws[draw], i) if r == row else None for i, r in enumerate(self.feed.rows.mine)]
         return self.feed.rows.gather(mine)[row]
@@ -154,8 +158,9 @@ class RolloutWorker:
     # --- What the loss reads ---
 
     def completions(self, chosen: SelectedGroups) -> Completions:
-        """What is trained on, padded to the least of LENGTHS lengths that holds the longest completion of the whole
-        batch: few programs, little padding."""
+        """The completions to train on, padded to the smallest of LENGTHS lengths that holds the longest of the whole
+        batch: few programs, little padding.
+        """
         limit, longest = chosen.sampled.tokens.shape[2], int(chosen.outcome.lengths.max())
         step = -(-limit // LENGTHS)
         length = min(limit, -(-max(1, longest) // step) * step)
@@ -174,9 +179,11 @@ class RolloutWorker:
     def _kl_in_reward(
         self, policy: Policy, batch: Batch, completions: Completions, scored: dict[str, jax.Array]
     ) -> np.ndarray | None:
-        """Where the KL is part of the reward, that of each token, float32 [b, G, C] of this process's rows. Both sides
-        are scored alike: the sampler's log-probabilities can be those of another distribution (see sampling.py), and
-        are rounded otherwise."""
+        """Where the KL is part of the reward, the KL of each token, float32 [b, G, C] of this process's rows.
+
+        Both sides are scored by the same program: the sampler's log-probabilities can be those of another distribution
+        (see sampling.py), and are rounded differently.
+        """
         c = self.config.grpo
         if c.kl_in != "reward" or not c.beta:
             return None
@@ -198,7 +205,7 @@ class RolloutWorker:
     def loss_inputs(
         self, chosen: SelectedGroups, mask: np.ndarray, kl: np.ndarray | None = None
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """What grpo.loss reads, but for old and reference log-probabilities, for completions with `mask` [b, G, C] in
+        """Inputs of grpo.loss, except old and reference log-probabilities, for completions with `mask` [b, G, C] in
         this process's rows; and the advantages of the whole batch [B, G].
 
         `kl` [b, G, C] of each token is given when it is part of the reward.

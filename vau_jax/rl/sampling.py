@@ -26,13 +26,13 @@ DRAW_BLOCK = 128  # tokens
 UNIFORM_STEP = 2.0**-23  # between the random numbers of float32
 FIRST_CACHE = 128  # completion tokens that the cache has room for at first
 WATCH_EVERY = 8  # tokens
-LEAST_TEMPERATURE, LEAST_TOP_P = 0.01, 1e-6  # below, logits leave the range of float32, and masses its resolution
-SHRINK = 4  # the batch is made smaller when its rows are this many times those that it needs
+LEAST_TEMPERATURE, LEAST_TOP_P = 0.01, 1e-6  # below, logits exceed the range of float32, and masses its resolution
+SHRINK = 4  # the batch shrinks when it has this many times the rows that it needs
 
 
 @dataclass(frozen=True)
 class StaticArgs:
-    """What a program is compiled for, besides shapes."""
+    """Arguments that a program is compiled for, besides shapes."""
 
     model: QwenVL
     end_tokens: tuple[int, ...]
@@ -43,7 +43,7 @@ class StaticArgs:
 
 
 class DynamicArgs(NamedTuple):
-    """What may change without another program."""
+    """Arguments that change without recompilation."""
 
     key: jax.Array  # one, or [B * G]: one for each completion
     temperature: jax.Array
@@ -52,14 +52,14 @@ class DynamicArgs(NamedTuple):
 
 
 class _Prompts(NamedTuple):
-    """What decoding needs of the prompts."""
+    """The data of the prompts that decoding needs."""
 
     cache: KVCache  # [L, B, K, T, H]
     batch: Batch  # without the visual input
 
 
 class _Loop(NamedTuple):
-    """The completions that are being drawn; B and G shrink as they end."""
+    """The completions being sampled; B and G shrink as they end."""
 
     step: jax.Array  # int32 []: completion tokens drawn
     number: jax.Array  # int32 [B, G]: of each completion in the whole batch
@@ -98,7 +98,7 @@ def draw(keys: jax.Array, scores: jax.Array) -> jax.Array:
 
 
 def invert(scores: jax.Array, chance: jax.Array) -> jax.Array:
-    """What `draw` draws with the random numbers `chance` [..., 2] between 0 and 1."""
+    """`draw` with the given random numbers `chance` [..., 2] between 0 and 1."""
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     pad = -scores.shape[-1] % DRAW_BLOCK
     weights = jnp.pad(weights, [(0, 0)] * (scores.ndim - 1) + [(0, pad)])
@@ -106,7 +106,7 @@ def invert(scores: jax.Array, chance: jax.Array) -> jax.Array:
 
     def first(mass: jax.Array, share: jax.Array) -> jax.Array:
         """The first index with any mass whose cumulative mass exceeds `share` of the whole. Where rounding leaves none
-        (the sums are made in parallel, and may differ where no mass lies between), the one with the most."""
+        (the sums are computed in parallel, and may differ where there is no mass between), the one with the most."""
         total = jnp.cumsum(mass, axis=-1)
         reached = (mass > 0) & (total > share * total[..., -1:])
         return jnp.argmax(jnp.where(reached, jnp.inf, mass), axis=-1)
@@ -126,7 +126,7 @@ def check(
     min_new_tokens: int = 0,
     num_generations: int = 1,
 ) -> None:
-    """Raises InputError for an option that `sample` cannot have, under its name after `prefix`."""
+    """Raises InputError for an invalid option of `sample`, under its name after `prefix`."""
     check_range(f"{prefix}temperature", temperature, LEAST_TEMPERATURE)
     check_range(f"{prefix}top_p", top_p, LEAST_TOP_P, 1.0)
     check_range(f"{prefix}top_k", top_k, 0)
@@ -177,7 +177,7 @@ def sample(
     dynamic = DynamicArgs(key, jnp.float32(temperature), jnp.int32(min_new_tokens), stop_table)
     size = num_generations, max_new_tokens, min(FIRST_CACHE, max_new_tokens)
     loop, prompts = _start(variables, batch, dynamic, static=static, size=size)
-    whole = None  # completions that ended before the batch was made smaller
+    whole = None  # completions that ended before the batch shrank
     while True:
         pause = jnp.int32(max_new_tokens) if watch is None else loop.step + WATCH_EVERY
         loop, prompts_left, most_left = _advance(variables, prompts, loop, dynamic, pause, static=static)
@@ -236,7 +236,7 @@ def abstract_programs(
 
 
 def copies_weights(variables: Variables, dtype: Any, mesh: Mesh) -> bool:
-    """Whether sampling reads a copy of the weights: whole over fsdp, in the dtype of activations."""
+    """Whether sampling reads a copy of the weights: gathered over fsdp, in the dtype of activations."""
     dtypes = {x.dtype for x in jax.tree.leaves(variables["params"])}
     return mesh.shape["fsdp"] > 1 or dtypes != {jnp.dtype(dtype)}
 
@@ -248,15 +248,16 @@ def _for_completions(keys: jax.Array, generations: int) -> jax.Array:
 
 
 def decode_weights(variables: Variables, dtype: Any, mesh: Mesh | None) -> Variables:
-    """The parameters as every token reads them: matrices in the model's dtype, and on a mesh no longer split over
-    fsdp, which would gather them again for each token. What is not so already takes as much memory more."""
+    """The parameters as decoding reads them: matrices in the model's dtype, and on a mesh gathered over fsdp, which
+    would otherwise be gathered for each token. Parameters that differ are copied, in additional memory.
+    """
     split = mesh is not None and mesh.shape["fsdp"] > 1
 
     def one(path: tuple[Any, ...], x: jax.Array, place: NamedSharding | None = None) -> jax.Array:
         wanted = jnp.dtype(dtype) if path[-1].key in ("kernel", "embedding", "lm_head") else x.dtype
         if not split and x.dtype == wanted:
             return x
-        return _cast(wanted, place)(x)  # one by one: together they need twice the memory
+        return _cast(wanted, place)(x)  # one by one: together they would need twice the memory
 
     places = () if mesh is None else (sharding.gathered(variables, mesh),)
     return jax.tree_util.tree_map_with_path(one, variables, *places)
@@ -264,7 +265,7 @@ def decode_weights(variables: Variables, dtype: Any, mesh: Mesh | None) -> Varia
 
 @lru_cache(maxsize=64)
 def _cast(dtype: Any, place: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
-    """A program that casts an array, and then lays it out like that."""
+    """A program that casts an array, and then shards it like that."""
     return jax.jit(lambda x: jax.lax.optimization_barrier(x.astype(dtype)), out_shardings=place)
 
 
@@ -274,8 +275,10 @@ def compiled_programs() -> int:
 
 
 def _rows_needed(prompts: int, most: int, shape: tuple[int, int], mesh: Mesh | None) -> tuple[int, int]:
-    """The prompts and completions of each that a batch [B, G] needs for those not ended: `shape` itself unless powers
-    of two that are SHRINK times fewer rows will do. A prompt takes as many rows as the one with `most`."""
+    """The number of prompts, and of completions of each, that a batch [B, G] needs for the unfinished ones: `shape`
+    itself unless powers of two that are SHRINK times fewer rows suffice. A prompt takes as many rows as the one with
+    `most`.
+    """
     if prompts == 0:
         return 0, 0
     least = 1 if mesh is None else sharding.example_parts(mesh)
@@ -284,7 +287,7 @@ def _rows_needed(prompts: int, most: int, shape: tuple[int, int], mesh: Mesh | N
 
 
 def _power_of_two(count: int) -> int:
-    """The least power of two that is not below count."""
+    """The smallest power of two that is at least count."""
     return 1 << (count - 1).bit_length()
 
 
@@ -328,8 +331,9 @@ def _advance(
     *,
     static: StaticArgs,
 ) -> tuple[_Loop, jax.Array, jax.Array]:
-    """Draws tokens until a chunk ends, at the latest when there are `pause`; how many prompts have completions left
-    then, and how many the most."""
+    """Samples tokens until a chunk ends, at the latest after `pause` tokens; returns how many prompts have unfinished
+    completions then, and the largest number of them for one prompt.
+    """
     c, room = loop.tokens.shape[2], loop.own.k.shape[4]
     shape = loop.done.shape
     enough = np.asarray(  # [B + 1, G + 1]: whether a smaller batch would do
@@ -400,7 +404,7 @@ def _write(cache: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
 
 @jax.jit
 def _scatter(whole: Sampled, part: Sampled, number: jax.Array) -> Sampled:
-    """Writes completions to their places in the whole batch."""
+    """Writes completions to their positions in the whole batch."""
 
     def write(all_rows: jax.Array, rows: jax.Array) -> jax.Array:
         flat = all_rows.reshape(-1, all_rows.shape[-1])
@@ -435,7 +439,7 @@ def _resize(
 
 
 def _pin(cache: KVCache, mesh: Mesh | None) -> KVCache:
-    """The cache laid out on the mesh by rule."""
+    """The cache with the sharding of `sharding.cache`."""
     if mesh is None:
         return cache
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding.cache(mesh, x.shape)), cache)

@@ -1,4 +1,4 @@
-"""Texts to rewards: built-in rewards on the device, users' own, a judge's marks, and what is reported of them."""
+"""Texts to rewards: built-in rewards on the device, user rewards, a judge's marks, and their metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def _judge(config: ConfigDict, cache: Path | None) -> "Judge":
 
 @dataclass
 class Scorer:
-    """Reads completions and rewards them, by config.rewards, config.user_rewards and config.judge."""
+    """Parses completions and rewards them, by config.rewards, config.user_rewards and config.judge."""
 
     config: ConfigDict
     processor: Processor
@@ -83,7 +83,7 @@ class Scorer:
         self.shown_errors = 0
 
     def read(self, host: HostBatch, sampled: Sampled) -> RolloutBatch:
-        """Reads and scores what was sampled (numpy)."""
+        """Parses and scores the sampled completions (numpy)."""
         c, g = self.config, self.config.rollout.num_generations
         texts = [text for group in self.processor.decode_completions(sampled.tokens, sampled.mask) for text in group]
         examples = [item.example for item in host.examples for _ in range(g)]
@@ -151,7 +151,7 @@ class Scorer:
                 self.shown_errors += 1
 
     def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """What the completions of a step were like, those of replaced groups among them."""
+        """Metrics of the completions of a step, including those of replaced groups."""
         every = joined(outcomes)
         tasks = np.repeat([kind.split("/")[0] for kind in every.kinds], self.config.rollout.num_generations)
         ended, lengths = every.ended, every.lengths
@@ -216,7 +216,7 @@ def _reflection(every: Outcome, tasks: np.ndarray) -> dict[str, float]:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of the entries that are there; 0 when none is."""
+    """Mean of the finite entries; 0 without any."""
     there = values[~np.isnan(values)]
     return float(there.mean()) if there.size else 0.0
 

@@ -1,13 +1,15 @@
-"""Users' own rewards: functions named by import path, called for each completion in processes of their own.
+"""User rewards: functions named by import path, called for each completion in separate processes.
 
-    def reward(completion: str, example: Example) -> float | None        example: vau_jax.tasks.example.Example
+    def reward(completion: str, example: Example) -> float | None
 
-A larger number is better; None says nothing about this completion. An exception, an end of the process (sys.exit, a
-crash), more than `rollout.reward_seconds`, or what is no finite number fails this completion alone: it is left out of
-the baseline and of the loss, counted, and shown.
+`example` is a vau_jax.tasks.example.Example, with `id`, `task`, `question`, `choices`, `truth` and `meta`
 
-A process imports the functions and is asked by lines of JSON; what the functions keep between calls, they keep in each
-process for itself. Accelerators are the training's: JAX in these processes has the CPU alone.
+A larger number is better; None gives no reward to this completion. An exception, an exit of the process (sys.exit, a
+crash), more than `rollout.reward_seconds`, or a result that is not a finite number fails this completion alone: it is
+left out of the baseline and of the loss, counted, and reported.
+
+A process imports the functions and is asked by lines of JSON; state that the functions keep between calls is local to
+each process. Accelerators belong to the training: JAX in these processes has the CPU alone.
 """
 
 import importlib
@@ -54,7 +56,7 @@ class UserRewards:
             self.workers.ask({"ready": True}, IMPORT)
 
     def __call__(self, texts: Sequence[str], examples: Sequence[Example]) -> tuple[np.ndarray, list[str | None]]:
-        """float32 [N, R], NaN where a function said nothing or failed; and what failed for each completion, or None."""
+        """float32 [N, R], NaN where a function returned None or failed; and what failed of each completion, or None."""
         if not self.names:
             return np.zeros((len(texts), 0), np.float32), [None] * len(texts)
         scored = list(self.threads.map(self._score, texts, map(encode, examples)))
@@ -85,8 +87,8 @@ class UserRewards:
         try:
             answer, _ = worker.ask({"functions": self.names}, IMPORT)
         except Died as death:
-            told = f"took longer than {IMPORT:g} s" if death.late else f"ended the process ({death})"
-            raise InputError(f"user rewards {', '.join(self.names)}: importing them {told}") from death
+            reason = f"took longer than {IMPORT:g} s" if death.late else f"ended the process ({death})"
+            raise InputError(f"user rewards {', '.join(self.names)}: importing them {reason}") from death
         if "error" in answer:
             worker.stop()
             raise InputError(answer["error"])
@@ -104,7 +106,7 @@ def encode(example: Example) -> dict[str, Any]:
 
 
 def decode(raw: dict[str, Any]) -> Example:
-    """The example that `encode` took apart."""
+    """The inverse of `encode`."""
     reflection = raw["reflection"] and Reflection(**raw["reflection"])
     media = tuple(Path(path) for path in raw["media"])
     return Example(**{**raw, "media": media, "choices": tuple(raw["choices"]), "reflection": reflection})
@@ -133,7 +135,7 @@ def _told(error: BaseException) -> str:
 
 
 def score(function: Reward, completion: str, example: Example) -> dict[str, Any]:
-    """The function's number under "value" (None: it says nothing), or what failed under "error"."""
+    """The function's number under "value" (None: no reward), or the failure under "error"."""
     try:
         value = function(completion, example)
         if value is None:

@@ -1,4 +1,4 @@
-"""The tasks of video anomaly understanding, one file each; see `vau_jax.tasks.base` for what a task says."""
+"""The tasks of video anomaly understanding, one file each; `vau_jax.tasks.base` defines what a task provides."""
 
 from collections.abc import Mapping
 

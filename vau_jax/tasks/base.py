@@ -1,8 +1,7 @@
-"""What a task is: one class, in one file of this folder, that owns everything that is particular to it.
+"""The base class of tasks. A task is one class in one file of this folder and owns everything specific to it: question,
+target completion, parsing, ground truth, rewards, metrics and display.
 
-A task says what is asked, what a right completion is, how a completion is read, what is true, how answers are rewarded
-and measured, and how they are shown. The rest of the project goes through the methods below and compares no task's
-name. `vau_jax.tasks.TASKS` lists the tasks.
+The rest of the project calls the methods below and never compares a task's name. `vau_jax.tasks.TASKS` lists the tasks.
 """
 
 import re
@@ -31,7 +30,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class ReportRow:
-    """A row of the report's table: its title, where its number stands in metrics.json, and a baseline beside it."""
+    """A row of the report's table: its title, the path of its number in metrics.json, and of a baseline."""
 
     title: str
     path: tuple[str, ...]
@@ -39,73 +38,73 @@ class ReportRow:
 
 
 class Task(ABC):
-    """See the module's docstring. Methods that have a body here are right for tasks with one value to read."""
+    """See the module's docstring. Methods with a body here suit tasks whose answer is a single value."""
 
     name: ClassVar[str]
     columns: ClassVar[Mapping[str, Column]] = {}  # of answers and of truths; a name that tasks share is one column
     verifiable: ClassVar[bool] = True  # an answer is right or wrong; else it has no score, draft or correctness
     extra_tags: ClassVar[tuple[str, ...]] = ()  # tags after <answer>
-    default_choices: ClassVar[tuple[str, ...]] = ()  # of an example that brings none
+    default_choices: ClassVar[tuple[str, ...]] = ()  # where an example has none of its own
     shuffles: ClassVar[bool] = False  # the order of choices means nothing and may change
-    timed: ClassVar[bool] = False  # answers have times, which are drawn on the video's time line
-    judged: ClassVar[bool] = False  # a judge model can mark what is written
+    timed: ClassVar[bool] = False  # answers have times, which are shown on the video's time line
+    judged: ClassVar[bool] = False  # a judge model can score the text
     right_from: ClassVar[float] = 1.0  # score from which an answer counts as right
     exact_from: ClassVar[float] = 1.0  # score of the right answer written out, which rounding may lower
 
-    question: ClassVar[str]  # what is asked; {question}, {options}, {labels}, {sections} are filled in
-    short_question: ClassVar[str]  # all that is said with data.wording=short
-    answer_instruction: ClassVar[str]  # what stands inside <answer>
+    question: ClassVar[str]  # placeholders: {question}, {options}, {labels}, {sections}
+    short_question: ClassVar[str]  # the whole prompt with data.wording=short
+    answer_instruction: ClassVar[str]  # describes the text inside <answer>
 
     command: ClassVar[str]  # name for `vau_jax.ask --task`
     title: ClassVar[str]  # name for people
     report_rows: ClassVar[tuple[ReportRow, ...]] = ()
-    reflection_rows: ClassVar[tuple[ReportRow, ...]] = ()  # below the rows of all tasks
+    reflection_rows: ClassVar[tuple[ReportRow, ...]] = ()  # after the rows of all tasks
 
     # --- Truth ---
 
     @abstractmethod
     def truth(self, annotation: Annotation) -> Mapping[str, Any] | None:
-        """What is right, as JSON values; None where the annotation does not say, so that the task cannot be asked."""
+        """The ground truth as JSON values; None where the annotation lacks it: the task is then not asked."""
 
     @abstractmethod
     def truth_values(self, truth: Mapping[str, Any], choices: Sequence[str]) -> Values:
-        """The truth as values of this task's columns."""
+        """The ground truth as values of this task's columns."""
 
     def choices(self, annotation: Annotation) -> tuple[str, ...]:
-        """What the answer is chosen from."""
+        """The options or labels to choose from."""
         return ()
 
     @abstractmethod
     def identity(self, annotation: Annotation) -> Any:
-        """What tells a question from others about the same video, as JSON values: what is asked, and the truth."""
+        """The identity of a question among those about one video, as JSON values: the question and its truth."""
 
     # --- Text of prompts and completions ---
 
     def fields(self, example: Example) -> dict[str, str]:
-        """What is filled into the question's places."""
+        """Values for the placeholders of the question."""
         options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, example.choices, strict=False))
         return {"question": example.question, "options": options, "labels": ", ".join(example.choices), "sections": ""}
 
     @abstractmethod
     def answer(self, example: Example) -> str:
-        """What stands inside <answer> when the answer is right."""
+        """The text inside <answer> of the right completion."""
 
     def closing(self, example: Example) -> str:
-        """What follows </answer>."""
+        """The text after </answer> of the right completion."""
         return ""
 
     def target(self, example: Example) -> str:
-        """The right answer in a line."""
+        """The right answer as one line."""
         return self.answer(example)
 
     def hint(self, example: Example) -> str:
-        """A line of the annotation that helps without naming the answer: the evidence, or what happens."""
+        """One line of the annotation that helps without naming the answer: the evidence, or the event."""
         meta = example.meta
         evidence = meta.get("reasoning", {}).get("Key Evidence")
         return evidence or meta.get("description") or meta.get("key_object") or "watch the whole video"
 
     def plain_reasoning(self, example: Example) -> str:
-        """Reasoning in prose from the annotation: what is visible, why it matters, what follows."""
+        """Reasoning in prose from the annotation: visible events, their meaning, their consequences."""
         reasoning = example.meta.get("reasoning", {})
         parts = [reasoning.get(title, "") for title in ("Key Evidence", "Detailed Explanation", "Conclusion")]
         return (
@@ -113,7 +112,7 @@ class Task(ABC):
         )
 
     def check(self, example: Example) -> str:
-        """What replaces `{check}` in a reflection record: the choices as they are shown, up to the right one."""
+        """The text that replaces `{check}` in a reflection record: the choices as shown, up to the right one."""
         return ""
 
     # --- Choices in another order ---
@@ -127,15 +126,15 @@ class Task(ABC):
     draft_format: ClassVar[str] = "it has no drafts"  # how a draft is written, for errors
 
     def check_draft(self, draft: Mapping[str, Any]) -> bool:
-        """Whether this is a draft of this task."""
+        """Whether this is a valid draft of this task."""
         return False
 
     def draft_text(self, draft: Mapping[str, Any], example: Example) -> str:
-        """What stands inside <draft>."""
+        """The text inside <draft>."""
         raise NotImplementedError(f"{self.name} has no drafts")
 
     def draft_prose(self, draft: Mapping[str, Any], example: Example) -> str:
-        """A draft in running text, as the reflection quotes it."""
+        """A draft in prose, as quoted by the reflection."""
         return self.draft_text(draft, example)
 
     def draft_of(self, answers: Columns, index: int, example: Example) -> dict[str, Any] | None:
@@ -147,7 +146,7 @@ class Task(ABC):
         raise NotImplementedError(f"{self.name} has no drafts")
 
     def wrong_draft(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        """Some wrong answer as a draft."""
+        """A wrong answer as a draft."""
         raise NotImplementedError(f"{self.name} has no drafts")
 
     # --- Reading of completions ---
@@ -158,72 +157,74 @@ class Task(ABC):
 
     @abstractmethod
     def value(self, text: str, choices: Sequence[str]) -> Values:
-        """The value inside <answer> or <draft>, exactly as the grammar has it; empty where it is another text."""
+        """The value inside <answer> or <draft> in the strict grammar; empty for any other text."""
 
     def loose_value(self, text: str, choices: Sequence[str]) -> Values:
-        """The one value that a text names in some way; empty where it names none or several."""
+        """The one value that a text names in any form; empty where it names none or several."""
         return self.value(text, choices)
 
     def strict(self, sections: Mapping[str, str], choices: Sequence[str]) -> tuple[Values, Values] | None:
-        """Final answer and draft of a completion in the strict grammar; None where one of them cannot be read."""
+        """Final answer and draft of a completion in the strict grammar; None where one of them cannot be parsed."""
         final, draft = self.value(sections["answer"], choices), self.value(sections.get("draft", ""), choices)
         return (final, draft) if final and (draft or "draft" not in sections) else None
 
     def lenient(self, sections: Mapping[str, str], choices: Sequence[str]) -> tuple[Values, Values]:
-        """Final answer and draft in the sections of any text; "rest" is what follows the reasoning."""
+        """Final answer and draft from the sections of any text; "rest" is the text after the reasoning."""
         final, draft = sections.get("answer", sections.get("rest", "")), sections.get("draft", "")
         return self.loose_value(final, choices), self.loose_value(draft, choices)
 
     def conclusion(self, choices: Sequence[str]) -> re.Pattern[str] | None:
-        """Finds in reasoning the value (its group 1) that a sentence states as the answer; None: nothing is stated."""
+        """A pattern that finds the value (its group 1) stated as the answer in reasoning; None: no such statement is
+        looked for.
+        """
         return None
 
     # --- Rewards: pure JAX, under jit and vmap ---
 
     @abstractmethod
     def correct(self, answers: Columns, target: Columns) -> jax.Array:
-        """bool [N]: whether the answer is there and right."""
+        """bool [N]: whether the answer exists and is right."""
 
     def score(self, answers: Columns, target: Columns) -> jax.Array:
-        """float32 [N] in [0, 1]: what the task measures; 1 or 0 where an answer is right or wrong."""
+        """float32 [N] in [0, 1]: the task's measure; 1 or 0 where an answer is either right or wrong."""
         return jnp.asarray(self.correct(answers, target), jnp.float32)
 
     @property
     def rewards(self) -> Mapping[str, Callable[[Columns, Columns], jax.Array]]:
-        """Rewards of this task alone, besides format, accuracy and reflection: name -> f(answers, target) -> [N]."""
+        """Rewards specific to this task, besides format, accuracy and reflection: name -> f(answers, target) -> [N]."""
         return {}
 
     # --- Metrics: numpy ---
 
     @abstractmethod
     def metrics(self, final: Columns, target: Columns, records: Sequence[Record], protocol: str) -> dict[str, Any]:
-        """The numbers of metrics.json for records of this task and their first answers, read leniently."""
+        """The task's entry of metrics.json from its records and their first answers, parsed leniently."""
 
     def baselines(self, target: Columns) -> dict[str, Any]:
-        """Scores of constant answers, which tables show beside a model."""
+        """Scores of constant answers, for comparison with a model."""
         return {}
 
     def agreement(self, answers: Columns) -> np.ndarray:
-        """float [N, n, n]: how far the n answers [N, n, ...] to a question agree, pair by pair."""
+        """float [N, n, n]: pairwise agreement of the n answers [N, n, ...] to each question."""
         raise NotImplementedError(f"{self.name} has no answers to compare")
 
     def overall(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Further entries of metrics.json, beside "tasks"."""
+        """Further top-level entries of metrics.json, beside "tasks"."""
         return {}
 
     # --- How answers are shown ---
 
     @abstractmethod
     def show(self, values: Mapping[str, Any], choices: Sequence[str]) -> str | None:
-        """An answer (JSON values by column) in a line, as records and reports have it; None where there is none."""
+        """An answer (JSON values by column) as one line, for records and reports; None without an answer."""
 
     def display(self, values: Mapping[str, Any], completion: str, choices: Sequence[str]) -> Shown | None:
-        """An answer for who has asked about a video; None where nothing can be read."""
+        """An answer for display to a user; None where none can be parsed."""
         text = self.show(values, choices)
         return None if text is None else Shown(text)
 
     def check_question(self, text: str, options: Sequence[str]) -> str:
-        """What is wrong with a question that a user asks; empty where it can be asked."""
+        """What is wrong with a user's question; empty where it can be asked."""
         return ""
 
     def user_prompt(self, text: str, prompt: str, trained: bool) -> str:
@@ -232,7 +233,7 @@ class Task(ABC):
         return f"{text}\n{prompt}" if text else prompt
 
     def charts(self, result: Mapping[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:
-        """Charts of an evaluation for the report: title, data and layout of each, as Plotly has them."""
+        """Charts of an evaluation for the report: title, data and layout of each in Plotly's format."""
         return []
 
     def is_right(self, record: Record) -> bool:
@@ -240,7 +241,7 @@ class Task(ABC):
         return record.scores[0] >= self.right_from
 
     def bars(self, record: Record) -> list[tuple[str, str]]:
-        """(name, answer in a line) of the intervals that a card draws on its time line."""
+        """(name, answer as one line) of the intervals on a card's time line."""
         return []
 
 
@@ -248,12 +249,13 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def same_value(column: np.ndarray) -> np.ndarray:
-    """`Task.agreement` of answers [N, n] that are one number, negative where there is none."""
+    """`Task.agreement` for answers [N, n] of one number, negative where missing."""
     return ((column[:, :, None] == column[:, None]) & (column >= 0)[:, :, None]).astype(np.float64)
 
 
 def stripped(text: str) -> str:
-    """A value without spaces around it and a full stop behind it; empty where it is not ASCII, since other scripts
-    have letters that fold to ours."""
+    """A value without surrounding spaces and trailing full stop; empty where it is not ASCII, since other scripts have
+    letters that case-fold to ASCII.
+    """
     text = text.strip().removesuffix(".").strip()
     return text if text.isascii() else ""

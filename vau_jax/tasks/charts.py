@@ -1,6 +1,6 @@
-"""Charts of a report as Plotly figures: plain dicts, which the page draws.
+"""Charts of a report as Plotly figures: plain dicts, which the page renders.
 
-Plotly reads HTML in any text, links among it: so all text that comes from files goes through `label`.
+Plotly interprets HTML in any text, links included: all text from files goes through `label`.
 """
 
 import html
@@ -10,7 +10,7 @@ Chart = dict[str, Any]  # title, data, layout
 
 
 def label(text: Any) -> str:
-    """Text from a file as Plotly shows it letter for letter: no tags, entities, links or formulas."""
+    """Text from a file such that Plotly shows it literally: no tags, entities, links or formulas."""
     return html.escape(str(text), quote=False).replace("$", "&#36;")
 
 

@@ -127,8 +127,9 @@ class Classification(Task):
         return (answers.label == target.label) & (answers.label >= 0)
 
     def metrics(self, final: Columns, target: Columns, records: Sequence[Record], protocol: str) -> dict[str, Any]:
-        """Binary (normal or not) and multi-class accuracy, macro-F1 over the classes that occur in truth, and which
-        class was answered for which, over all label sets that the records have."""
+        """Binary (normal or not) and multi-class accuracy, macro-F1 over the classes that occur in the truth, and the
+        confusion counts, over all label sets of the records.
+        """
         names = sorted({name for record in records for name in record.choices})
         label, truth = (_renumbered(np.asarray(x), records, names) for x in (final.label, target.label))
         normal = names.index(NORMAL) if NORMAL in names else len(names)
@@ -150,7 +151,7 @@ class Classification(Task):
     # --- Display ---
 
     def charts(self, result: Mapping[str, Any], records: Sequence[Record]) -> list[Chart]:
-        """The confusion of classes: shares of each true class."""
+        """The confusion matrix: shares of each true class."""
         confusion = result["tasks"].get(self.name, {}).get("confusion")
         if not confusion or not confusion["labels"]:
             return []

@@ -1,4 +1,4 @@
-"""Answers and truths as arrays: a task declares the columns of its answers, a batch has those of all tasks."""
+"""Answers and truths as arrays: a task declares the columns of its answers, a batch has the columns of all tasks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ Values = dict[str, Any]  # one answer: JSON values by column; empty: no answer
 
 
 class Column(NamedTuple):
-    """One array of an answer: `shape` and `dtype` of one entry, and the value of an entry that an answer lacks."""
+    """One array of an answer: `shape` and `dtype` of an entry, and the value of a missing one."""
 
     shape: tuple[int, ...]
     dtype: type
@@ -38,7 +38,7 @@ class Columns(dict[str, Array]):
 
 
 def stack(columns: Mapping[str, Column], entries: Sequence[Values]) -> Columns:
-    """N entries, each with the values of some columns, as arrays [N, ...]; the others are `missing`."""
+    """N entries, each with values of some columns, as arrays [N, ...]; absent values are `missing`."""
     return Columns(
         {
             name: np.asarray([entry.get(name, kind.missing) for entry in entries], kind.dtype).reshape(-1, *kind.shape)

@@ -1,4 +1,6 @@
-"""Description: what happens in a video and why, in prose; neither right nor wrong, measured by words and by a judge."""
+"""Description: what happens in a video and why, in prose. Answers are not right or wrong; they are measured by word
+overlap and by a judge model.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -81,8 +83,9 @@ class Description(Task):
         return jnp.zeros(target.task.shape, bool)
 
     def metrics(self, final: Columns, target: Columns, records: Sequence[Record], protocol: str) -> dict[str, Any]:
-        """Descriptions beside the annotation by words alone: ROUGE-L F1 with the annotation's text, and the share of
-        the words of its key objects and its class that occur."""
+        """Word overlap of descriptions with the annotation: ROUGE-L F1 with its text, and the share of the words of its
+        key objects and its class that occur.
+        """
         texts = [grammar.TAG.sub(" ", r.completions[0]) for r in records]
         rouge = [_rouge().score(r.reference, text)["rougeL"].fmeasure for r, text in zip(records, texts, strict=True)]
         objects = [_share(r.key_object, text) for r, text in zip(records, texts, strict=True)]
@@ -105,7 +108,7 @@ class Description(Task):
         return Shown(grammar.TAG.sub("\n", completion).strip())
 
     def user_prompt(self, text: str, prompt: str, trained: bool) -> str:
-        """A model that has not learned the task is asked without the grammar."""
+        """A model that was not trained on the task is asked without the grammar."""
         return super().user_prompt(text, prompt, trained) if trained else text or "Describe what happens in the video."
 
 

@@ -1,4 +1,4 @@
-"""What datasets give and tasks take: annotations of videos, and the examples that are made of them."""
+"""The interface between datasets and tasks: annotations of videos, and the examples built from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,7 +10,7 @@ Interval = tuple[float, float]  # start and end in seconds
 
 @dataclass(frozen=True)
 class Annotation:
-    """What a dataset says about one video, in the terms of no particular dataset; unknown is None or empty."""
+    """What a dataset knows about one video, independent of the dataset's format; unknown values are None or empty."""
 
     question: str = ""
     options: tuple[str, ...] = ()
@@ -27,8 +27,8 @@ class Annotation:
 class Reflection:
     """A reflection record: the text between the tags, and the draft answer as a mapping that its task reads.
 
-    `{check}` in a text stands for the choices as they are shown, up to the right one (`A flood, B fire`), because their
-    order can change.
+    `{check}` in a text is replaced by the choices in the order shown, up to the right one (`A flood, B fire`), because
+    their order can change.
     """
 
     think: str
@@ -40,21 +40,21 @@ class Reflection:
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one video, several, or none."""
+    """One question about one video, several videos, or none."""
 
-    id: str  # unique in a dataset: what every file calls this example
+    id: str  # unique in a dataset; the example's name in every file
     task: str  # a name in TASKS
     media: tuple[Path, ...]  # video files, in the order in which the prompt shows them
-    question: str  # in the dataset's words; empty where the task has its own
+    question: str  # from the dataset; empty where the task has its own
     choices: tuple[str, ...]  # options of a question, or the label set; in the order in which they are shown
-    truth: Mapping[str, Any]  # what is right, as the task writes it (`Task.truth`)
-    meta: Mapping[str, Any] = field(default_factory=dict)  # what else is known: source, anomaly_class, duration, ...
+    truth: Mapping[str, Any]  # ground truth in the task's format (`Task.truth`)
+    meta: Mapping[str, Any] = field(default_factory=dict)  # further facts: source, anomaly_class, duration, ...
     reflection: Reflection | None = None
-    rotation: int = 0  # positions that the choices are moved by, after they are shuffled
+    rotation: int = 0  # rotation of the choices, after they are shuffled
 
     @property
     def video(self) -> str:
-        """The name of the video in the dataset; empty for an example without."""
+        """The name of the (first) video in the dataset; empty for an example without videos."""
         return self.meta.get("video", "")
 
     @property
@@ -64,6 +64,6 @@ class Example:
 
 
 def with_choices(example: Example, choices: tuple[str, ...], truth: Mapping[str, Any], draft: Any) -> Example:
-    """The example with other choices, and truth and draft that go with them."""
+    """The example with other choices, and matching truth and draft."""
     reflection = example.reflection and replace(example.reflection, draft=draft)
     return replace(example, choices=choices, truth=truth, reflection=reflection)

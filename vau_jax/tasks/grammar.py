@@ -20,14 +20,14 @@ SO = r"(?i:\b(?:so|thus|hence|therefore|choose|pick|must be))"
 # --- Sections -----------------------------------------------------------------------------------------------------
 
 SPECIAL = re.compile(r"<\|\w+\|>")  # a special token of the chat template, written out
-LONG_SPACE = re.compile(r"\s{17,}")  # more white space at one place than any layout needs
+LONG_SPACE = re.compile(r"\s{17,}")  # a longer run of white space than any layout needs
 
 
 def strict_sections(text: str, order: Sequence[str]) -> dict[str, str] | None:
     """Tag -> content when the text has the tags of `order` and nothing else, each once, in this order; else None.
 
-    White space may stand between tags and around values, no more than 16 characters of it at one place. A special token
-    (`<|im_start|>`) has no place in a completion.
+    White space is allowed between tags and around values, at most 16 characters in a row. Special tokens
+    (`<|im_start|>`) are not allowed.
     """
     sections, at = {}, 0
     tags = list(TAG.finditer(text))
@@ -44,9 +44,9 @@ def strict_sections(text: str, order: Sequence[str]) -> dict[str, str] | None:
 
 
 def loose_sections(text: str) -> dict[str, str]:
-    """Tag -> content of its last complete occurrence; what follows the reasoning stands under "rest".
+    """Tag -> content of its last complete occurrence; the text after the reasoning is under "rest".
 
-    An occurrence is complete when the tag is closed before it is opened again; tags inside it are its content.
+    An occurrence is complete when the tag is closed before it is opened again; tags inside it are part of its content.
     """
     tags = list(TAG.finditer(text))
     following: dict[str, re.Match[str]] = {}
@@ -64,7 +64,7 @@ def loose_sections(text: str) -> dict[str, str]:
 
 
 def prose(text: str) -> str:
-    """A text as it may stand inside a tag: without tags of the grammar, special tokens and long white space."""
+    """A text that is valid inside a tag: without tags of the grammar, special tokens and long white space."""
     return LONG_SPACE.sub(" ", SPECIAL.sub("", TAG.sub("", text)))
 
 
@@ -78,11 +78,11 @@ def words(text: str) -> list[str]:
 
 
 def copied_share(words: Sequence[str], source: Sequence[str]) -> float:
-    """The share of words that are copied, 0 without words.
+    """The share of words that are copied from the source, 0 without words.
 
-    Copied are three words that stand side by side in the source, in this order, also where one foreign word was put
-    between two of them. So neither punctuation and case nor a filler after every word hide a copy, and phrases that two
-    texts about one video share by chance stay few.
+    A word counts as copied when it is part of three words that are adjacent in the source, in this order, also with one
+    other word between two of them. Punctuation, case and filler words thus do not hide a copy, while short phrases that
+    two texts about one video share by chance count little.
     """
     known = set(zip(source, source[1:], source[2:], strict=False))
     copied: set[int] = set()

@@ -20,14 +20,14 @@ from vau_jax.tasks.record import Record
 
 THRESHOLDS = (0.3, 0.5, 0.7)  # of temporal IoU, for recall
 LARGEST = float(np.finfo(np.float32).max)  # seconds: a number beyond it cannot be read
-UNKNOWN, NONE = -1, 0  # interval counts: not known, and known that there is no anomaly
+UNKNOWN, NONE = -1, 0  # interval counts: unknown, and no anomaly
 
 
 class Grounding(Task):
     """`Anomaly` with its interval in <glue>, or `Normal` with [-1, -1].
 
-    An answer and a time that contradict each other (`Anomaly` with [-1, -1], `Normal` with an interval) are no answer:
-    whoever says both says neither, and reading one half would pay for naming both.
+    An answer and an interval that contradict each other (`Anomaly` with [-1, -1], `Normal` with an interval) count as
+    no answer: otherwise a completion could name both and be rewarded for either.
     """
 
     name = "grounding"
@@ -35,7 +35,7 @@ class Grounding(Task):
         "anomaly": Column((), np.int32, -1),  # 0 normal, 1 anomaly; agrees with `interval_count`
         "interval_count": Column((), np.int32, UNKNOWN),  # UNKNOWN, NONE, or how many intervals there are
         "intervals": Column((MAX_INTERVALS, 2), np.float32, np.zeros((MAX_INTERVALS, 2), np.float32)),  # seconds
-        "swapped": Column((), bool, False),  # an interval stood in the text with its end first
+        "swapped": Column((), bool, False),  # the text has an interval with its end first
     }
     extra_tags = ("glue",)
     timed = True
@@ -68,14 +68,14 @@ class Grounding(Task):
         return None if known is None else {"intervals": [list(interval) for interval in known]}
 
     def truth_values(self, truth: Mapping[str, Any], choices: Sequence[str]) -> Values:
-        """Raises InputError for an interval that float32 does not hold: no score could be made of it."""
+        """Raises InputError for an interval outside the range of float32, which could not be scored."""
         for start, end in truth["intervals"]:
             if not 0 <= start <= end <= LARGEST:
                 raise InputError(f"interval {(start, end)}: expected 0 <= start <= end in seconds, finite in float32")
         return _values([tuple(interval) for interval in truth["intervals"]])
 
     def identity(self, annotation: Annotation) -> Any:
-        """As VAU-Bench's rows write it: "normal", or one interval."""
+        """In the format of VAU-Bench's rows: "normal", or one interval."""
         intervals = annotation.intervals
         return "normal" if not intervals else intervals[0] if len(intervals) == 1 else intervals
 
@@ -92,7 +92,7 @@ class Grounding(Task):
         return f"Anomaly {format_interval(interval)}" if interval else "Normal"
 
     def hint(self, example: Example) -> str:
-        """With the rough time."""
+        """Includes the rough time."""
         evidence, interval = super().hint(example), _only(example)
         return f"{evidence} It begins near {interval[0]:.0f} s." if interval else evidence
 
@@ -143,7 +143,7 @@ class Grounding(Task):
         return {} if anomaly is None else {"anomaly": anomaly}
 
     def loose_value(self, text: str, choices: Sequence[str]) -> Values:
-        """`normal`, or `anomaly` and its like, where the text says one of them alone, denied or not."""
+        """`normal`, or `anomaly` or a synonym, where the text states exactly one of them, negations considered."""
         if exact := self.value(text, choices):
             return exact
         plain = _DENIED.sub(lambda m: " anomaly " if m[1] == "normal" else " normal ", text.casefold())
@@ -168,12 +168,12 @@ class Grounding(Task):
         final, draft = sections.get("answer", outside), sections.get("draft", "")
         if "glue" in sections:
             time = sections["glue"]
-        else:  # beside `Normal` without <glue>, times are of what the text describes
+        else:  # with `Normal` and no <glue>, times in the text are those of other events
             time = "" if self.loose_value(final, choices) == {"anomaly": 0} else outside
         return self._loosely_timed(final, time), self._loosely_timed(draft, draft)
 
     def _loosely_timed(self, text: str, time: str) -> Values:
-        """An answer and its time; one that is lacking follows from the other, but for the time of an anomaly."""
+        """An answer and its interval. A missing one is derived from the other, except the interval of an anomaly."""
         named = self.loose_value(text, ())
         intervals, swapped = _loose_intervals(time)
         if intervals is None:
@@ -191,11 +191,11 @@ class Grounding(Task):
         return {"tiou": self.score}
 
     def correct(self, answers: Columns, target: Columns) -> jax.Array:
-        """Whether there is an anomaly, whenever."""
+        """Whether the presence of an anomaly is right, whatever the time."""
         return answers.anomaly == jnp.where(target.interval_count == NONE, 0, 1)
 
     def score(self, answers: Columns, target: Columns) -> jax.Array:
-        """Temporal IoU in [0, 1]; 1 when both say "no anomaly", 0 when one does; 0 when either is unknown."""
+        """Temporal IoU in [0, 1]; 1 when both are "no anomaly", 0 when one is; 0 when either is unknown."""
         iou = temporal_iou(answers.intervals, target.intervals)
         both_normal = (answers.interval_count == NONE) & (target.interval_count == NONE)
         both_known = (answers.interval_count > 0) & (target.interval_count > 0)
@@ -204,11 +204,11 @@ class Grounding(Task):
     # --- Metrics ---
 
     def metrics(self, final: Columns, target: Columns, records: Sequence[Record], protocol: str) -> dict[str, Any]:
-        """Mean IoU and recall over abnormal rows with a known interval; false alarms over normal videos; and by how
-        many seconds start and end are missed where both intervals are there.
+        """Mean IoU and recall over abnormal rows with a known interval; false alarms over normal videos; and the mean
+        error of start and end in seconds where both intervals exist.
 
-        A normal video is a false alarm unless the answer says that there is no anomaly: an unreadable answer is one
-        too. With protocol "paper" unreadable answers are left out of IoU and recall.
+        A normal video is a false alarm unless the answer is "no anomaly": an unreadable answer is a false alarm too.
+        With protocol "paper" unreadable answers are left out of IoU and recall.
         """
         count, answered = np.asarray(target.interval_count), np.asarray(final.interval_count)
         intervals, truth = np.asarray(final.intervals, np.float64), np.asarray(target.intervals, np.float64)
@@ -236,9 +236,8 @@ class Grounding(Task):
         return agree + ((count == NONE)[:, :, None] & (count == NONE)[:, None])
 
     def overall(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Grounding as scores of instants; videos whose intervals or length are not known are left out, and counted.
-
-        As in `metrics`, a normal video is a false alarm, throughout, unless the answer says that it is normal.
+        """Grounding as scores of time instants. Videos with unknown interval or length are left out and counted. As in
+        `metrics`, a normal video is a false alarm over its full length unless the answer is "no anomaly".
         """
         first = [record for record in records if not record.rotation]
         usable = [record for record in first if record.duration]
@@ -267,11 +266,11 @@ class Grounding(Task):
         return Shown("Normal") if values["interval_count"] == NONE else None
 
     def is_right(self, record: Record) -> bool:
-        """For a normal video, nothing but that it is normal."""
+        """For a normal video only "no anomaly" is right."""
         return record.scores[0] >= (self.right_from if record.truth["intervals"] else 1.0)
 
     def charts(self, result: Mapping[str, Any], records: Sequence[Record]) -> list[Chart]:
-        """Predicted starts and ends beside the true ones; on the line they are equal."""
+        """Predicted starts and ends against the true ones; points on the diagonal are exact."""
         both = [
             (record.truth["intervals"][0], record.answers[0]["intervals"][0])
             for record in records
@@ -300,8 +299,9 @@ class Grounding(Task):
 
 
 def best_constant_interval(intervals: np.ndarray, step: float = 0.5) -> dict[str, Any]:
-    """Mean IoU with the sets [N, K, 2] of the one interval that, answered for every video, scores best on these very
-    rows ("answer", seconds)."""
+    """Mean IoU with the sets [N, K, 2] of the one interval ("answer", seconds) that scores best on these rows when
+    given for every video.
+    """
     if not len(intervals):
         return {**statistics.estimate(np.zeros(0)), "answer": None}
     truth = np.asarray(intervals, np.float64)
@@ -366,14 +366,14 @@ def _pair(text: str) -> list[Interval] | None:
 
 # --- Lenient reading: every pattern takes time in proportion to the text ------------------------------------------
 
-# No number begins inside another and nothing is read twice (`*+`, `++`): else a long one takes its length squared.
+# Possessive quantifiers (`*+`, `++`) and no number that begins inside another: time linear in the text's length.
 _CLOCK = r"(?:(\d++):)?(?:(\d++):)?(\d++(?:\.\d++)?+)"
 _SPAN = re.compile(
     rf"(?<!\d){_CLOCK}\s*+(?:(?:seconds?|sec|s)\s*+)?(?:,|-|–|to|until|till|and)\s*+{_CLOCK}(?!\d|:\d)",
     re.IGNORECASE,
 )
 _NO_ANOMALY = re.compile(r"\[\s*+-1(?:\.0*+)?\s*+,\s*+-1(?:\.0*+)?\s*+\]")
-_DENIED = re.compile(  # `no anomaly`, `nothing abnormal`, `not normal`: what follows is denied
+_DENIED = re.compile(  # `no anomaly`, `nothing abnormal`, `not normal`: negates the next word
     r"\b(?:no|not|nothing|without)\s{1,3}(?:(?:an?|any|signs?|evidence|of)\s{1,3}){0,4}"
     r"(normal|anomal(?:y|ies|ous)|abnormal(?:ity|ities)?)\b"
 )

@@ -1,9 +1,9 @@
-"""Completions to arrays, by one of two rules that are kept apart.
+"""Completions to arrays, by one of two separate rules.
 
-`strict` is what training rewards: the grammar exactly (each tag once, in order, only white space between), with a value
-that can be read in every place that wants one, and no value that contradicts another.
-`lenient` is what evaluation reads: tags where there are any, else a letter, class name or time expression that stands
-alone after the reasoning. What a value is, and how it is read, each task says itself.
+`strict` is the rule of the training rewards: the grammar exactly (each tag once, in order, only white space between),
+every value parseable, and no two values that contradict each other. `lenient` is the rule of evaluation: tags where
+they exist, else a letter, class name or time expression on its own after the reasoning. Each task defines its values
+and how they are parsed.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ Interval = None | Literal["normal"] | tuple[float, float]
 
 @pytree
 class Parsed:
-    """N completions as numbers. A word is a run of letters and digits: punctuation is none."""
+    """N parsed completions as arrays. A word is a run of letters and digits; punctuation does not count."""
 
     task: np.ndarray  # int32 [N]: index into TASKS
     format_ok: np.ndarray  # bool [N]: the completion keeps the strict rule
@@ -48,10 +48,11 @@ def parse(
     reflection: bool = False,
     choices: Sequence[Sequence[str]] | None = None,
 ) -> Parsed:
-    """Reads N completions. `task` is one of TASKS, or one for each text; `reflection` asks for the long grammar.
+    """Parses N completions.
 
-    `choices` are the options or labels of each text's example, where they are not the task's own (four options;
-    VAU-Bench's labels). Under "strict" a completion that breaks the rule has no values at all.
+    `task` is one of TASKS, or one for each text; `reflection` selects the long grammar. `choices` are the options or
+    labels of each text's example, where they differ from the task's own (four options; VAU-Bench's labels). Under
+    "strict" a completion that breaks the rule has no values at all.
     """
     tasks = [task] * len(texts) if isinstance(task, str) else list(task)
     unknown = sorted(set(tasks) - set(TASK_OF))
@@ -102,9 +103,9 @@ def _read(text: str, task: Task, rule: str, reflection: bool, choices: Sequence[
 
 
 def _contradicts(reasoning: str, final: Values, task: Task, choices: Sequence[str]) -> bool:
-    """Whether reasoning says in so many words (`the answer is B`, `so B`) another answer than the one that is given.
+    """Whether the reasoning explicitly states (`the answer is B`, `so B`) another answer than the one given.
 
-    The last such statement counts. Reasoning that states none contradicts nothing: what it argues for is not guessed.
+    The last such statement counts. Reasoning without one contradicts nothing: its argument is not interpreted.
     """
     pattern = task.conclusion(choices) if final else None
     stated = pattern.findall(reasoning) if pattern else []
@@ -118,7 +119,7 @@ def targets(items: Sequence[tuple[str, str | None, str | None, Interval]]) -> Co
     """The truth of N questions of VAU-Bench, each (task, answer letter, class name, interval), as arrays [N, ...].
 
     The columns are "task" (int32, index into TASKS) and those of all tasks. Raises InputError for an interval that
-    float32 does not hold: no score could be made of it.
+    float32 cannot represent: it could not be scored.
     """
     rows: list[tuple[str, Values]] = []
     for name, letter, label, interval in items:
@@ -137,7 +138,9 @@ def targets(items: Sequence[tuple[str, str | None, str | None, Interval]]) -> Co
 
 
 def targets_of(examples: Sequence[Example | Record]) -> Columns:
-    """The truth of N examples, or of N records of them, as `targets` has it; columns of other tasks are missing."""
+    """The truth of N examples, or of their N records, in the format of `targets`; columns of other tasks are missing
+    values.
+    """
     return _with_tasks([(e.task, TASK_OF[e.task].truth_values(e.truth, e.choices)) for e in examples])
 
 
@@ -152,5 +155,5 @@ def stack_answers(answers: Sequence[Values]) -> Columns:
 
 
 def values_at(answers: Columns, index: int, task: Task) -> Values:
-    """Answer `index` as JSON values of the task's own columns, those that are missing too."""
+    """Answer `index` as JSON values of the task's own columns, including missing ones."""
     return {name: np.asarray(answers[name][index]).tolist() for name in task.columns}

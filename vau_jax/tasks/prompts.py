@@ -1,7 +1,7 @@
 """Prompts and completions: the templates of all tasks, and the right completion of an example.
 
-A completion follows the grammar that `vau_jax.tasks.grammar` reads; with style "two_pass" it is that of "reflection"
-with nothing inside <reflect>.
+A completion follows the grammar parsed by `vau_jax.tasks.grammar`; style "two_pass" is "reflection" with an empty
+<reflect>.
 """
 
 import os
@@ -35,19 +35,19 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Templates:
-    """Every text that a user's prompt consists of.
+    """All texts of a user's prompt.
 
-    `{question}`, `{options}` (a line each, `A. ...`), `{labels}` and `{sections}` in a text are filled in.
+    Placeholders: `{question}`, `{options}` (a line each, `A. ...`), `{labels}` and `{sections}`.
     """
 
     formats: dict[str, str]  # by style: the layout of the completion
-    answer_instructions: dict[str, str]  # by task: what stands inside <answer>
-    questions: dict[str, str]  # by task: what is asked, with the wording "full"
+    answer_instructions: dict[str, str]  # by task: instruction about the text inside <answer>
+    questions: dict[str, str]  # by task: the question, with the wording "full"
     short_questions: dict[str, str]  # by task: the whole prompt with the wording "short"
 
 
 def default_templates() -> Templates:
-    """The texts that the tasks have."""
+    """The templates of the tasks."""
     return Templates(
         formats=FORMATS,
         answer_instructions={name: task.answer_instruction for name, task in TASKS.items()},
@@ -57,8 +57,8 @@ def default_templates() -> Templates:
 
 
 def load_templates(path: str | os.PathLike) -> Templates:
-    """The default templates with the texts that a JSON file replaces; it has the fields of `Templates`, or some of
-    them. "" is no file.
+    """The default templates, overridden by the texts of a JSON file that has some or all fields of `Templates`; "" is
+    no file.
 
     Raises InputError for a file that is no such object, or names an unknown field, style or task.
     """
@@ -80,12 +80,12 @@ def load_templates(path: str | os.PathLike) -> Templates:
 
 
 def style_of(task: str, style: str) -> str:
-    """The style of a task's completions: where nothing is right or wrong there is nothing to draft."""
+    """The style of a task's completions: tasks without right answers have no draft."""
     return style if TASKS[task].verifiable or style not in WITH_DRAFT else "think"
 
 
 def question(example: Example, style: str, wording: str, templates: Templates | None = None) -> str:
-    """The user's text for an example; `wording` "short" leaves out the instructions on the format."""
+    """The user's text for an example; `wording` "short" leaves out the format instructions."""
     templates, name = templates or default_templates(), example.task
     if wording == "short":
         text = templates.short_questions[name]
@@ -93,12 +93,12 @@ def question(example: Example, style: str, wording: str, templates: Templates | 
         layout = templates.formats[style_of(name, style)]
         text = f"{templates.questions[name]}\n{templates.answer_instructions[name]} {layout}"
     fields = TASKS[name].fields(example)
-    # One pass, so that what an example says is never taken for a field.
+    # One pass, so that text of an example is never interpreted as a placeholder.
     return re.sub(rf"\{{({'|'.join(fields)})\}}", lambda field: fields[field[1]], text)
 
 
 def facts(example: Example) -> str:
-    """What the annotation says of the video, a line each."""
+    """The annotation's facts about the video, one per line."""
     meta = example.meta
     lines = [f"Description: {meta['description']}"] if meta.get("description") else []
     return "\n".join([*lines, *(f"{title}: {text}" for title, text in meta.get("reasoning", {}).items())])
@@ -106,7 +106,7 @@ def facts(example: Example) -> str:
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of a completion and its weight in the SFT loss."""
+    """A part of a completion and its weight in the SFT loss."""
 
     text: str
     weight: float = 1.0
@@ -116,12 +116,12 @@ SECTION_WEIGHTS = {"think": 1.0, "draft": 1.0, "wrong_draft": 0.0, "reflect": 1.
 
 
 def completion(example: Example, style: str, weights: Mapping[str, float] = SECTION_WEIGHTS) -> list[Span]:
-    """The right completion of an example, in pieces weighted by section.
+    """The right completion of an example as spans weighted by section.
 
-    Without a reflection record the reasoning comes from the annotation, in one pass. With one, "think" has its first
-    and its revised reasoning in one pass, "two_pass" all but the reflection. A wrong draft has weight 0 unless
-    `weights` say otherwise: the model is to learn to correct, not to err. Tags and special tokens in the annotation's
-    text are left out.
+    Without a reflection record the reasoning comes from the annotation, in one pass. With one, style "think" has its
+    first and its revised reasoning in one pass, "two_pass" everything except the reflection. A wrong draft has weight 0
+    unless `weights` says otherwise: the model should learn to correct errors, not to make them. Tags and special tokens
+    in the annotation's text are left out.
     """
     task, reflection = TASKS[example.task], example.reflection
     answer = f"<answer>{task.answer(example)}</answer>{task.closing(example)}"

@@ -50,7 +50,7 @@ class QuestionAnswering(Task):
         return annotation.options
 
     def identity(self, annotation: Annotation) -> Any:
-        """In whatever order the options are."""
+        """Independent of the order of the options."""
         return annotation.question, sorted(annotation.options), annotation.options[annotation.answer]
 
     # --- Text ---
@@ -101,7 +101,7 @@ class QuestionAnswering(Task):
         return {"choice": _index(text)} if len(text) == 1 and text in LETTERS[: len(choices)] else {}
 
     def loose_value(self, text: str, choices: Sequence[str]) -> Values:
-        """A letter that stands alone: one that ends a line or a clause, or an enumeration's."""
+        """A letter on its own: at the end of a line or clause, or in an enumeration."""
         if exact := self.value(text, choices):
             return exact
         letters = {match.group(1) for match in _standing_alone(len(choices)).finditer(text)}
@@ -116,7 +116,7 @@ class QuestionAnswering(Task):
         return (answers.choice == target.choice) & (answers.choice >= 0)
 
     def metrics(self, final: Columns, target: Columns, records: Sequence[Record], protocol: str) -> dict[str, Any]:
-        """Accuracy over all rows; an answer that cannot be read is wrong, and counted."""
+        """Accuracy over all rows; an unreadable answer is wrong, and counted."""
         choice, truth = np.asarray(final.choice), np.asarray(target.choice)
         return {"accuracy": statistics.estimate(choice == truth), "unparsed": int((choice < 0).sum())}
 
@@ -158,7 +158,7 @@ def _standing_alone(count: int) -> re.Pattern[str]:
 
 @cache
 def _stated(count: int) -> re.Pattern[str]:
-    """A letter; after A no more of a sentence, as that begins with the article (I is a pronoun likewise)."""
+    """A letter; no more of the sentence may follow A, which is also the article (and I, the pronoun)."""
     plain = "".join(letter for letter in LETTERS[:count] if letter not in "AI")
     whole = r"(?=[)*]{0,3}\s{0,3}(?:[.,;:!?]|$))"
     ambiguous = "[AI]" if count > LETTERS.index("I") else "A"

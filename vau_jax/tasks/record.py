@@ -1,4 +1,4 @@
-"""An evaluated example: what a line of predictions.jsonl holds, and what tasks compute metrics from."""
+"""An evaluated example: the content of a line of predictions.jsonl, from which tasks compute metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

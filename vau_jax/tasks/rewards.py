@@ -1,7 +1,7 @@
 """Verifiable rewards: pure JAX over parsed arrays, f(parsed, target) -> float32 [N].
 
-All work under `jit` and `vmap`. Strings never enter: `parsing.parse` made numbers of them. What is right, and how right
-it is, each task says itself.
+All work under `jit` and `vmap`. Strings never enter: `parsing.parse` has turned them into arrays. Each
+task defines its own score.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Reward = Callable[[Parsed, Columns], jax.Array]
 
 # Words of a reflection: from the first number to the second the factor is 1, at the third it is 0.
 REFLECT_WORDS = (3, 100, 150)
-MOST_COPIED = 0.5  # a reflection with so large a share copied from the first reasoning earns nothing
+MOST_COPIED = 0.5  # a reflection with this share or more copied from the first reasoning earns nothing
 
 
 def format_reward(parsed: Parsed, target: Columns) -> jax.Array:
@@ -32,19 +32,23 @@ def accuracy_reward(parsed: Parsed, target: Columns) -> jax.Array:
 
 
 def reflection_reward(parsed: Parsed, target: Columns) -> jax.Array:
-    """How well the reflection did, in [0, 0.75]: 0.25 for its format, its effect in [-0.25, 0.5], times its length.
+    """The quality of the reflection, in [0, 0.75]: 0.25 for its format plus its effect in [-0.25, 0.5], times its
+    length factor.
 
     With d and f the scores of draft and final answer (0 or 1, for grounding the temporal IoU):
 
         effect = f / 4 + f * d / 4 + min(f - d, 0) / 4
 
     A right draft that is kept earns 0.5, a wrong one that is corrected 0.25, a wrong one that is kept 0, a right one
-    that is broken -0.25. More f always pays, and for any f the best draft is one that scores the same: a wrong draft on
-    purpose loses. The factor for the length is 1 between the first two REFLECT_WORDS and falls evenly, to 0 without a
-    word and at the third. The whole is 0 without the right format, and where there is no reflection to pay for: no word
-    of first or of revised reasoning, MOST_COPIED or more of it copied from the first, or a revised reasoning that
-    states another answer than the final one. This is our own formula; its parts follow SRPO (arXiv 2506.01713), whose
-    correction bonus could be gamed.
+    that is broken -0.25. A higher f always pays, and for any f the best draft is one with the same score: a
+    deliberately wrong draft loses. The length factor is 1 between the first two REFLECT_WORDS and falls linearly to 0
+    at no words and at the third.
+
+    The reward is 0 without the right format, and where there is no reflection to reward: no word of first or of revised
+    reasoning, MOST_COPIED or more of it copied from the first, or a revised reasoning that states another answer than
+    the final one.
+
+    This formula is our own; its parts follow SRPO (arXiv 2506.01713), whose correction bonus could be gamed.
     """
     draft, final = task_score(parsed.draft, target), task_score(parsed.final, target)
     effect = 0.25 * final + 0.25 * final * draft + 0.25 * jnp.minimum(final - draft, 0.0)
@@ -56,12 +60,12 @@ def reflection_reward(parsed: Parsed, target: Columns) -> jax.Array:
 
 
 def correctness(answers: Columns, target: Columns) -> jax.Array:
-    """1 where the answer to the example's own task is there and right, else 0; 0 for descriptions."""
+    """1 where the answer to the example's own task exists and is right, else 0; 0 for descriptions."""
     return _by_task(target, lambda task: task.correct(answers, target))
 
 
 def task_score(answers: Columns, target: Columns) -> jax.Array:
-    """What the example's task measures: temporal IoU for grounding, else whether the answer is right; in [0, 1]."""
+    """The measure of the example's task: temporal IoU for grounding, else whether the answer is right; in [0, 1]."""
     return _by_task(target, lambda task: task.score(answers, target))
 
 
@@ -71,7 +75,7 @@ def verifiable(target: Columns) -> jax.Array:
 
 
 def _by_task(target: Columns, value: Callable[[Task], jax.Array]) -> jax.Array:
-    """float32 [N]: of each example what `value` says for its task."""
+    """float32 [N]: `value` of each example's task."""
     result = jnp.zeros(jnp.shape(target.task), jnp.float32)
     for index, task in enumerate(TASKS.values()):
         result = jnp.where(target.task == index, jnp.asarray(value(task), jnp.float32), result)

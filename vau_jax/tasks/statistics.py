@@ -22,7 +22,7 @@ def estimate(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> dict[s
 
 
 def majority(truth: np.ndarray) -> dict[str, Any]:
-    """Accuracy of always giving the most frequent answer of these very rows (its value under "answer")."""
+    """Accuracy of always giving the most frequent answer of these rows (its value under "answer")."""
     values, counts = np.unique(truth, return_counts=True)
     best = values[np.argmax(counts)]
     return {**estimate(truth == best), "answer": int(best)}
@@ -38,16 +38,18 @@ def macro_f1(label: np.ndarray, truth: np.ndarray) -> float | None:
 
 
 def confusion(label: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """{"labels": names, "counts": [[...]]}: a row for each true class, a column for each class that was answered, the
-    last one for answers that could not be read; only classes that occur. Indices are into `names`."""
+    """{"labels": names, "counts": [[...]]}: a row for each true class, a column for each predicted class, the last for
+    unreadable answers; only classes that occur. Indices are into `names`.
+    """
     classes = sorted({*truth.tolist(), *label[label >= 0].tolist()})
     counts = [[int(((truth == t) & (label == c)).sum()) for c in (*classes, -1)] for t in classes]
     return {"labels": [names[c] for c in classes], "counts": counts}
 
 
 def frame_scores(answers: Sequence[Sequence[Interval]], duration: float, rate: float = 10.0) -> np.ndarray:
-    """Share of the answers, each a set of intervals, that hold each instant, [duration * rate]: one answer gives 0 or
-    1, several a score between."""
+    """Share of the answers, each a set of intervals, that contain each instant, [duration * rate]: one answer gives 0
+    or 1, several give a score in between.
+    """
     times = (np.arange(max(1, round(duration * rate))) + 0.5) / rate
     inside = [np.any([(times >= s) & (times < e) for s, e in answer] or [times < 0], axis=0) for answer in answers]
     return np.mean(inside, axis=0)

@@ -1,7 +1,7 @@
-"""The learner: the state of training, the programs that change it, and the policies that they read.
+"""The learner: the training state, its compiled programs, and the policies they read.
 
-A learner is made of shapes alone, so that its programs can be compiled for devices that are not there
-(launch/compile_check.py); `begin` gives it parameters. What is sharded how follows from parameter names.
+A learner is built from shapes alone, so that its programs can be compiled for absent devices (launch/compile_check.py);
+`begin` gives it parameters. Sharding follows from parameter names.
 """
 
 import re
@@ -49,7 +49,7 @@ class Learner:
         names = list(hf.flatten(shapes))
         self.tower_is_frozen = self._tower_is_frozen([name for name in names if name.startswith("visual/")], trained)
         self.base: Params | None = None
-        self.reference: Params | None = None  # the policy that the KL is measured from, where it does not move
+        self.reference: Params | None = None  # the policy that the KL is measured against, where it is fixed
         self.state: State | None = None
 
     # --- What is trained, and the state ---
@@ -61,18 +61,19 @@ class Learner:
 
     @property
     def copies_reference(self) -> bool:
-        """Whether the reference policy is a copy of its own that stays: with adapters it is the base."""
+        """Whether the reference policy is a separate, fixed copy of the parameters: with adapters it is the base."""
         return self.has_reference and not self.config.grpo.reference_every and self.lora is None
 
     def begin(self, params: Params) -> None:
-        """Starts training from parameters with the shapes that the learner was made for."""
+        """Starts training from parameters with the shapes that the learner was built for."""
         trained, self.base = self._split(params)
         self.reference = jax.tree.map(jnp.copy, trained) if self.copies_reference else self.base
         self.state = jax.device_put(self._initial(trained), self.shardings)
 
     def _split(self, params: Params) -> tuple[Params, Params | None]:
-        """(trained, frozen base), of arrays or shapes: all parameters and None; or fresh adapters, with what is trained
-        whole beside them, and what they are trained on."""
+        """(trained, frozen base), of arrays or shapes: all parameters and None; or fresh adapters together with the
+        fully trained parameters, and their base.
+        """
         if self.lora is None:
             return params, None
         if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
@@ -100,7 +101,7 @@ class Learner:
         return State(jnp.int32(0), trained, jax.jit(self.optimiser.init)(trained), following)
 
     def _tower_is_frozen(self, tower: list[str], trained: Params) -> bool:
-        if self.groups:  # what goes into the tower is trained
+        if self.groups:  # the input of the tower is trained
             return False
         if self.lora is None:
             return optim.all_frozen(self.config.optim, tower)
@@ -110,7 +111,7 @@ class Learner:
 
     @property
     def variables(self) -> Variables:
-        """The policy as it is now."""
+        """The current policy."""
         return update.policy(self.state.params, self.base)
 
     @property
@@ -120,7 +121,7 @@ class Learner:
 
     @property
     def reference_variables(self) -> Variables:
-        """The policy that the KL is measured from."""
+        """The policy that the KL is measured against."""
         if self.state.reference is not None:
             return update.policy(self.state.reference, self.base)
         return qwen_vl.with_adapters(self.reference, None)
@@ -137,17 +138,17 @@ class Learner:
         return self.logps_program(self.reference_variables, batch, completions)[0]
 
     def policy_logps(self, batch: Batch, completions: Completions) -> jax.Array:
-        """float32 [B, G, C] of the policy as it is now."""
+        """float32 [B, G, C] of the current policy."""
         return self.logps_program(self.variables, batch, completions)[0]
 
     def encode_vision(self, batch: Batch) -> Batch:
-        """Where the vision tower is frozen: the batch with its features, which serve all uses of the prompts."""
+        """Where the vision tower is frozen: the batch with its visual features, which are reused by all passes."""
         if batch.vision is None or not self.tower_is_frozen:
             return batch
         return replace(batch, vision=self.vision_program(self.variables, batch))
 
     def abstract_encoded(self, batch: Batch) -> Batch:
-        """The same of shapes."""
+        """`encode_vision` of shapes."""
         if batch.vision is None or not self.tower_is_frozen:
             return batch
         features = jax.eval_shape(self.vision_program, self.abstract_variables, batch)
@@ -187,7 +188,7 @@ class Learner:
         rounds = self.config.grpo.iterations if self.config.stage == "rft" else 1
         metrics = []
         for _ in range(rounds):
-            with jax.transfer_guard("disallow"):  # everything is where the program wants it
+            with jax.transfer_guard("disallow"):  # all inputs are on the devices already
                 self.state, scalars = self.update_program(self.state, self.base, train)
             metrics.append(jax.device_get(scalars))
         return {
@@ -202,7 +203,7 @@ class Learner:
 
 
 def groups_of(config: ConfigDict, model_config: QwenVLConfig) -> tuple[optim.Group, ...]:
-    """Parameters with an optimiser of their own: the numbers of a motion prompt."""
+    """Parameters with optimiser settings of their own: those of a motion prompt."""
     if model_config.motion is None:
         return ()
     return (optim.Group(motion_prompt.PREFIX + ".*", config.motion.lr_scale, config.motion.weight_decay),)

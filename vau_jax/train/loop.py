@@ -44,7 +44,7 @@ from vau_jax.train.learner import Learner, shapes_of
 from vau_jax.types import TrainBatch
 from vau_jax.vlm import DTYPES, VideoLM
 
-PREEMPTED = "preempted.json"  # in the workdir of a run that was asked to end before its last step
+PREEMPTED = "preempted.json"  # in the workdir of a run that was preempted
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -59,8 +59,9 @@ RANGES = {
 
 
 def check(config: ConfigDict) -> None:
-    """Raises InputError for the first setting that no training run can have, before anything is loaded; each part of
-    a config is checked by the module that reads it."""
+    """Raises InputError for the first invalid setting of a training run, before anything is loaded; each part of a
+    config is checked by the module that reads it.
+    """
     c, limit = config, config.data.max_completion_tokens
     check_choices(c, "", {"stage": tuple(update.STAGES), "dtype": tuple(DTYPES)})
     check_ranges(c, "", RANGES)
@@ -89,10 +90,10 @@ def check(config: ConfigDict) -> None:
 
 
 class Run:
-    """Everything of a run that is set up once: data, learner, and for RFT the rollout.
+    """Everything that a run sets up once: data, learner, and for RFT the rollout.
 
-    Answers of a judge are kept in `workdir`, where there is one. `source` is the model folder or the checkpoint that
-    the run begins with; else what config names now, which of a run is its last checkpoint.
+    Answers of a judge are kept in `workdir`, if given. `source` is the model folder or the checkpoint that the run
+    starts from; by default the one that config names, of a run its last checkpoint.
     """
 
     def __init__(self, config: ConfigDict, workdir: Path | None = None, source: str = "") -> None:
@@ -103,7 +104,7 @@ class Run:
         examples, audit = pipeline.load_examples(config.data)
         if processes.is_first():
             print(audit.table(), flush=True)
-        # What is not trained needs no more bits than it is used in.
+        # Frozen parameters need no more precision than the activations.
         held = config.dtype if config.lora.rank else config.param_dtype
         start = VideoLM.load(source or config.init_from or config.model, held, self.mesh, merge=True)
         if config.motion.enabled:
@@ -127,7 +128,7 @@ class Run:
     # --- Where a run stands, besides its state ---
 
     def position(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the state, as JSON."""
+        """The part of a checkpoint besides the state, as JSON."""
         return {
             "iterator": checkpoint.iterator_state(self.feed.state()),
             "difficulty": self.difficulty.accuracy,
@@ -137,7 +138,7 @@ class Run:
         }
 
     def resume(self, checkpoints: checkpoint.Checkpoints) -> int:
-        """Puts the run where its last checkpoint left it; returns the steps done."""
+        """Restores the last checkpoint; returns the steps done."""
         step = checkpoints.latest()
         if step is None:
             return 0
@@ -148,7 +149,7 @@ class Run:
         return step
 
     def close(self) -> None:
-        """Ends the threads that load data ahead, and the processes of users' rewards."""
+        """Ends the threads that load data ahead, and the processes of user rewards."""
         self.feed.close()
         if self.worker:
             self.worker.scorer.user.close()
@@ -156,7 +157,7 @@ class Run:
     # --- One step ---
 
     def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """One update (or, with grpo.iterations, several): its metrics, and samples to read when there was a rollout."""
+        """One update (or, with grpo.iterations, several): its metrics, and sampled texts when there was a rollout."""
         clock = Clock()
         with clock("data"):
             host = self.feed.next()
@@ -182,8 +183,9 @@ class Run:
         return TrainBatch(self.learner.encode_vision(batch), completions, inputs)
 
     def _speed(self, train: TrainBatch, metrics: dict[str, Any]) -> dict[str, float]:
-        """Tokens a second, and where the devices' peak is known the share of it that the updates used (MFU): the
-        operations of real tokens, forward and backward, without what is computed again."""
+        """Tokens per second, and where the devices' peak is known the share of it that the updates used (MFU): the
+        operations of real tokens, forward and backward, without recomputation.
+        """
         size = jax.device_get(flops.sizes(train.batch, train.completions))
         size = {name: float(value) for name, value in size.items()}
         tokens, seconds = size["prompt"] + size["drawn"], metrics["seconds/step"]
@@ -197,10 +199,10 @@ class Run:
 
 
 def run(config: ConfigDict, workdir: str | Path) -> Path:
-    """Trains to config.steps in `workdir`, from its last checkpoint where there is one. Returns the workdir.
+    """Trains to config.steps in `workdir`, from its last checkpoint if there is one. Returns the workdir.
 
-    On SIGTERM the step is ended and saved, PREEMPTED is left in the workdir, and SystemExit(0) raised: the same command
-    goes on. Raises InputError where the workdir cannot be written to, or another run is in it.
+    On SIGTERM the current step is finished and saved, PREEMPTED is written to the workdir, and SystemExit(0) raised:
+    the same command resumes. Raises InputError where the workdir cannot be written to, or another run uses it.
     """
     workdir = Path(workdir)
     check(config)
@@ -236,7 +238,7 @@ def _train(config: ConfigDict, workdir: Path) -> None:
 
 
 def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preemption: processes.Preemption) -> int:
-    """Trains from the last checkpoint on; the steps done, fewer than all when the run was asked to end."""
+    """Trains from the last checkpoint; returns the steps done, fewer than all when the run was preempted."""
     config, done = run.config, run.resume(checkpoints)
     log = RunLog(config, workdir, done)
     while done < config.steps:
@@ -261,7 +263,7 @@ def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preempti
 
 @contextmanager
 def _naming_lost_processes(log: RunLog) -> Iterator[None]:
-    """Ends the process with a message that names the other processes of the run that are gone, if any are."""
+    """Ends the process with a message that names the other processes of the run that have ended, if any."""
     try:
         yield
     except Exception as error:
@@ -269,15 +271,15 @@ def _naming_lost_processes(log: RunLog) -> Iterator[None]:
             raise
         print(
             f"error: process {jax.process_index()} of {jax.process_count()} ends because it lost {lost}; the same "
-            f"command goes on from the last checkpoint ({short(error)})",
+            f"command resumes from the last checkpoint ({short(error)})",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)  # an orderly end would wait for those that are gone
+        os._exit(1)  # an orderly end would wait for those that have ended
 
 
 def _exit_preempted(workdir: Path, done: int) -> None:
-    """Ends a run that was asked to end."""
+    """Ends a preempted run."""
     if processes.is_first():
         write_text(workdir / PREEMPTED, dump_json({"step": done}))
         print(f"SIGTERM received: checkpoint saved at step {done}; rerun the same command to resume", flush=True)
@@ -286,7 +288,7 @@ def _exit_preempted(workdir: Path, done: int) -> None:
 
 @contextmanager
 def _writing_to(workdir: Path) -> Iterator[None]:
-    """Turns the system's errors of writing into an InputError that says what is left."""
+    """Turns system errors of writing into an InputError that says which checkpoint is kept."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -303,7 +305,7 @@ def _writing_to(workdir: Path) -> Iterator[None]:
 
 
 def _describe(run: Run, workdir: Path, source: checkpoint.Source) -> None:
-    """Writes what a run is: its model's files, config, versions and devices."""
+    """Writes the description of a run: its model's files, config, versions and devices."""
     config = run.config
     (workdir / PREEMPTED).unlink(missing_ok=True)
     shutil.rmtree(workdir / "heartbeats", ignore_errors=True)
@@ -343,7 +345,7 @@ MAY_CHANGE = (
 
 
 def check_same_run(config: ConfigDict, workdir: Path) -> None:
-    """Raises InputError when `workdir` holds a run with other settings, but for those of MAY_CHANGE, or of a later
+    """Raises InputError when `workdir` holds a run with other settings, except those of MAY_CHANGE, or with a later
     format of configs."""
     path = workdir / "config.json"
     if not path.exists() or not checkpoint.steps(workdir):
@@ -372,10 +374,10 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
 
 
 def inputs(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """What the run in `workdir` reads besides videos: the `source` of its weights, and hashes of its `data` files.
+    """The inputs of the run in `workdir` besides videos: the `source` of its weights, and hashes of its `data` files.
 
-    A resumed run keeps its source, also where config names a run that has another last checkpoint by now. Raises
-    InputError when that, or one of the files, is not what it was when the run began.
+    A resumed run keeps its source, also where config names a run that has a later checkpoint by now. Raises InputError
+    when the source, or one of the files, has changed since the run began.
     """
     path, old = workdir / checkpoint.INPUTS, None
     if path.exists() and checkpoint.steps(workdir):
@@ -383,7 +385,7 @@ def inputs(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     data = {}
     for name in ("csv", "reflection", "templates"):
         file = config.data[name]
-        if file and Path(file).exists():  # where it is not, loading it says so
+        if file and Path(file).exists():  # loading reports a missing file
             data[f"data.{name}"] = content_hash(file)
             if old and old.object("data").text(f"data.{name}", "") != data[f"data.{name}"]:
                 raise InputError(

@@ -28,7 +28,7 @@ RANGES = {
 
 
 def check(config: ConfigDict) -> None:
-    """Raises InputError for the first setting that config.optim may not have."""
+    """Raises InputError for the first invalid setting of config.optim."""
     check_choices(config, "optim.", {"schedule": SCHEDULES})
     check_ranges(config, "optim.", RANGES)
     check_patterns(config, "optim.", ("freeze", "no_decay"))
@@ -48,8 +48,9 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 class Group(NamedTuple):
-    """Parameters whose whole name matches `pattern` have a learning rate, as a share of the others', and a weight decay
-    of their own, and their gradients are not clipped with the others'."""
+    """Parameters whose full name matches `pattern` have their own learning rate (relative to the others') and weight
+    decay, and their gradients are not clipped with the others'.
+    """
 
     pattern: str
     lr_scale: float
@@ -67,8 +68,8 @@ def make(
 
     Parameters in one of `groups` are trained as that says, also where `config.freeze` names them. Of the others those
     whose name matches one of `freeze` keep their values and have no optimiser slots; those that match one of `no_decay`
-    have no weight decay. A pattern that matches neither them nor `frozen` is an InputError,
-    but for BIASES.
+    have no weight decay. A pattern that matches neither them nor `frozen` is an InputError;
+    BIASES alone may.
     """
     names = list(hf.flatten(params)) + list(hf.flatten(frozen or {}))
     for pattern in (*config.freeze, *config.no_decay):
@@ -100,7 +101,7 @@ def _scaled(rate: optax.Schedule, scale: float, step: jax.Array) -> jax.Array:
 
 
 def stop_frozen(config: ConfigDict, params: Params, groups: Sequence[Group] = ()) -> Params:
-    """The same parameters, through which no gradient goes to those that `config.freeze` names: none is computed."""
+    """The same parameters, with gradients stopped for those that `config.freeze` names: none is computed."""
     if not config.freeze:
         return params
     own = tuple(group.pattern for group in groups)
@@ -118,5 +119,5 @@ def _any(patterns: tuple[str, ...], name: str) -> bool:
 
 
 def _labels(params: Params, label: Any) -> Params:
-    """A tree like params with label(name) in the place of every leaf."""
+    """A tree like params with label(name) as leaves."""
     return jax.tree_util.tree_map_with_path(lambda path, _: label("/".join(k.key for k in path)), params)

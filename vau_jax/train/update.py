@@ -50,7 +50,7 @@ def logps_and_losses(
 
 
 def _totals(sown: Mapping[str, Any]) -> Metrics:
-    """The sum of each loss over all modules that sowed it."""
+    """The sum of each auxiliary loss over all modules that sowed it."""
     totals: Metrics = {}
     for path, value in jax.tree_util.tree_leaves_with_path(sown):
         name = next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey))
@@ -59,7 +59,7 @@ def _totals(sown: Mapping[str, Any]) -> Metrics:
 
 
 def policy(trained: Params, base: Params | None) -> Variables:
-    """The model that is trained: all parameters, or adapters `trained` on the parameters `base`."""
+    """The trained model: all parameters, or adapters `trained` on the parameters `base`."""
     return qwen_vl.with_adapters(trained, None) if base is None else qwen_vl.with_adapters(base, trained)
 
 
@@ -78,8 +78,8 @@ def make(
 ) -> Update:
     """The compiled update: State, frozen parameters (LoRA's base, or None) and TrainBatch to State and metrics.
 
-    The batch is computed in config.micro_batches parts, one after the other, whose losses and gradients add up to those
-    of the whole: the result does not depend on their number. The old state's memory is given up.
+    The batch is computed in config.micro_batches sequential parts, whose losses and gradients add up to those
+    of the whole: the result does not depend on their number. The old state is donated.
     """
     stage, settings, weights = STAGES[config.stage], loss_settings(config), auxiliary_losses(config)
     temperature = config.rollout.temperature if config.stage == "rft" else 1.0
@@ -133,7 +133,7 @@ def make(
     def update(state: State, base: Params | None, train: TrainBatch) -> tuple[State, Metrics]:
         loss, metrics, grads = gradient(state, base, train)
         changes, opt_state = optimiser.update(grads, state.opt_state, state.params)
-        # The optimiser computes in float32; what it keeps has the dtypes that it began with: one program for all steps.
+        # The optimiser computes in float32; its state keeps its dtypes: one program for all steps.
         opt_state = jax.tree.map(lambda new, old: new.astype(old.dtype), opt_state, state.opt_state)
         new = State(state.step + 1, optax.apply_updates(state.params, changes), opt_state, state.reference)
         metrics = {**metrics, "loss": loss, "grad_norm": optax.global_norm(grads)}
@@ -149,9 +149,9 @@ def make(
 
 
 def loss_settings(config: ConfigDict) -> Any:
-    """What the loss reads: config.grpo with the completion length, the group size, and the cap of the correction."""
+    """Settings of the loss: config.grpo with the completion length, the group size, and the cap of the correction."""
     grpo_config, c = config.grpo, config.rollout
-    restricted = c.top_p < 1 or c.top_k > 0 or c.min_new_tokens > 0  # the sampler alone leaves tokens out
+    restricted = c.top_p < 1 or c.top_k > 0 or c.min_new_tokens > 0  # only the sampler filters tokens
     corrected = grpo_config.importance == "always" or (grpo_config.importance == "auto" and restricted)
     return ConfigDict(
         {
@@ -181,7 +181,8 @@ def _token_metrics(logps: jax.Array, entropies: jax.Array, inputs: dict[str, Arr
 
 def _split(train: TrainBatch, parts: int) -> TrainBatch:
     """[B, ...] -> [parts, B / parts, ...]. A part takes every parts-th prompt, so that each device has its share of it
-    without anything moving."""
+    without communication.
+    """
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), train)
 
 

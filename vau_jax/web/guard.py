@@ -1,9 +1,9 @@
-"""Which requests reach the page's server: those of the page itself, from browsers that were sent here by its address.
+"""Request filter of the page's server: only the page itself, in browsers that reached it by its address.
 
 A page on another site can make a visitor's browser send requests to this machine; it can also give its own name this
-machine's address (DNS rebinding). Neither gets through: the Host must be one of ours, an Origin must be the Host,
-nothing but what the page itself uses is served, so that the model is reached through the queue alone, and a request
-may name no file but uploaded ones. (gradio itself would copy any that it can read, and fetch addresses.)
+machine's address (DNS rebinding). Neither is accepted: the Host must be one of ours, an Origin must equal the Host,
+only the resources of the page are served, so that the model is reached through the queue alone, and a request may name
+uploaded files only. (gradio itself would copy any readable file, and fetch addresses.)
 """
 
 import asyncio
@@ -34,8 +34,9 @@ SILENCE = 60.0  # seconds that a body may stand still
 
 
 class Guard:
-    """`app` behind these rules; `names` are the hosts it is called by, beside those of this machine's loopback and
-    `bound`, the address that it listens on. A file has at most `max_file` bytes."""
+    """`app` behind these rules; `names` are further hosts it is called by, besides this machine's loopback and `bound`,
+    the address that it listens on. A file has at most `max_file` bytes.
+    """
 
     def __init__(self, app: ASGIApp, bound: str, names: Iterable[str], uploads: Uploads, max_file: int) -> None:
         self.app, self.uploads, self.max_file = app, uploads, max_file
@@ -123,13 +124,13 @@ class Guard:
         return int(stated) if re.fullmatch(r"[0-9]{1,15}", stated) else -1
 
 
-def _paths(found: Any) -> Iterator[Any]:
+def _paths(value: Any) -> Iterator[Any]:
     """What stands under "path" anywhere in parsed JSON, which is how gradio's requests name files."""
-    if isinstance(found, dict):
-        yield from ([found["path"]] if "path" in found else [])
-        found = list(found.values())
-    if isinstance(found, list):
-        for item in found:
+    if isinstance(value, dict):
+        yield from ([value["path"]] if "path" in value else [])
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
             yield from _paths(item)
 
 

@@ -16,7 +16,7 @@ SWEEP = 60.0  # seconds between looks at what is too old
 
 
 class Uploads:
-    """What lies in `folder`: at most `most` bytes."""
+    """The files in `folder`: at most `most` bytes together."""
 
     def __init__(self, folder: Path, most: int) -> None:
         self.folder, self.most = folder, most
@@ -25,7 +25,7 @@ class Uploads:
         self.answered: list[Path] = []  # files that may go when there is no room, the first ones first
 
     def holds(self, path: str) -> bool:
-        """Whether a path lies in the folder, written plainly."""
+        """Whether a path is inside the folder, in normal form."""
         return path.startswith(f"{self.folder}/") and ".." not in Path(path).parts
 
     def reserve(self, size: int) -> bool:

@@ -1,7 +1,7 @@
-"""Video files to frames: which frames, at which size.
+"""Video files to frames: selection by time and resizing.
 
-Frames are chosen by time stamp, so that variable frame rates come out right; the true times of the chosen frames go
-into the prompt's positions.
+Frames are selected by time stamp, so that variable frame rates are handled correctly; the true times of the selected
+frames go into the prompt's positions.
 """
 
 import math
@@ -25,7 +25,7 @@ IMAGES = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow runs oth
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """How a video is sampled and resized; the names are qwen-vl-utils' keys, sizes are in pixels."""
+    """How a video is sampled and resized. Names are qwen-vl-utils' keys, sizes are in pixels."""
 
     fps: float = 2.0
     nframes: int | None = None  # a fixed count instead of fps
@@ -39,11 +39,11 @@ class VideoOptions:
     resized_width: int | None = None
     video_start: float | None = None  # seconds
     video_end: float | None = None
-    lead: int = 0  # frames more, before the others: for what looks at differences
+    lead: int = 0  # extra frames before the others, for frame differences
 
     @classmethod
     def from_item(cls, item: Mapping[str, Any], default: "VideoOptions | None" = None) -> "VideoOptions":
-        """Options of a chat message's content item: the keys it has, over `default`."""
+        """The options in a chat message's content item, over `default`."""
         default = default or cls()
         given = {key: item[key] for key in asdict(default) if item.get(key) is not None}
         options = replace(default, **given)
@@ -60,7 +60,7 @@ BUDGETS = {  # pixel budgets by name, as items; VAU-R1 trains with the second (a
 
 @dataclass(frozen=True)
 class Sampling:
-    """The arguments of `read`, for who passes them on."""
+    """The arguments of `read` as one value."""
 
     options: VideoOptions
     factor: int  # what sides must be multiples of
@@ -69,14 +69,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames chosen from a video."""
+    """Frames sampled from a video."""
 
     frames: np.ndarray  # uint8 [F, height, width, 3]
-    seconds_per_frame: float  # spacing of the instants that the frames were chosen for
+    seconds_per_frame: float  # spacing of the sampling instants
     times: np.ndarray | None = (
         None  # float64 [F]: the frames' own time stamps, in seconds of the video; None: evenly spaced
     )
-    damage: str = ""  # what could not be decoded; empty: all was
+    damage: str = ""  # what could not be decoded; empty: nothing
 
     @property
     def duration(self) -> float:
@@ -135,7 +135,7 @@ def read(path: str | os.PathLike, options: VideoOptions, factor: int, multiple: 
     nearest frame before stands in for one that cannot be decoded, as long as options.min_frames can. Raises VideoError.
     """
     path = Path(path)
-    if not os.path.isfile(path):  # also where no file can have such a name
+    if not os.path.isfile(path):  # also for invalid file names
         raise VideoError(f"no such file: {path}", "missing")
     index = decoders.scan(path)
     numbers, seconds = choose(index.starts, index.end, options, multiple)
@@ -173,7 +173,7 @@ class Probe:
 def probe(path: str | os.PathLike) -> Probe:
     """Reads a file's list of frames and decodes the first. Raises VideoError."""
     path = Path(path)
-    if not os.path.isfile(path):  # also where no file can have such a name
+    if not os.path.isfile(path):  # also for invalid file names
         raise VideoError(f"no such file: {path}", "missing")
     index = decoders.scan(path)
     for pictures in decoders.pictures(path, index, frozenset({0})):
@@ -184,7 +184,7 @@ def probe(path: str | os.PathLike) -> Probe:
 
 
 class _Frames:
-    """The frames of a clip as they come out of a decoder: resized at once, never all held in full size."""
+    """The frames of a clip as they come out of a decoder: resized at once, so that never all are held in full size."""
 
     def __init__(self, numbers: np.ndarray, options: VideoOptions, factor: int, multiple: int) -> None:
         self.numbers, self.options, self.factor, self.multiple = numbers, options, factor, multiple
@@ -218,7 +218,7 @@ class _Frames:
         return np.empty((count, *size, 3), np.uint8)
 
     def filled(self) -> np.ndarray:
-        """The frames, the nearest before (or the first after) in the place of those that are not there."""
+        """The frames; missing ones are replaced by the nearest before (or the first after)."""
         before = np.maximum.accumulate(np.where(self.there, np.arange(len(self.there)), -1))
         return self.frames[np.where(before < 0, np.argmax(self.there), before)] if not self.there.all() else self.frames
 
@@ -234,7 +234,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except VideoError:
         raise
-    except Exception as error:  # Pillow's readers raise whatever a damaged file provokes
+    except Exception as error:  # a damaged file can raise anything in Pillow
         raise VideoError(f"cannot read image {path}: {short(error)}") from error
 
 
@@ -247,7 +247,7 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def choose(starts: np.ndarray, end: float, options: VideoOptions, multiple: int) -> tuple[np.ndarray, float]:
-    """Numbers of the frames to take, in order, and the seconds they cover.
+    """Indices of the frames to take, in order, and the seconds they cover.
 
     `starts` float64 [N] are the frames' time stamps in order, `end` is when the last one ends. Frame i of n is the one
     shown at i / n of the part between video_start and video_end.

@@ -1,8 +1,8 @@
-"""Decoding in processes of their own: a file that hangs or crashes a decoder costs that one video and nothing else.
+"""Decoding in separate processes: a file that hangs or crashes a decoder costs that one video only.
 
 A worker is `python -m vau_jax.data.video.decode_worker`: it reads a request, a line of JSON, from its standard input
 and answers with a line of JSON and the frames' bytes. Its memory is limited by the system, its time by an alarm that
-ends it even inside a decoder; it is replaced when it has died, and after some thousand videos, because decoders leak.
+ends it even inside a decoder. It is replaced when it has died, and after some thousand videos, because decoders leak.
 """
 
 import json
@@ -28,7 +28,7 @@ SECONDS = 120.0  # for one video
 
 
 class DecoderPool(Pool):
-    """`clips.read` and `clips.probe` in at most `workers` processes; may be called from as many threads and more."""
+    """`clips.read` and `clips.probe` in at most `workers` processes; thread-safe."""
 
     def __init__(self, workers: int, seconds: float = SECONDS, memory: int = MEMORY) -> None:
         self.seconds = seconds
@@ -65,7 +65,7 @@ class DecoderPool(Pool):
 
 
 def encode_clip(clip: Clip) -> dict[str, Any]:
-    """What stands beside the frames' bytes, as JSON values."""
+    """The fields of a clip besides the frames' bytes, as JSON values."""
     return {
         "shape": clip.frames.shape,
         "seconds_per_frame": clip.seconds_per_frame,
@@ -75,7 +75,7 @@ def encode_clip(clip: Clip) -> dict[str, Any]:
 
 
 def decode_clip(header: dict[str, Any], frames: bytes | memoryview) -> Clip:
-    """The clip that `encode_clip` described."""
+    """The inverse of `encode_clip`."""
     times = None if header["times"] is None else np.asarray(header["times"])
     array = np.frombuffer(frames, np.uint8).reshape(header["shape"])
     return Clip(array, header["seconds_per_frame"], times, header["damage"])
@@ -102,7 +102,7 @@ def serve(requests: BinaryIO, answers: BinaryIO, seconds: float) -> None:
         except MemoryError:
             answer = {"error": f"decoding {request['path']} takes more memory than a decoder may have"}
             answer["reason"] = "too large"
-        except Exception as error:  # whatever a file provokes costs this file alone
+        except Exception as error:  # any error costs this file alone
             answer = {"error": f"cannot decode {request['path']}: {short(error)}", "reason": "unreadable"}
         signal.setitimer(signal.ITIMER_REAL, 0)
         answers.write(dump_json(answer).encode() + b"\n")
@@ -117,7 +117,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "wb")
     sys.stderr = os.fdopen(os.dup(2), "w")  # for tracebacks of our own
-    with open(os.devnull, "wb") as nothing:  # what the libraries print would get among the answers, or tell nobody
+    with open(os.devnull, "wb") as nothing:  # output of the libraries would mix with the answers
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
     serve(sys.stdin.buffer, answers, seconds)

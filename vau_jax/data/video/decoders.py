@@ -1,6 +1,6 @@
 """Decoders of video files: which frames a file has, and the pictures of chosen ones. Two libraries, the same pictures.
 
-PyAV comes first: it is told which pictures nobody asked for and no other refers to, and leaves out what lies between
+PyAV comes first: it is given the pictures that are neither requested nor referenced, and skips what is between
 the frames that are wanted and the next key frame, so that far-apart frames come faster; it reads AV1, transport
 streams and damaged packets. decord 0.6.0 gives the same pictures where it reads a file from its beginning; after a
 seek it gives others where pictures lead their key frame (open groups, MPEG-4 with B frames), so it is asked last, for
@@ -24,23 +24,24 @@ from vau_jax.datasets.vau_bench import MAX_SECONDS
 try:
     import decord
 
-    decord.logging.set_level(decord.logging.QUIET)  # what it cannot read is reported by the caller
+    decord.logging.set_level(decord.logging.QUIET)  # errors are reported by the caller
 except ImportError:  # no wheel for this processor (arm64)
     decord = None
 
 MAX_FRAME_PIXELS = 2**26  # 8192 x 8192
 MAX_FRAMES = 2**22  # 38 hours at 30 a second
-PASSING_OVER = ("h264", "hevc", "mpeg4")  # codecs whose decoder passes over single pictures exactly when told to
+PASSING_OVER = ("h264", "hevc", "mpeg4")  # codecs whose decoder skips exactly the pictures it is asked to skip
 DECORD_FRAMES = 8  # that decord holds at once
 DECORD_BYTES = 2**28  # of packets that are repacked for decord
-DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp9")  # old decoders see no more of unknown files than they must
+DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp9")  # old decoders get as little of untrusted files as possible
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ivf,ogg,h264,hevc,av1,m4v,gif"  # FFmpeg's names
 AV_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none", "enable_drefs": "0"}
 
 
 class VideoError(Exception):
-    """This video cannot be used; the message says why, `reason` in a word for counting. It costs the one video, never
-    the run."""
+    """This video cannot be used; the message gives the cause, `reason` is one word for counting. It costs one video,
+    never the run.
+    """
 
     def __init__(self, message: str, reason: str = "unreadable") -> None:
         super().__init__(message)
@@ -50,19 +51,19 @@ class VideoError(Exception):
 class Picture(NamedTuple):
     number: int  # of the frame, in order of display
     image: np.ndarray  # uint8 [H, W, 3], upright
-    corrupt: bool  # the decoder may have had to make up a part of it
+    corrupt: bool  # the decoder may have concealed damage in it
 
 
 @dataclass(frozen=True)
 class Index:
-    """The frames of a file, N in order of display, as its packets announce them."""
+    """The frames of a file, N in display order, as listed by its packets."""
 
     starts: np.ndarray  # float64 [N], seconds
     end: float  # seconds, when the last one ends
     stamps: np.ndarray  # int64 [N], `starts` in the stream's own unit
     packet_stamps: np.ndarray  # int64 [M], of the packets in the file's order
     is_key: np.ndarray  # bool [M]: decoding can begin here
-    damage: str  # what is wrong with the list itself; empty: nothing
+    damage: str  # faults of the list itself; empty: none
 
     def packets_for(self, numbers: Iterable[int]) -> np.ndarray:
         """bool [M]: the packets that these frames need, from the key frame before each up to its own."""
@@ -78,8 +79,9 @@ class Index:
 
 
 class _File(io.FileIO):
-    """A file as FFmpeg reads one: a place that it does not have is an answer, where PyAV would print an exception and
-    take the whole file for unreadable."""
+    """A file as FFmpeg reads one. An invalid seek gets an error code, where PyAV would print an exception and treat the
+    file as unreadable.
+    """
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         try:
@@ -105,7 +107,7 @@ def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStr
             raise VideoError(f"{path}: no decoder for its codec")
         if context.width * context.height > MAX_FRAME_PIXELS:
             raise VideoError(f"{path} declares frames of {context.width}x{context.height} pixels", "too large")
-        context.thread_count = 1  # the workers are what runs at once
+        context.thread_count = 1  # parallelism is across workers
         context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
         yield container, stream
 
@@ -113,7 +115,7 @@ def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStr
 def _packets(
     container: av.container.InputContainer, stream: av.VideoStream, errors: list[str] | None = None
 ) -> Iterator[av.Packet]:
-    """The stream's packets in the file's order, to where the file breaks off, which is noted in `errors`."""
+    """The stream's packets in the file's order, up to where the file breaks off, which is noted in `errors`."""
     try:
         for packet in container.demux(stream):
             if packet.size:
@@ -133,7 +135,7 @@ def scan(path: str | os.PathLike) -> Index:
             stamps.append(packet.pts)
             durations.append(packet.duration or 0)
             keys.append(packet.is_keyframe)
-            shown.append(not packet.is_discard)  # by an edit list; others may refer to it all the same
+            shown.append(not packet.is_discard)  # by an edit list; other frames may still refer to it
             if len(stamps) > MAX_FRAMES:
                 raise VideoError(f"{path} has more than {MAX_FRAMES} frames", "too large")
     if None in stamps:
@@ -155,14 +157,14 @@ def scan(path: str | os.PathLike) -> Index:
 
 
 def _decoded_stamps(path: Path) -> list[int]:
-    """Time stamps as the decoder finds them, for files whose packets have none."""
+    """Time stamps from decoding, for files whose packets have none."""
     with _open(path) as (container, stream):
         frames = _decoded(_Decoder(stream), _packets(container, stream))
         return [frame.pts for frame in frames if frame.pts is not None]
 
 
 class _Decoder:
-    """A stream's decoder, which goes on after damaged packets and remembers that pictures may suffer from one."""
+    """A stream's decoder, which continues after damaged packets and records that later pictures may be affected."""
 
     def __init__(self, stream: av.VideoStream) -> None:
         self.context = stream.codec_context
@@ -170,13 +172,13 @@ class _Decoder:
         self.hurt = False  # since the last key frame a packet was damaged
 
     def send(self, packet: av.Packet, wanted: bool = True) -> list[av.VideoFrame]:
-        """The frames that come out; that of a packet that is not wanted may be passed over if no other refers to it."""
+        """The frames that come out; that of an unwanted packet may be skipped if no other frame refers to it."""
         self.context.skip_frame = "DEFAULT" if wanted or not self.passes_over else "NONREF"
         self.hurt = packet.is_corrupt or (self.hurt and not packet.is_keyframe)
         return self._frames(packet)
 
     def drain(self) -> list[av.VideoFrame]:
-        """The frames that it still holds; afterwards it can begin at a key frame."""
+        """The frames still held; afterwards decoding can restart at a key frame."""
         frames = self._frames(None)
         self.context.flush_buffers()
         return frames
@@ -202,7 +204,7 @@ def _decoded(decoder: _Decoder, packets: Iterable[av.Packet]) -> Iterator[av.Vid
 
 
 def with_skipping(path: Path, index: Index, numbers: frozenset[int]) -> Iterator[Picture]:
-    """The frames `numbers` by PyAV, leaving undecoded what they do not need."""
+    """The frames `numbers` by PyAV, without decoding frames that they do not need."""
     needed = index.packets_for(numbers)
     wanted = {int(index.stamps[n]): n for n in numbers}
     with _open(path) as (container, stream):
@@ -236,8 +238,9 @@ def from_beginning(path: Path, index: Index, numbers: frozenset[int]) -> Iterato
 
 
 def by_decord(path: Path, index: Index, numbers: frozenset[int]) -> Iterator[Picture]:
-    """The frames `numbers` by decord. Raises RuntimeError where decord is missing, is not asked for such a video, or
-    counts the frames differently."""
+    """The frames `numbers` by decord. Raises RuntimeError where decord is missing, not used for such a video, or counts
+    the frames differently.
+    """
     if decord is None:
         raise RuntimeError("decord is not installed")
     reader = decord.VideoReader(_repacked(path), num_threads=1)
@@ -267,6 +270,6 @@ def _repacked(path: Path) -> io.BytesIO:
 
 
 def pictures(path: Path, index: Index, numbers: frozenset[int]) -> Iterator[Iterator[Picture]]:
-    """Ways to get the frames `numbers`, the fastest first; where one lacks some, the next may have them."""
+    """Decoders for the frames `numbers`, the fastest first; frames that one lacks may come from the next."""
     ways = (with_skipping, from_beginning, by_decord) if index.is_key.any() else (from_beginning, by_decord)
     return (way(path, index, numbers) for way in ways)

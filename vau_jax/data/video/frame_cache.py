@@ -1,13 +1,13 @@
 """Decoded and resized frames in ArrayRecord shards, so that training reads them instead of video files.
 
 A folder holds frames-00000.arrayrecord, whose records are clips, beside frames-00000.json, which lists them. The list
-is written when its shard is whole on disk; a shard without one is what a killed call left. A record is found by all
-that the video file holds and how it is to be sampled, never by its path, so that a changed video or another setting
-does not find it, and a cache may be copied with its videos.
+is written when its shard is complete on disk; a shard without one was left by a killed call.
 
-Samples of a file would miss a change between them, and reading a hundred gigabytes at each start takes minutes: so the
-list keeps each file's size and time of change (ctime, which a program that edits a file cannot set back) beside its
-hash, as git's index does, and a file is read again only where these differ, such as in a copy.
+A record's key is the content of the video file and the sampling settings, never its path: a changed video or another
+setting does not match, and a cache may be copied with its videos. Sampling a file would miss a change between the
+samples, and reading a hundred gigabytes at each start takes minutes: so the list keeps each file's size and ctime
+(which a program that edits a file cannot set back) beside its hash, as git's index does, and a file is read again only
+where these differ, such as in a copy.
 """
 
 import hashlib
@@ -31,10 +31,10 @@ from vau_jax.data.video.clips import Clip, Sampling, VideoOptions
 from vau_jax.data.video.decode_worker import decode_clip, encode_clip
 from vau_jax.data.video.decoders import VideoError
 
-SHARD_BYTES = 2**28  # about the size of a shard, and the most that a killed call loses
-SETTLED = 10**9  # nanoseconds since a file changed after which its time of change tells any later change
-VERSION = 2  # of the keys; another one where the same settings are to give other frames
-FIELDS = (  # of VideoOptions, all that decide what a record holds
+SHARD_BYTES = 2**28  # approximate size of a shard, and the most that a killed call loses
+SETTLED = 10**9  # nanoseconds since a file changed after which its modification time reveals any later change
+VERSION = 2  # of the keys; to be changed where the same settings give other frames
+FIELDS = (  # fields of VideoOptions that determine a record
     "fps",
     "nframes",
     "min_frames",
@@ -53,15 +53,16 @@ Decode = Callable[[Path, VideoOptions, int, int], Clip]
 
 
 def sampling_text(sampling: Sampling) -> str:
-    """How videos are sampled as JSON, by names and numbers alone: the same for each version of Python and of this
-    code, and for 2 and 2.0."""
+    """The sampling settings as JSON, by names and numbers alone: the same for every version of Python and of this code,
+    and for 2 and 2.0.
+    """
     values = {name: getattr(sampling.options, name) for name in FIELDS}
     values |= {"factor": sampling.factor, "multiple": sampling.multiple}
     return dump_json({name: None if value is None else float(value) for name, value in values.items()})
 
 
 def key_of(content: str, sampling: Sampling) -> str:
-    """Under which a record is found: of the hash of a video's content, and of how it is sampled."""
+    """The key of a record: a hash of the video's content and of the sampling settings."""
     return f"{VERSION}-{hashlib.sha256(f'{content}|{sampling_text(sampling)}'.encode()).hexdigest()[:32]}"
 
 
@@ -70,7 +71,7 @@ class Entry:
     """One line of a shard's list: a clip, or why there is none."""
 
     key: str
-    video: str  # path it was made from, for people and to tell a stale record from one of another data set
+    video: str  # path it was built from, for people and to distinguish a stale record from one of another dataset
     sampling: str
     failure: str = ""
     reason: str = ""
@@ -84,7 +85,7 @@ class Entry:
 
 
 class Mark(NamedTuple):
-    """Tells a video file that was read before from a changed one."""
+    """Distinguishes a video file that was read before from a changed one."""
 
     path: str
     size: int
@@ -92,7 +93,7 @@ class Mark(NamedTuple):
 
 
 class FrameCache:
-    """Reads a cache folder; what it does not have, or has damaged, is decoded from the video."""
+    """Reads a cache folder; a missing or damaged record is decoded from the video."""
 
     def __init__(self, folder: str | os.PathLike | None, decode: Decode = clips.read) -> None:
         self.folder = Path(folder) if folder else None
@@ -113,7 +114,7 @@ class FrameCache:
             )
 
     def content(self, path: str | os.PathLike) -> tuple[str, Mark]:
-        """SHA-256 of a video file, and what tells whether it changed since. Raises VideoError for one that is not
+        """SHA-256 of a video file, and the stat fields that reveal later changes. Raises VideoError for one that is not
         there."""
         try:
             stat = os.stat(path)
@@ -151,7 +152,7 @@ class FrameCache:
             return None
 
     def is_whole(self, key: str) -> bool:
-        """Whether there is a record under this key that can be read, or a known failure."""
+        """Whether there is a readable record under this key, or a known failure."""
         if key not in self.places:
             return False
         shard, number, entry = self.places[key]
@@ -188,7 +189,7 @@ class _Shard:
         self.size += len(frames)
 
     def finish(self) -> None:
-        """The records first, then the list that makes them count."""
+        """Writes the records first, then the list that makes them valid."""
         self.writer.close()
         files.sync(self.part)
         os.replace(self.part, self.path)
@@ -209,7 +210,7 @@ def build(
 ) -> Counter[str]:
     """Brings a cache folder up to date for `videos`; a killed call resumes after its last whole shard.
 
-    Records are verified; stale ones (of a video that changed) and damaged ones are made anew. `show(done, note)` tells
+    Records are verified; stale ones (of a video that changed) and damaged ones are rebuilt. `show(done, note)` reports
     how far it is. Returns how many were "kept", "written", "failed" (a broken video, listed with its reason), and, of
     what was there, "stale" and "damaged".
     """
@@ -267,14 +268,14 @@ def _drop_bad(cache: FrameCache, keys: dict[Path, str | None], sampling: Samplin
 
 
 def _drop(folder: Path, fault: Callable[[Entry], str]) -> Counter[str]:
-    """Takes entries with a fault out of the lists, and away with shards that have no other; counts them by fault."""
+    """Removes faulty entries from the lists, and shards that have no other entries; counts them by fault."""
     counts: Counter[str] = Counter()
     for shard, entries in list(shards(folder)):
-        faults = [fault(entry) if entry.key else "" for entry in entries]  # blanks are of an earlier call
+        faults = [fault(entry) if entry.key else "" for entry in entries]  # blanks are from an earlier call
         if not any(faults):
             continue
         counts += Counter(name for name in faults if name)
-        # An entry's place in the list is its record's number: those that are dropped leave a blank.
+        # An entry's index in the list is its record's number: dropped entries leave a blank.
         kept = [Entry("", e.video, "") if name else e for e, name in zip(entries, faults, strict=True)]
         if any(entry.key for entry in kept):
             files.write_text(shard.with_suffix(".json"), _listing(kept))
