@@ -15,27 +15,27 @@ class Record:
     """
 
     example: str  # id of the example
-    task: str
+    task: str  # name of the task
     video: str  # name of the video file; empty without
-    source: str  # which part of the dataset it is from
-    rotation: int  # positions that the choices were moved by
-    question: str  # what is asked, without instructions
+    source: str  # part of the dataset
+    rotation: int  # positions that the choices were rotated by
+    question: str  # the question, without instructions
     prompt_hash: str  # of the whole prompt: 16 hexadecimal digits of its SHA-256
-    choices: tuple[str, ...]  # options or labels, in the order that was shown
-    truth: Mapping[str, Any]  # as the task writes it
-    target: str  # the right answer in a line
-    anomaly_class: str | None  # class of the video, where it is known
-    duration: float | None  # of the video, in seconds
+    choices: tuple[str, ...]  # options or labels, in the order shown
+    truth: Mapping[str, Any]  # ground truth in the task's format
+    target: str  # the right answer as one line
+    anomaly_class: str | None  # class of the video; null if unknown
+    duration: float | None  # of the video, in seconds; null if unknown
     key_object: str  # of the annotation
-    reference: str  # for descriptions: what the annotation says
-    failure: str | None  # why the video could not be read
-    completions: list[str]
+    reference: str  # for descriptions: the annotation's text
+    failure: str | None  # why the video could not be read; null if it was
+    completions: list[str]  # texts of the completions
     format_ok: list[bool]  # whether the completion keeps the strict grammar
-    answers: list[Values]  # final answers read leniently: values by column; empty where there is none
-    predictions: list[str | None]  # the same in a line
+    answers: list[Values]  # final answers by the lenient rule: values by column; empty without one
+    predictions: list[str | None]  # the same as one line each
     scores: list[float]  # task scores of the answers, in [0, 1]; empty for tasks without right answers
     drafts: list[Values]  # draft answers likewise; empty without reflection
-    draft_predictions: list[str | None]
-    draft_scores: list[float]
+    draft_predictions: list[str | None]  # the same as one line each
+    draft_scores: list[float]  # task scores of the drafts
     reflect_words: list[int]  # words of the reflection; empty without reflection
-    rewards: Mapping[str, list[float]]  # each built-in reward, computed from the strict reading
+    rewards: Mapping[str, list[float]]  # each built-in reward, by the strict rule
