@@ -67,7 +67,7 @@ def test_answers_are_paid_for_once(tmp_path: Path) -> None:
     assert len(server.requests) == 2
 
 
-def test_after_a_kill_whole_answers_count_and_a_half_one_is_asked_again(tmp_path: Path) -> None:
+def test_after_a_kill_complete_answers_count_and_a_partial_one_is_asked_again(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with serve(lambda request, n: Answer("x" * 50)) as server:
         asked = Chat(endpoint(server.url), path)

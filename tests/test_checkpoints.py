@@ -56,7 +56,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_run_goes_on_from_the_step_before_a_damaged_one(
+def test_a_run_resumes_from_the_step_before_a_damaged_one(
     damage: Callable[[Path], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(saved(tmp_path, 2, 4))
@@ -72,7 +72,7 @@ def test_a_run_goes_on_from_the_step_before_a_damaged_one(
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_step_is_not_evaluated_and_the_whole_one_is_named(
+def test_a_damaged_step_is_not_evaluated_and_the_intact_one_is_named(
     damage: Callable[[Path], object], tmp_path: Path
 ) -> None:
     folder = saved(tmp_path, 2, 4)

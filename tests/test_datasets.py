@@ -262,7 +262,7 @@ def test_a_wrong_file_is_one_line(
         DATASETS[dataset_name](c)
 
 
-def test_a_file_of_records_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_of_records_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     row = vau_bench.Row("a.mp4", "msad", "?", tuple("wxyz"), "A", "Fire", (1.0, 2.0), "", "", {})
     array_record.write(tmp_path / "a.array_record", [row] * 3)
     assert [path.name for path in tmp_path.iterdir()] == ["a.array_record"]

@@ -43,7 +43,7 @@ def test_evaluation_counts_a_broken_video_as_wrong(model_folder: Path, dataset: 
     assert result["tasks"]["qa"]["accuracy"]["n"] == 12
 
 
-def test_evaluation_goes_on_after_the_examples_that_are_done(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+def test_evaluation_resumes_after_the_examples_that_are_done(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     c = small("eval", model_folder, dataset, "test")
     first = evaluate.run(c, tmp_path)
     path = tmp_path / "predictions.jsonl"
@@ -124,7 +124,7 @@ def test_an_evaluation_inside_its_run_is_resumed(
     assert (trained / "config.json").read_text() == "the run's own"
 
 
-def test_damaged_results_are_made_again(tiny: ConfigDict, trained: Path, tmp_path: Path) -> None:
+def test_damaged_results_are_rebuilt(tiny: ConfigDict, trained: Path, tmp_path: Path) -> None:
     tiny.checkpoint = str(trained)
     whole = evaluate.run(tiny, tmp_path / "eval")
     lines = (tmp_path / "eval" / "predictions.jsonl").read_text()
@@ -135,7 +135,7 @@ def test_damaged_results_are_made_again(tiny: ConfigDict, trained: Path, tmp_pat
     assert (tmp_path / "eval" / "predictions.jsonl").read_text() == lines
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tiny: ConfigDict, trained: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_one_line(tiny: ConfigDict, trained: Path) -> None:
     tiny.checkpoint = str(trained)
     (trained / "file").touch()
     with pytest.raises(InputError, match=r"cannot write to .*file/eval: Not a directory"):

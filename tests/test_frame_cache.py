@@ -74,7 +74,7 @@ def test_other_settings_are_not_served(folder: Path, videos: list[Path]) -> None
     assert not cached and len(clip.frames) == 4
 
 
-def test_a_changed_video_is_not_served_and_its_record_is_made_anew(folder: Path, videos: list[Path]) -> None:
+def test_a_changed_video_is_not_served_and_its_record_is_rebuilt(folder: Path, videos: list[Path]) -> None:
     build(folder, videos)
     video_files.write(videos[1], count=50)
     clip, cached = FrameCache(folder).read(videos[1], SAMPLING)
@@ -139,7 +139,7 @@ def test_a_cache_of_another_version_is_said_and_filled_anew(folder: Path, videos
     assert FrameCache(folder, forbidden).read(videos[0], SAMPLING)[1]
 
 
-def test_a_damaged_record_is_decoded_and_then_made_anew(folder: Path, videos: list[Path]) -> None:
+def test_a_damaged_record_is_decoded_and_then_rebuilt(folder: Path, videos: list[Path]) -> None:
     build(folder, videos)
     shard = next(folder.glob("*.arrayrecord"))
     first = clips.read(videos[0], SAMPLING.options, 28, 2)
@@ -154,7 +154,7 @@ def test_a_damaged_record_is_decoded_and_then_made_anew(folder: Path, videos: li
     assert all(FrameCache(folder, forbidden).read(path, SAMPLING)[1] for path in videos[:3])
 
 
-def test_a_cut_shard_is_made_anew(folder: Path, videos: list[Path]) -> None:
+def test_a_truncated_shard_is_rebuilt(folder: Path, videos: list[Path]) -> None:
     build(folder, videos)
     shard = next(folder.glob("*.arrayrecord"))
     shard.write_bytes(shard.read_bytes()[:1000])
@@ -163,7 +163,7 @@ def test_a_cut_shard_is_made_anew(folder: Path, videos: list[Path]) -> None:
     assert all(FrameCache(folder, forbidden).read(path, SAMPLING)[1] for path in videos[:3])
 
 
-def test_a_killed_call_goes_on_after_its_last_whole_shard(
+def test_a_killed_call_resumes_after_its_last_complete_shard(
     folder: Path, videos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frame_cache, "SHARD_BYTES", 1)  # a shard a clip

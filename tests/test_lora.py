@@ -267,7 +267,7 @@ def test_a_changed_model_folder_or_annotation_file_is_named(dataset: Path, moved
 
 
 @pytest.mark.long
-def test_a_killed_lora_run_goes_on(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_killed_lora_run_resumes(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     c = run_config("sft", model_folder, dataset)
     c.lora.dropout, c.steps, c.optim.schedule = 0.1, 4, "constant"
     loop.run(c, tmp_path / "whole")
@@ -279,7 +279,7 @@ def test_a_killed_lora_run_goes_on(model_folder: Path, dataset: Path, tmp_path: 
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
 
 
-def test_a_lora_run_whose_start_is_gone_says_so(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_lora_run_whose_source_is_missing_names_it(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(model_folder, base)
     c = run_config("sft", base, dataset)

@@ -106,7 +106,7 @@ def test_extreme_numbers_stay_finite(n: float) -> None:
     assert np.isfinite(value) and np.isfinite(slope)
 
 
-def test_the_weight_of_what_stands_still() -> None:
+def test_the_weight_of_still_pixels() -> None:
     """With the numbers learned on MPII static pixels weigh 0.32, as the paper's code gives."""
     frames = jnp.ones((1, 3, 2, 2, 3))
     attention = motion_prompt(frames, *module.PUBLISHED["mpii"], **PLAIN)[1]

@@ -53,7 +53,7 @@ def test_every_dependency_is_pinned_for_every_machine(extra: str, python: str, m
     assert here - UNHASHED <= installed(extra, python, machine)
 
 
-def test_no_registry_stands_in_a_file() -> None:
+def test_no_file_names_a_registry() -> None:
     for path in LAUNCH.glob("requirements-*.txt"):
         assert not re.search(
             r"https?://|--(extra-)?index-url|--find-links|/(opt|home|root|tmp|work)/", path.read_text()

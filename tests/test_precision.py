@@ -24,7 +24,7 @@ MANY = 4096
 
 
 @pytest.mark.parametrize("held", ["float32", "bfloat16"])
-def test_a_token_that_stands_everywhere_gets_all_of_its_gradient(held: str) -> None:
+def test_a_token_at_every_position_gets_its_full_gradient(held: str) -> None:
     layer, tokens = Embedding(3, 2, jnp.bfloat16), jnp.ones((1, MANY), jnp.int32)
     params = {"params": {"embedding": jnp.zeros((3, 2), held)}}
     ones = jnp.ones((1, MANY, 2), jnp.bfloat16)

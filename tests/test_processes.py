@@ -70,7 +70,7 @@ def final(workdir: Path) -> list[np.ndarray]:
     return jax.tree.leaves(checkpoint.restore_params(workdir / "checkpoints" / str(STEPS)))
 
 
-def test_sft_asked_to_end_on_two_processes_goes_on_with_four(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+def test_sft_preempted_on_two_processes_resumes_on_four(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     """SIGTERM to one of them; the whole run is that of one process."""
     run(1, options("sft", model_folder, dataset, tmp_path / "one"))
     args = options("sft", model_folder, dataset, tmp_path / "many")
@@ -144,7 +144,7 @@ def test_rewards_are_computed_once_and_where_the_samples_are(
     assert all(not set(a) & set(b) for a, b in zip(first, second, strict=True))
 
 
-def test_the_others_end_when_one_is_killed_and_the_run_goes_on_to_the_same_bits(
+def test_the_others_end_when_one_is_killed_and_the_run_resumes_to_the_same_bits(
     rft_of_two: Path, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
     args = options("rft", model_folder, dataset, tmp_path / "killed")

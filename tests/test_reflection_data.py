@@ -302,7 +302,7 @@ STYLES_IN_TURN = ("reflection", "reflection", "two_pass", *["think"] * 8)  # 11:
 @pytest.mark.parametrize(
     "file", ["val.csv", "ucf_subset_train.csv", "test_msad.csv", "test_ucf_crime.csv", "test_ecva.csv"]
 )
-def test_every_target_made_from_the_published_annotations_keeps_the_strict_rule(vau_bench: Path, file: str) -> None:
+def test_every_target_from_the_published_annotations_keeps_the_strict_rule(vau_bench: Path, file: str) -> None:
     """Of every row and task, in one of the styles in turn, its drafts and reflections by rule: the form is whole, the
     answer right (times are written to a tenth of a second), and a record that is kept earns for its reflection."""
     rows, _ = load(vau_bench / file)

@@ -208,7 +208,7 @@ def test_marks_of_earlier_answers_are_said(folder: Path, tmp_path: Path) -> None
     assert report.judged(report.evaluations([marked]))[0][1] == f"second, strict ({HOSTILE}), of earlier answers"
 
 
-def test_the_page_says_what_the_total_is_made_of(folder: Path) -> None:
+def test_the_page_shows_the_weights_of_the_total(folder: Path) -> None:
     assert "<td>1.0 accuracy, 0.5 format</td>" in (folder / "report.html").read_text()
 
 

@@ -93,7 +93,7 @@ def test_jobs_are_written_for_what_is_not_finished(backend: str, tmp_path: Path)
     assert "seed=2" in second and not (tmp_path / "runs" / "seed=0").exists()
 
 
-def test_a_trial_that_fails_is_told_and_gone_on_with(tmp_path: Path) -> None:
+def test_a_trial_that_fails_is_reported_and_resumed(tmp_path: Path) -> None:
     flag = tmp_path / "broken"
     flag.touch()
     file = written(tmp_path, f'zipped(over("seed", (0, 1)), over("broken", ("", {str(flag)!r})))')

@@ -52,7 +52,7 @@ def test_annotations_are_clean(dataset: Path) -> None:
     assert all(len(row.tasks) == 4 and len(row.reasoning) == 6 for row in rows)
 
 
-def test_an_anomaly_is_seen_inside_its_interval_and_not_outside() -> None:
+def test_an_anomaly_is_visible_inside_its_interval_and_not_outside() -> None:
     """Against the same scene without its event, pixels differ inside the interval only."""
     for label in synthetic.ANOMALIES:
         scene = synthetic.draw_scene("x", 11, synthetic.LAYOUTS["train"], label)

@@ -102,7 +102,7 @@ def test_a_run_tells_where_its_time_goes(
     assert trace.stat().st_size > 1000
 
 
-def test_a_run_that_goes_on_among_the_steps_of_a_trace_leaves_its_part(tmp_path: Path) -> None:
+def test_a_run_that_resumes_within_the_steps_of_a_trace_writes_its_part(tmp_path: Path) -> None:
     """And one that is asked to end among them."""
     c = small("vau_r1_sft", tmp_path, tmp_path)
     c.steps, c.profile_steps = 9, (2, 5)
@@ -138,7 +138,7 @@ def test_weights_and_biases_without_its_package_is_one_error(tmp_path: Path, mon
         MetricWriter(tmp_path, 0, "project")
 
 
-def test_a_run_from_before_a_field_goes_on_where_that_has_its_default(tmp_path: Path) -> None:
+def test_a_run_from_before_a_field_resumes_where_that_has_its_default(tmp_path: Path) -> None:
     """Its config lacks new fields, and has a removed one that never changed a result."""
     c = importlib.import_module("configs.vau_r1_sft").get_config()
     before = json.loads(c.to_json_best_effort())

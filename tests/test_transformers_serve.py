@@ -47,7 +47,7 @@ def test_it_sees_our_pictures(url: str, model_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "error"), [({"seconds": 0.001}, "within 0.001 s"), ({"model": "another"}, "HTTP ")]
 )
-def test_its_errors_are_told_and_do_not_raise(
+def test_its_errors_are_reported_and_do_not_raise(
     changed: dict[str, object], error: str, url: str, model_folder: Path
 ) -> None:
     chat = Chat(endpoint(url, **{"model": str(model_folder), "retries": 0, **changed}), None)

@@ -132,7 +132,7 @@ def test_intervals_beyond_the_end_are_flagged(imported: Path) -> None:
     assert found(imported)["beyond_end"]["ecva/videos/14.MP4"] == "[4.0, 35.0] of 3.0 s"
 
 
-def test_imported_times_are_not_mended_twice(imported: Path, vau_bench: Path) -> None:
+def test_imported_times_are_not_corrected_twice(imported: Path, vau_bench: Path) -> None:
     before = {plain_name(row.video): row for row in load(vau_bench / "test_ecva.csv")[0]}
     after = [row for row in by_video(imported).values() if row.source == "ecva"]
     assert len(after) == 438
