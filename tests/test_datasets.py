@@ -149,7 +149,7 @@ def questions(dataset: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["vau_r1_sft", "vau_r1_multi_rft"])
+@pytest.mark.parametrize("name", [pytest.param("vau_r1_sft", marks=pytest.mark.long), "vau_r1_multi_rft"])
 def test_video_questions_train(name: str, questions: Path, model_folder: Path, tmp_path: Path) -> None:
     """One step of a batch with one video, two, and none."""
     c = small(name, model_folder, questions)
@@ -170,8 +170,7 @@ def without_videos(name: str, questions: Path, model: Path) -> ConfigDict:
     return c
 
 
-@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
-@pytest.mark.parametrize("name", ["vau_r1_sft", "vau_r1_multi_rft"])
+@pytest.mark.parametrize(("name", "rank"), [("vau_r1_sft", 0), ("vau_r1_multi_rft", 2)], ids=["sft, full", "rft, lora"])
 def test_a_batch_without_any_video_trains(
     name: str, rank: int, questions: Path, model_folder: Path, tmp_path: Path
 ) -> None:

@@ -353,7 +353,7 @@ def test_what_cannot_be_reported_is_said(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(InputError, match=r"no predictions\.jsonl"):
         report.compare(tmp_path, folder / "eval" / "a")
     (tmp_path / "metrics.json").write_text('{"name": "old"}')
-    with pytest.raises(InputError, match="made by another version"):
+    with pytest.raises(InputError, match="written by another version"):
         report.write([tmp_path], tmp_path / "report.html")
     (tmp_path / "predictions.jsonl").write_text('{"old": 1}\n')
     with pytest.raises(InputError, match="evaluate again"):

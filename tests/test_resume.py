@@ -142,7 +142,7 @@ def test_a_disk_that_is_full_is_one_line_and_loses_nothing(
     done = subprocess.run(limited, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr[-2000:]
     told = [line for line in done.stderr.splitlines() if line.startswith(f"error: cannot write to {workdir}")]
-    assert len(told) == 1 and f"the checkpoint of step {kept[-1]} is whole" in told[0]
+    assert len(told) == 1 and f"the checkpoint of step {kept[-1]} is complete" in told[0]
     assert checkpoint.steps(workdir) == kept
     run(args)
     assert learning_curve(workdir) == learning_curve(straight)

@@ -174,7 +174,7 @@ def test_parts_of_a_batch_give_the_same_update(loss_type: str, parts: int, rolle
 # --- The reference policy -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.long)], ids=["full", "lora"])
 def test_a_reference_that_follows_is_the_policy_again(
     rank: int, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -356,7 +356,7 @@ def test_a_policy_that_is_its_reference_pays_no_kl_in_the_reward(model_folder: P
 
 def test_completions_are_cut_to_few_lengths(scorer: tuple) -> None:
     seen = set()
-    for n in range(1, 17):
+    for n in range(1, 17, 3):
         r, draw = judged(scorer, ["fire" * n] * 16)
         kept = completions(r, draw)
         assert kept.mask.sum() == draw.sampled.mask.sum()

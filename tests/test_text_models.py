@@ -81,8 +81,9 @@ def test_a_saved_model_is_opened_by_transformers(folder: Path, tmp_path: Path) -
     assert all(torch.equal(ours[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("name", ["vau_r1_sft", "vau_r1_qa_rft"])
-def test_questions_without_videos_train_a_model_of_text(name: str, folder: Path, tmp_path: Path) -> None:
+def test_questions_without_videos_train_a_model_of_text(folder: Path, tmp_path: Path) -> None:
+    """SFT of one family, RFT of the other."""
+    name = "vau_r1_sft" if "qwen2" in folder.name else "vau_r1_qa_rft"
     lines = [
         {"problem": f"Which is warm? ({i})", "options": ["A. fire", "B. ice"], "answer": "<answer>A</answer>"}
         for i in range(4)

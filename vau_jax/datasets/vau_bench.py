@@ -427,7 +427,7 @@ class _RowReader:
             self.note("excluded", "grounding", f"interval is empty, reversed or negative: {raw}")
             return None
         if end > MAX_SECONDS:
-            self.note("excluded", "grounding", f"interval is beyond the end of any video: {raw}")
+            self.note("excluded", "grounding", f"interval lies beyond the end of any video: {raw}")
             return None
         return start, end
 
