@@ -43,15 +43,15 @@ try:
 except ImportError as error:
     raise SystemExit("the app needs gradio: bash launch/venv.sh app, in the repository") from error
 
-FRAMES = 8  # shown of the interval
-BEAT = 0.2  # seconds between looks at whether anybody still waits
+FRAMES = 8  # number of frames shown of the interval
+BEAT = 0.2  # seconds between checks whether a client still waits
 TITLES = {task.title: task for task in sorted(TASKS.values(), key=lambda task: task.shuffles)}  # with options last
 
 Shown = tuple[str, str, list[tuple[np.ndarray, str]]]  # the text so far, the answer as HTML, frames with their times
 
 
 class _Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """Nobody waits for the text any more."""
+    """No client waits for the text any more."""
 
 
 class Model:
@@ -64,12 +64,12 @@ class Model:
         self.closed = threading.Event()
 
     def close(self) -> None:
-        """Ends the decoding soon, for good: a process that ends does not wait for a whole answer."""
+        """Stops decoding soon and permanently: a process that ends does not wait for a complete answer."""
         self.closed.set()
         self.thread.shutdown(wait=False, cancel_futures=True)
 
     def streamed(self, question: Question) -> Iterator[str]:
-        """The completion while it is written, the last time whole. Closing the iterator ends the decoding."""
+        """The partial completion as it grows, at last the complete one. Closing the iterator stops decoding."""
         texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         stopped = threading.Event()
 
@@ -84,12 +84,12 @@ class Model:
         try:
             while text is not None:
                 yield text
-                with suppress(queue.Empty):  # yields again and again, as an iterator can be closed at a yield alone
+                with suppress(queue.Empty):  # yields repeatedly, as an iterator can be closed only at a yield
                     text = texts.get(timeout=BEAT)
             yield whole.result()
         finally:
             stopped.set()
-            whole.cancel()  # where it has not begun
+            whole.cancel()  # if it has not begun
 
 
 def respond(
@@ -183,7 +183,7 @@ def serve(
 ) -> Iterator[str]:
     """The page for browsers on `host`, until the block ends; its address. Port 0 is any free one. `names`: see Guard.
     Raises OSError where nothing can listen there."""
-    page.queue(max_size=16, default_concurrency_limit=1, api_open=False)  # there is one model
+    page.queue(max_size=16, default_concurrency_limit=1, api_open=False)  # there is only one model
     fonts = ["system-ui", "sans-serif"]  # names alone: gradio's own fonts would be fetched
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),

@@ -52,7 +52,7 @@ class Asker:
         self.max_new_tokens = max_new_tokens or self.data.get("max_completion_tokens", 1024)
 
     def complete(self, question: Question, watch: Callable[[str], None] | None = None) -> str:
-        """The model's whole text; `watch` is called with what there is of it while it is written. Raises InputError."""
+        """The model's complete text; `watch` is called with the partial text while it grows. Raises InputError."""
         check(question)
         sampled = asdict(video_options(self.data, self.vlm.processor.video_options)) if self.data else {}
         video = {"type": "video", "video": question.video, **sampled}
@@ -107,7 +107,7 @@ def _prompt(question: Question, data: ConfigDict) -> str:
 
 
 def read(completion: str, question: Question, reflection: bool) -> Shown:
-    """The answer that a completion holds, or the completion where there is none."""
+    """The answer in a completion, or the completion itself if it has none."""
     task, choices = COMMANDS[question.task], example_of(question).choices
     final = parsing.parse([completion], task.name, "lenient", reflection, [choices]).final
     shown = task.display(parsing.values_at(final, 0, task), completion, choices)
@@ -126,11 +126,11 @@ def main() -> None:
     parser.add_argument("question", nargs="?", default="")
     a = parser.parse_args()
 
-    logging.set_verbosity(logging.ERROR)  # orbax warns of a file that parameters alone do not need
+    logging.set_verbosity(logging.ERROR)  # orbax warns about a file that is not needed for parameters alone
 
     def run() -> None:
         question = Question(a.video, a.task, a.question, tuple(a.option))
-        check(question)  # before the model is loaded, which takes long
+        check(question)  # before the model is loaded, which is slow
         asker = Asker(a.model, a.dtype, a.max_new_tokens)
         completion = asker.complete(question)
         answer = asker.read(completion, question).text

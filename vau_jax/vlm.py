@@ -57,7 +57,7 @@ class VideoLM:
     processor: Processor
     model: QwenVL
     params: Params
-    adapters: Params | None = None  # LoRA's factors, of the kind that model.lora says
+    adapters: Params | None = None  # LoRA's factors, of the kind in model.lora
 
     @classmethod
     def load(
@@ -203,7 +203,7 @@ class VideoLM:
 
         top_p in (0, 1] and top_k (0: off) restrict each token's distribution, and the log-probabilities with it. A
         completion ends with one of the folder's end tokens, with the token that completes one of `stop_strings`, or
-        after `max_new_tokens`; no end token is drawn among the first `min_new_tokens`. What ends it belongs to it (an
+        after `max_new_tokens`; no end token is sampled among the first `min_new_tokens`. What ends it belongs to it (an
         end token is left out of the text). Decoding stops when all completions have ended. `watch` sees what there is
         so far every few tokens, for texts that are shown while they are written; what it raises ends the decoding.
         Raises InputError for options out of their range; a temperature above 0 is at least 0.01.

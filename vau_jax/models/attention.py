@@ -149,7 +149,7 @@ def _softmax_backward(
         pairs, turned = (
             rows.replace("h", "s"),
             keys[:-2] + "hs",
-        )  # sums over rows come out turned: no copy of the scores
+        )  # sums over rows come out transposed: no copy of the scores
         mine, theirs = swap(q), swap(d_out).astype(v.dtype)
         weights = jnp.exp(_scores(mine, Keys(k, v, mask, late), first_row) - swap(log_total)[..., None])
         d_weights = jnp.einsum(f"{rows},{keys}->{pairs}", theirs, v, preferred_element_type=jnp.float32)
@@ -167,7 +167,7 @@ _softmax.defvjp(_softmax_forward, _softmax_backward)
 def _attend_part(q: jax.Array, keys: Keys, first_row: jax.Array | int) -> _Part:
     """q [B, G, K, R, Q, H], scaled, over one set of keys."""
     shared = keys.k.ndim == 4
-    q = jnp.swapaxes(q, 1, 2) if shared else q  # all queries of a head meet the shared keys in one product
+    q = jnp.swapaxes(q, 1, 2) if shared else q  # one product of a head's queries with the shared keys
     scores = _scores(q, keys, first_row)
     top = scores.max(-1)
     weights = jnp.exp(scores - top[..., None])
@@ -202,7 +202,7 @@ def prefix_attention(
     """Attention of one packed sequence, prompt then completions: q [B, T + G * C, N, H] -> the same shape.
 
     prompt_mask is bool [B, T]; generations is G, 0 for a prompt alone. Padding inside a completion comes after its
-    real tokens, where the causal mask already hides it. What padding tokens give is undefined. `implementation` is a
+    real tokens, where the causal mask already hides it. Outputs at padding tokens are undefined. `implementation` is a
     name in IMPLEMENTATIONS, or "auto" for the best one on this machine.
     """
     name = best(q.dtype) if implementation == "auto" else implementation
@@ -306,7 +306,7 @@ def _splash(
         return kernel(q, k, v, prompt_mask)
     parts = mesh.shape["tensor"]
     heads = "tensor" if q.shape[2] % parts == 0 else None
-    if heads:  # fewer kv heads than devices: each has copies of what its queries read
+    if heads:  # fewer kv heads than devices: each has copies of the heads that its queries read
         copies = next(
             n for n in range(1, q.shape[2] + 1) if k.shape[2] * n % parts == 0 == q.shape[2] % (k.shape[2] * n)
         )
@@ -325,7 +325,7 @@ def _splash_alone(
     t = prompt_mask.shape[1]
     pad = -length % 128
     q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
-    # Padding attends to padding alone, and no real token attends to it.
+    # Padding attends only to padding, and no real token attends to it.
     real = jnp.pad(jnp.concatenate([prompt_mask, jnp.ones((b, length - t), bool)], axis=1), ((0, 0), (0, pad)))
     mask = SharedPrefixMask(length + pad, t, (length - t) // max(1, generations))
     block = next(size for size in (SPLASH_BLOCK, 384, 256, 128) if (length + pad) % size == 0)

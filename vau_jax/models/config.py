@@ -15,11 +15,11 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Far above any published model, and small enough that computations on a config are fast and fit in memory.
-FILE_BYTES = 2**24  # of a JSON file in a model folder
+FILE_BYTES = 2**24  # size limit of a JSON file in a model folder
 MOST_LAYERS = 1024
 MOST_UNITS = 2**20  # heads, channels and hidden units
 MOST_TOKENS = 2**24  # of a vocabulary
-MOST_PIXELS = 2**40  # Qwen3-VL bounds a whole clip
+MOST_PIXELS = 2**40  # Qwen3-VL bounds a complete clip
 
 MOTION_FILE = "motion_prompt.json"  # in a model folder: its Video Motion Prompt, where it has one
 ORDERS = ("rgb", "bgr")  # of the colour channels
@@ -80,7 +80,7 @@ class QwenVLConfig:
     out_bias: bool  # of o_proj
     qk_norm: bool  # RMS norm of each head's query and key
     tie_word_embeddings: bool
-    initializer_range: float  # standard deviation of weights drawn at random
+    initializer_range: float  # standard deviation of randomly initialised weights
     image_token_id: int | None = None  # these four are None without a vision tower
     video_token_id: int | None = None
     vision_start_token_id: int | None = None

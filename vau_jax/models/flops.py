@@ -1,6 +1,6 @@
 """Floating-point operations: of a training step by formula, and of any program by counting its matrix products.
 
-XLA's own count takes the body of a loop once and a kernel as nothing; `count` multiplies by the lengths of scans.
+XLA's own count takes the body of a loop once and a kernel as zero; `count` multiplies by the lengths of scans.
 """
 
 import math

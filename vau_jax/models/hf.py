@@ -170,7 +170,7 @@ class Tensor(NamedTuple):
     path: Path
     name: str  # in the file
     shape: tuple[int, ...]
-    dtype: str  # safetensors' name of it
+    dtype: str  # safetensors' name of the dtype
 
 
 def headers(path: Path) -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ def headers(path: Path) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     try:
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")  # of the JSON that follows, which is read as a whole
+            size = int.from_bytes(file.read(8), "little")  # of the JSON that follows, which is read at once
         if size > HEADER_BYTES:
             raise OSError(f"its header has {size} bytes, expected at most {HEADER_BYTES}")
         with safe_open(path, framework="numpy") as handle:
@@ -396,7 +396,7 @@ def save_weights(folder: str | os.PathLike, params: Params, config: QwenVLConfig
     def flush() -> None:
         path = folder / f"{len(shards)}.safetensors.part"
         save_file(held, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # the library's files are readable by the owner alone
+        path.chmod(0o644)  # the library writes files that only the owner can read
         sync(path)
         shards.append((path, list(held), size))
 

@@ -26,7 +26,7 @@ class LoRA:
     rank: int
     alpha: float
     dropout: float = 0.0  # of the adapter's input, in training
-    targets: tuple[str, ...] = DECODER  # regexes on whole names: "decoder/layers/q_proj", "visual/blocks/attn/qkv"
+    targets: tuple[str, ...] = DECODER  # regexes on full names: "decoder/layers/q_proj", "visual/blocks/attn/qkv"
     rank_stabilised: bool = False  # scale alpha / sqrt(rank) (arXiv 2312.03732) instead of alpha / rank
 
     def __post_init__(self) -> None:

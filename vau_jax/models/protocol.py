@@ -12,7 +12,7 @@ from vau_jax.types import Batch, Completions, Features, KVCache, Variables
 
 class Model(Protocol):
     """Methods marked `apply` run as `model.apply(variables, ..., method="name")`. The vision tower is optional: a model
-    without one takes batches whose `vision` is None, and is never asked to encode any.
+    without one takes batches whose `vision` is None, and its `encode_vision` is never called.
     """
 
     config: Any

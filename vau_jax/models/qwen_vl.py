@@ -167,7 +167,7 @@ def _on_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class QwenVL(nn.Module):
-    """The whole model; `QwenVL(config).apply(variables, ..., method="hidden")` and so on."""
+    """The complete model; `QwenVL(config).apply(variables, ..., method="hidden")` and so on."""
 
     config: QwenVLConfig
     dtype: Any = jnp.float32

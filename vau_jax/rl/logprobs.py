@@ -58,7 +58,7 @@ def token_logps(
     pad = -count % size
 
     def cut(x: jax.Array) -> jax.Array:
-        """[B, S, ...] to pieces [m, B * size, ...]; the batch stays where it is on the devices."""
+        """[B, S, ...] to chunks [m, B * size, ...]; the batch keeps its sharding."""
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
         return jnp.swapaxes(x.reshape(b, -1, size, *x.shape[2:]), 0, 1).reshape(-1, b * size, *x.shape[2:])
 

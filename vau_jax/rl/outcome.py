@@ -48,7 +48,7 @@ class Outcome:
         return Outcome([self.kinds[i] for i in numbers], **arrays)
 
     def gathered(self, rows: Rows) -> "Outcome":
-        """The outcome of the whole batch, given this process's `rows` of it."""
+        """The outcome of the global batch, given this process's `rows` of it."""
         grouped = self._by_group
         rows_of = [[kind, *(x[i].tolist() for x in grouped.values())] for i, kind in enumerate(self.kinds)]
         kinds, *columns = zip(*rows.gather(rows_of), strict=True)
@@ -82,7 +82,7 @@ class RolloutBatch(Outcome):
 class SelectedGroups:
     """The groups of a step's batch that are trained on."""
 
-    outcome: Outcome  # of the whole batch
-    batch: Batch  # the whole batch's prompts, on the devices
+    outcome: Outcome  # of the global batch
+    batch: Batch  # prompts of the global batch, on the devices
     sampled: Sampled  # numpy, of this process's rows
     first: list[dict[str, Any]]  # a record for each completion of the first group, for people to read

@@ -128,9 +128,9 @@ class RolloutWorker:
         return chosen, outcomes, pipeline.summed(levels)
 
     def keys(self, host: HostBatch, key: jax.Array) -> jax.Array:
-        """A key for each prompt of the whole batch [B], by its example alone: token t of its completion g is sampled
-        with fold_in(fold_in(keys[b], g), t). So the sample depends neither on the position in the batch nor on the
-        number of devices or processes.
+        """A key for each prompt of the global batch [B], derived only from its example: token t of its completion g is
+        sampled with fold_in(fold_in(keys[b], g), t). So the sample depends neither on the position in the batch nor on
+        the number of devices or processes.
         """
         ids = self.feed.rows.gather([item.example.id for item in host.examples])
         repeats = [ids[:row].count(ids[row]) for row in self.feed.rows.mine]

@@ -61,8 +61,8 @@ class _Prompts(NamedTuple):
 class _Loop(NamedTuple):
     """The completions being sampled; B and G shrink as they end."""
 
-    step: jax.Array  # int32 []: completion tokens drawn
-    number: jax.Array  # int32 [B, G]: of each completion in the whole batch
+    step: jax.Array  # int32 []: completion tokens sampled
+    number: jax.Array  # int32 [B, G]: of each completion in the full batch
     last: jax.Array  # int32 [B, G]: the newest token, not in the cache yet
     own: KVCache  # [L, B, G, K, room, H]
     tokens: jax.Array  # int32 [B, G, C]
@@ -91,10 +91,10 @@ def draw(keys: jax.Array, scores: jax.Array) -> jax.Array:
 
     Inverts the distribution function in two steps, first to a block of the vocabulary and then inside it: two random
     numbers a row instead of V (making those costs more than the rest of a small model's step), and sums short enough
-    that float32 loses no unlikely token. A token of logit -inf is never drawn.
+    that float32 loses no unlikely token. A token of logit -inf is never sampled.
     """
     chance = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys.reshape(-1)).reshape(*keys.shape, 2)
-    return invert(scores, chance + UNIFORM_STEP / 2)  # 0 would draw the first token, however unlikely
+    return invert(scores, chance + UNIFORM_STEP / 2)  # 0 would select the first token, however unlikely
 
 
 def invert(scores: jax.Array, chance: jax.Array) -> jax.Array:
@@ -404,7 +404,7 @@ def _write(cache: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
 
 @jax.jit
 def _scatter(whole: Sampled, part: Sampled, number: jax.Array) -> Sampled:
-    """Writes completions to their positions in the whole batch."""
+    """Writes completions to their positions in the full batch."""
 
     def write(all_rows: jax.Array, rows: jax.Array) -> jax.Array:
         flat = all_rows.reshape(-1, all_rows.shape[-1])

@@ -31,7 +31,7 @@ from vau_jax.common.files import InputError, dump_json
 from vau_jax.common.workers import Died, Pool, Worker
 from vau_jax.tasks.example import Example, Reflection
 
-LARGEST = float(np.finfo(np.float32).max)  # what rewards are added up in
+LARGEST = float(np.finfo(np.float32).max)  # dtype of the sum of rewards
 Reward = Callable[[str, Example], float | None]
 IMPORT = 600.0  # seconds in which a process must have imported the functions, with all that these import
 
@@ -77,12 +77,12 @@ class UserRewards:
             return self.workers.ask(request, self.seconds)[0]
         except Died as death:
             return {"error": f"took longer than {self.seconds:g} s" if death.late else f"ended its process ({death})"}
-        except InputError as error:  # of a process that takes another's place: the function is no longer there
+        except InputError as error:  # of a replacement process: the function can no longer be imported
             return {"error": str(error)}
 
     def _start(self) -> Worker:
         """A process that has imported the functions. Raises InputError."""
-        path = os.pathsep.join(sys.path)  # what can be imported here can be there
+        path = os.pathsep.join(sys.path)  # importable here implies importable in the process
         worker = Worker("vau_jax.rl.user_rewards", PYTHONPATH=path, JAX_PLATFORMS="cpu")
         try:
             answer, _ = worker.ask({"functions": self.names}, IMPORT)
@@ -143,7 +143,7 @@ def score(function: Reward, completion: str, example: Example) -> dict[str, Any]
         if getattr(value, "shape", ()) != () or not (math.isfinite(value) and abs(value) <= LARGEST):
             raise ValueError(f"the reward is {value}, expected a finite number of float32")
         return {"value": float(value)}
-    except BaseException as error:  # whatever a user's code raises costs one completion
+    except BaseException as error:  # an exception in a user's code costs only one completion
         return {"error": _told(error)}
 
 
@@ -174,7 +174,7 @@ def main() -> None:
     def read() -> None:
         for line in lines:
             waiting.put(json.loads(line))
-        os._exit(0)  # the run is over, whatever a function is doing
+        os._exit(0)  # the run is over, even if a function is still running
 
     threading.Thread(target=read, daemon=True).start()
     serve(waiting.get, answers)  # in the main thread, where functions may use signals

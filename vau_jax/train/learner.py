@@ -25,7 +25,7 @@ from vau_jax.train import optim, update
 from vau_jax.types import Batch, Completions, Params, State, TrainBatch, Variables
 from vau_jax.vlm import DTYPES
 
-ADAPTER_STREAM = 2**31 - 2  # no step number: the key of fresh adapters and the sampler's never meet
+ADAPTER_STREAM = 2**31 - 2  # not a step number: the key of fresh adapters never equals the sampler's
 
 
 class Learner:
@@ -49,7 +49,7 @@ class Learner:
         names = list(hf.flatten(shapes))
         self.tower_is_frozen = self._tower_is_frozen([name for name in names if name.startswith("visual/")], trained)
         self.base: Params | None = None
-        self.reference: Params | None = None  # the policy that the KL is measured against, where it is fixed
+        self.reference: Params | None = None  # the reference policy of the KL, where it is fixed
         self.state: State | None = None
 
     # --- What is trained, and the state ---

@@ -18,7 +18,7 @@ from vau_jax.train import optim, sft
 from vau_jax.types import Array, Batch, Completions, Params, State, TrainBatch, Variables
 
 STAGES = {"sft": sft, "rft": grpo}
-DROPOUT_STREAM = 2**31 - 1  # no step number: dropout's keys and the sampler's never meet
+DROPOUT_STREAM = 2**31 - 1  # not a step number: dropout's keys never equal the sampler's
 
 Metrics = dict[str, jax.Array]
 Update = Callable[[State, Params | None, TrainBatch], tuple[State, Metrics]]
@@ -79,7 +79,7 @@ def make(
     """The compiled update: State, frozen parameters (LoRA's base, or None) and TrainBatch to State and metrics.
 
     The batch is computed in config.micro_batches sequential parts, whose losses and gradients add up to those
-    of the whole: the result does not depend on their number. The old state is donated.
+    of the full batch: the result does not depend on their number. The old state is donated.
     """
     stage, settings, weights = STAGES[config.stage], loss_settings(config), auxiliary_losses(config)
     temperature = config.rollout.temperature if config.stage == "rft" else 1.0
