@@ -96,7 +96,7 @@ def read_reply(text: str) -> tuple[str, str] | None:
 
 
 def _complaint(answer: str) -> str:
-    return "" if read_reply(answer) else "the teacher's answer is no JSON with reflect and revise"
+    return "" if read_reply(answer) else "the teacher's answer is not JSON with reflect and revise"
 
 
 def by_rule(example: Example, draft: Draft, right: bool) -> tuple[str, str]:

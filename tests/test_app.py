@@ -160,7 +160,7 @@ def test_four_options_are_asked_for_with_that_task_alone(page: Page, clip: Path)
     assert not page.get_by_label("Option A").is_visible()
     page.get_by_role("radio", name="Multiple choice").check()
     page.get_by_label("Option A").wait_for()
-    assert "wants a question and two options or more" in ask(page, clip)
+    assert "needs a question and two options or more" in ask(page, clip)
 
 
 def test_the_text_arrives_while_it_is_written(asker: Asker, clip: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_file_that_was_not_uploaded_is_not_read(
     [
         (["x" * 40_000, "", "", "", ""], "may have 4000 characters together, found 40000"),
         (["x", "y" * 2000, "y" * 2000, "", ""], "found 4001"),
-        (["\ud800", "", "", "", ""], "the request is no JSON"),
+        (["\ud800", "", "", "", ""], "the request is not JSON"),
         ([7, [], {}, None, True], "1.0 s to 2.5 s"),  # as no question, or as what they are when written
         (["<|video_pad|>" * 9, "", "", "", ""], "the prompt has 10 places for images or videos, but 1"),
     ],
@@ -362,7 +362,7 @@ def test_questions_that_the_page_would_not_send(http: httpx.Client, clip: Path, 
 )
 def test_a_request_that_is_no_json_is_refused_in_one_line(http: httpx.Client, body: bytes) -> None:
     response = http.post("gradio_api/queue/join", content=body)
-    assert (response.status_code, response.text) == (400, "the request is no JSON")
+    assert (response.status_code, response.text) == (400, "the request is not JSON")
 
 
 def test_requests_have_a_largest_size(http: httpx.Client) -> None:

@@ -47,7 +47,7 @@ def test_what_is_printed(completion: str, task: str, expected: str) -> None:
     [
         ("x" * 4001, (), "may have 4000 characters together, found 4001: shorten them"),
         ("x" * 2000, ("y" * 501,) * 4, "found 4004"),
-        ("what \udcff", (), "the question holds what is no character"),
+        ("what \udcff", (), "the question contains an invalid character"),
     ],
     ids=["long", "long options", "no character"],
 )

@@ -204,5 +204,5 @@ assert text.count("tpu_custom_call") >= 2, "forward and backward are kernels"
     "topology", [("v5e:1x1", (1, 1, 1), (1, 1, 1)), ("v5e:2x2", (2, 2, 1), (1, 2, 2))], ids=["one chip", "four chips"]
 )
 def test_the_tpu_kernel_compiles_for_a_tpu(topology: tuple) -> None:
-    """Ahead of time with libtpu, forward and backward, a packed length that is no multiple of the block."""
+    """Ahead of time with libtpu, forward and backward, a packed length that is not a multiple of the block."""
     run_script(TPU.format(topology=topology), TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")

@@ -265,7 +265,7 @@ def test_a_reflection_record_of_other_types_is_named(change: dict[str, object], 
     path.write_text(json.dumps(good, ensure_ascii=False) + "\n")
     assert len(reflections.load(path)) == 1
     path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
-    with pytest.raises(InputError, match="line 2 is no reflection record"):
+    with pytest.raises(InputError, match="line 2 is not a reflection record"):
         reflections.load(path)
 
 

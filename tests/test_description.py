@@ -225,7 +225,7 @@ def test_marks_reward_descriptions_alone_and_failures_count_for_nothing(scorer: 
 
 
 def test_a_judge_without_descriptions_is_refused(scorer: tuple) -> None:
-    with pytest.raises(InputError, match=r"rewards\.judge=1\.0 has nothing to mark"):
+    with pytest.raises(InputError, match=r"rewards\.judge=1\.0 has nothing to score"):
         judged(
             scorer, ["a"] * 16, **{"rewards.judge": 1.0, "data.tasks": ("qa",), "judge.url": "u", "judge.model": "m"}
         )

@@ -286,7 +286,7 @@ def test_a_lora_run_whose_source_is_missing_names_it(model_folder: Path, dataset
     c.steps = 1
     loop.run(c, tmp_path / "run")
     shutil.rmtree(base)
-    with pytest.raises(InputError, match="which does not exist: put it back"):
+    with pytest.raises(InputError, match="which does not exist: restore it"):
         VideoLM.load(tmp_path / "run")
 
 

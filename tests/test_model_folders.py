@@ -179,7 +179,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "other channels": (eyes(in_chans=1), "vision_config: in_chans=1"),
     "a config that is a list": (written("config.json", "[1]"), "config.json is [1]: expected a JSON object"),
     "a deep config": (written("config.json", "[" * 10**5), "config.json as JSON: it nests too deeply"),
-    "a key twice": (written("config.json", '{"a": 1, "a": 2}'), "config.json as JSON: the key 'a' stands twice"),
+    "a key twice": (written("config.json", '{"a": 1, "a": 2}'), "config.json as JSON: the key 'a' occurs twice"),
     "a number of many digits": (written("config.json", f'{{"a": {"9" * 5000}}}'), "cannot read"),
     "a byte order mark": (written("config.json", b"\xef\xbb\xbf{}"), "config.json as JSON: Unexpected UTF-8 BOM"),
     "no UTF-8": (written("config.json", b"\xff\xfe{}"), "config.json as JSON: 'utf-8' codec"),
@@ -204,7 +204,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "a smaller vocabulary": (config(vocab_size=360), "but config.json: vocab_size=360"),
     "settings that are a pipe": (
         replaced("tokenizer_config.json", os.mkfifo),
-        "tokenizer_config.json as JSON: it is no regular file",
+        "tokenizer_config.json as JSON: it is not a regular file",
     ),
     "settings that name other files": (
         changed("tokenizer_config.json", fast_tokenizer_files=["../tokenizer.1.0.json"]),

@@ -188,5 +188,7 @@ def test_a_score_that_is_no_number_is_the_worst_and_null_in_json(tmp_path: Path)
 
 def test_a_metric_for_the_best_checkpoint_that_is_none_is_refused() -> None:
     c = ConfigDict({"stage": "rft", "checkpoint": {"best": "rewards/none"}})
-    with pytest.raises(InputError, match=r"checkpoint\.best='rewards/none' is no metric: expected one of kl, reward"):
+    with pytest.raises(
+        InputError, match=r"checkpoint\.best='rewards/none' is not a metric: expected one of kl, reward"
+    ):
         checkpoint.BestMetric(c).add({"reward": 1.0, "kl": 0.0})

@@ -78,7 +78,7 @@ def check(question: Question) -> None:
     try:
         words.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"the question holds what is no character: {error.reason}") from error
+        raise InputError(f"the question contains an invalid character: {error.reason}") from error
     if not os.path.isfile(question.video):
         raise InputError(f"video {question.video} does not exist: give a video file")
 

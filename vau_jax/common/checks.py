@@ -35,4 +35,6 @@ def check_patterns(config: ConfigDict, prefix: str, names: Sequence[str]) -> Non
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise InputError(f"{prefix}{name} has {pattern!r}, which is no regular expression: {error}") from error
+                raise InputError(
+                    f"{prefix}{name} has {pattern!r}, which is not a valid regular expression: {error}"
+                ) from error

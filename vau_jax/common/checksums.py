@@ -30,7 +30,7 @@ def noted(folder: Path) -> dict[str, str] | None:
         return None
     result = read_json(folder / NOTE)
     if not isinstance(result, dict):
-        raise InputError(f"{folder / NOTE} is no list of checksums")
+        raise InputError(f"{folder / NOTE} is not a list of checksums")
     return result
 
 

@@ -116,7 +116,7 @@ def read_json(path: str | os.PathLike, most: int = JSON_BYTES) -> Any:
     try:
         result = os.stat(path)
         if not stat.S_ISREG(result.st_mode):
-            raise InputError(f"cannot read {path} as JSON: it is no regular file")
+            raise InputError(f"cannot read {path} as JSON: it is not a regular file")
         if result.st_size > most:
             raise InputError(f"cannot read {path} as JSON: it has {result.st_size} bytes, expected at most {most}")
         return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
@@ -136,7 +136,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {reprlib.repr(twice)} stands twice")
+        raise ValueError(f"the key {reprlib.repr(twice)} occurs twice")
     return result
 
 

@@ -218,7 +218,7 @@ def _tokenizer(folder: Path, config: model_config.QwenVLConfig) -> "PreTrainedTo
                 raise InputError(f"{settings.where}: fast_tokenizer_files names other files to read: take it out")
     for template in (*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")):
         if not template.is_file() or template.stat().st_size > TEMPLATE_BYTES:
-            raise InputError(f"{template} is no chat template: expected a file of at most {TEMPLATE_BYTES} bytes")
+            raise InputError(f"{template} is not a chat template: expected a file of at most {TEMPLATE_BYTES} bytes")
     # tokenizer.json is complete; AutoTokenizer would import PyTorch where it is installed.
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - slow to import: mistakes are reported before
 

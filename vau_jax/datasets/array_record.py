@@ -37,10 +37,10 @@ def read(config: ConfigDict) -> tuple[list[Example], Audit]:
         texts = reader.read_all()
         reader.close()
     except (RuntimeError, ValueError, IndexError) as error:  # what ArrayRecord raises for damaged files
-        raise InputError(f"{path} is no whole ArrayRecord file ({str(error)[:200]}): import it again") from error
+        raise InputError(f"{path} is not a complete ArrayRecord file ({str(error)[:200]}): import it again") from error
     try:
         records = [(number, json.loads(text)) for number, text in enumerate(texts, start=1)]
     except ValueError as error:
-        raise InputError(f"{path} has records that are no JSON ({str(error)[:100]}): import it again") from error
+        raise InputError(f"{path} has records that are not JSON ({str(error)[:100]}): import it again") from error
     rows, audit = vau_bench.imported(path, records, config.protocol)
     return vau_bench.examples_of(rows, config.tasks, Path(config.videos), audit), audit

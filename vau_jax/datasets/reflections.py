@@ -25,7 +25,7 @@ def load(path: str | os.PathLike) -> dict[str, Reflection]:
                 raise ValueError("video, task and example must be texts")
             record = _checked(Reflection(**raw), task)
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} line {number} is no reflection record: {str(error)[:200]!r}") from error
+            raise InputError(f"{path} line {number} is not a reflection record: {str(error)[:200]!r}") from error
         if name in records:
             raise InputError(f"{path} line {number} is a second record of {name}: each example has one")
         records[name] = record

@@ -280,7 +280,9 @@ def _imported_row(path: Path, line: int, record: dict[str, Any]) -> Row:
             raise ValueError("a field has an impossible value")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = CONTROL.sub("?", str(error))[:200]
-        raise InputError(f"{path} line {line} is no imported row ({what}): run `data_prep.vau_bench import`") from error
+        raise InputError(
+            f"{path} line {line} is not an imported row ({what}): run `data_prep.vau_bench import`"
+        ) from error
     return row
 
 

@@ -44,7 +44,7 @@ def read(config: ConfigDict) -> tuple[list[Example], Audit]:
     folder = Path(config.csv)
     if not (folder / "features.json").is_file():
         raise InputError(
-            f"{folder} is no prepared TFDS dataset (config.data.csv): give the folder of a version, such as "
+            f"{folder} is not a prepared TFDS dataset (config.data.csv): give the folder of a version, such as "
             "DIR/vau_bench/ucf/1.1.0"
         )
     builder = tfds.builder_from_directory(str(folder))

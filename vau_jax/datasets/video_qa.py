@@ -87,7 +87,7 @@ def _videos(raw: dict[str, Any]) -> tuple[str, ...]:
     given = raw.get("videos", raw.get("path"))
     videos = [given] if isinstance(given, str) else given or []
     if not isinstance(videos, list) or not all(isinstance(video, str) and video for video in videos):
-        raise _UnusableError(f"videos are no list of names: {str(given)[:100]!r}")
+        raise _UnusableError(f"videos are not a list of names: {str(given)[:100]!r}")
     for video in videos:
         if PurePath(video).is_absolute() or ".." in PurePath(video).parts:
             raise _UnusableError(f"a video's name leads out of the folder of videos: {video}")
@@ -102,7 +102,7 @@ def _annotation(raw: dict[str, Any]) -> Annotation:
     if not isinstance(problem, str) or not problem.strip():
         raise _UnusableError("no question text")
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise _UnusableError(f"options are no list of texts: {str(options)[:100]!r}")
+        raise _UnusableError(f"options are not a list of texts: {str(options)[:100]!r}")
     texts = _without_letters(options)
     if not 2 <= len(texts) <= len(LETTERS) or not all(texts):
         raise _UnusableError(f"expected 2 to {len(LETTERS)} options with text: {len(texts)}")
@@ -121,7 +121,7 @@ def _answer(raw: dict[str, Any], texts: tuple[str, ...]) -> int:
     """The index of the right option, given by its letter, its letter and text, or its text."""
     given = raw.get("answer", raw.get("solution"))
     if not isinstance(given, str):
-        raise _UnusableError(f"the answer is no text: {str(given)[:100]!r}")
+        raise _UnusableError(f"the answer is not a text: {str(given)[:100]!r}")
     tagged = _ANSWER.search(given)
     answer = (tagged[1] if tagged else given).strip()
     letter = answer.rstrip(".)").lstrip("(")

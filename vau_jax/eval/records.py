@@ -115,7 +115,7 @@ def load(folder: Path) -> list[Record]:
     lines = read_lines(path) if path.is_file() else []
     records = [of_line(line) for line in lines]
     if None in records:
-        raise InputError(f"{path} has a line that is no record of format {FORMAT}: evaluate again")
+        raise InputError(f"{path} has a line that is not a record of format {FORMAT}: evaluate again")
     first = [record for record in records if not record.rotation]
     if repeated := [name for name, n in Counter(record.example for record in first).items() if n > 1]:
         raise InputError(f"{path} has {len(repeated)} ids more than once, {repeated[0]} first: evaluate again")

@@ -153,7 +153,7 @@ class BestMetric:
         metric = self.name.removeprefix("-")
         if metric not in metrics:
             known = ", ".join(sorted(metrics))
-            raise InputError(f"checkpoint.best={self.name!r} is no metric: expected one of {known}")
+            raise InputError(f"checkpoint.best={self.name!r} is not a metric: expected one of {known}")
         value = float(metrics[metric]) * (-1 if self.name.startswith("-") else 1)
         self.values.append(value if np.isfinite(value) else None)
 
@@ -199,7 +199,7 @@ def _way_out(step_folder: Path) -> str:
 def _params(reader: ocp.PyTreeCheckpointer, folder: Path) -> Params:
     described = reader.metadata(folder).item_metadata
     if described is None:
-        raise ValueError(f"{folder} does not say what it holds")
+        raise ValueError(f"{folder} does not list its contents")
     tree = described.tree
     template = {"params": jax.tree.map(lambda leaf: 0, tree["params"], is_leaf=lambda x: hasattr(x, "shape"))}
     args = ocp.args.PyTreeRestore(
@@ -285,7 +285,7 @@ def find_source(source: Source, user: str | os.PathLike) -> str:
     if not path.is_dir():
         notes = [str(Path(user) / name) for name in (INPUTS, ADAPTER) if (Path(user) / name).exists()]
         raise InputError(
-            f"{user} began with {source.path}, which does not exist: put it back, or name its new place in "
+            f"{user} began with {source.path}, which does not exist: restore it, or name its new path in "
             f"{' and '.join(notes)}"
         )
     if not processes.is_first():

@@ -309,7 +309,7 @@ def _read(config: Fields, text: Fields, vision: VisionConfig | None, rope: Field
 def _checked(c: QwenVLConfig, where: str) -> QwenVLConfig:
     """Raises InputError for sizes that do not fit together."""
     broken_where = {
-        f"num_attention_heads {c.num_heads} is no multiple of num_key_value_heads {c.num_kv_heads}": c.num_heads
+        f"num_attention_heads {c.num_heads} is not a multiple of num_key_value_heads {c.num_kv_heads}": c.num_heads
         % c.num_kv_heads,
         f"mrope_section {c.mrope_section} does not sum to half of head_dim {c.head_dim}": 2 * sum(c.mrope_section)
         - c.head_dim,
@@ -329,8 +329,8 @@ def _checked_vision(c: QwenVLConfig, v: VisionConfig) -> dict[str, Any]:
     return {
         f"vision out_hidden_size {v.out_hidden_size} is not hidden_size {c.hidden_size}": c.hidden_size
         - v.out_hidden_size,
-        f"vision hidden_size {v.hidden_size} is no multiple of num_heads {v.num_heads}": v.hidden_size % v.num_heads,
-        f"vision head_dim {v.head_dim} is no multiple of 4": v.head_dim % 4,
+        f"vision hidden_size {v.hidden_size} is not a multiple of num_heads {v.num_heads}": v.hidden_size % v.num_heads,
+        f"vision head_dim {v.head_dim} is not a multiple of 4": v.head_dim % 4,
         f"window_size {v.window_size} is smaller than {unit}, a merged patch": 0 < v.window_size < unit,
         f"fullatt_block_indexes {v.full_attention_layers} do not fit {v.depth} vision layers": max(
             v.full_attention_layers, default=0

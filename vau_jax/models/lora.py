@@ -31,7 +31,7 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise InputError(f"LoRA wants rank >= 1 and 0 <= dropout < 1, found {self.rank} and {self.dropout}")
+            raise InputError(f"LoRA needs rank >= 1 and 0 <= dropout < 1, found {self.rank} and {self.dropout}")
 
     @property
     def scale(self) -> float:

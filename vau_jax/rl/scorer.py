@@ -36,7 +36,7 @@ def check(config: ConfigDict) -> None:
     unearned = [f"rewards.{name}={config.rewards[name]}" for name in built_in if name in REWARDS]
     if config.data.style == "direct" and unearned:
         raise InputError(
-            f"data.style=direct earns nothing of {', '.join(unearned)}, which want reasoning before the answer: take "
+            f"data.style=direct can earn none of {', '.join(unearned)}, which need reasoning before the answer: take "
             f"another style ({', '.join(style for style in prompts.STYLES if style != 'direct')}), or weights 0 and "
             "config.user_rewards"
         )
@@ -70,7 +70,7 @@ class Scorer:
         judged = [name for name, task in TASKS.items() if task.judged]
         if c.rewards.get("judge") and not set(judged) & set(c.data.tasks):
             raise InputError(
-                f"rewards.judge={c.rewards.judge} has nothing to mark: data.tasks={tuple(c.data.tasks)} lacks "
+                f"rewards.judge={c.rewards.judge} has nothing to score: data.tasks={tuple(c.data.tasks)} lacks "
                 f"{' or '.join(judged)}"
             )
         self.judge = _judge(c, self.judge_cache) if c.rewards.get("judge") else None

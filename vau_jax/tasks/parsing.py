@@ -58,7 +58,7 @@ def parse(
     unknown = sorted(set(tasks) - set(TASK_OF))
     if unknown or len(tasks) != len(texts) or rule not in ("strict", "lenient"):
         raise InputError(
-            f"parse wants a task of {', '.join(TASK_OF)} for each of {len(texts)} texts and rule strict or lenient, "
+            f"parse needs a task of {', '.join(TASK_OF)} for each of {len(texts)} texts and rule strict or lenient, "
             f"found tasks {unknown or len(tasks)} and rule {rule!r}"
         )
     if choices is None:

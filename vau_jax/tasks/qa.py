@@ -139,7 +139,7 @@ class QuestionAnswering(Task):
         if text and len(options) >= 2 and all(options):
             return ""
         return (
-            f'the task qa wants a question and two options or more, found "{text[:100]}" and '
+            f'the task qa needs a question and two options or more, found "{text[:100]}" and '
             f"{[option[:100] for option in options[:9]]}"
         )
 

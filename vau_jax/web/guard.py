@@ -103,7 +103,7 @@ class Guard:
             json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
             paths = list(_paths(result))
         except (ValueError, RecursionError):
-            return 400, "the request is no JSON"
+            return 400, "the request is not JSON"
         if not all(isinstance(path, str) and self.uploads.holds(path) for path in paths):
             return 403, "the request names a file that was not uploaded"
         return None
