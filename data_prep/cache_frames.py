@@ -12,20 +12,24 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from vau_jax.common import cli
+from vau_jax.common.files import InputError
 from vau_jax.common.metric_writer import Progress
 from vau_jax.data import pipeline
 from vau_jax.data.processor import Processor
 from vau_jax.data.video import frame_cache
 from vau_jax.data.video.decode_worker import DecoderPool
-from vau_jax.models import checkpoint
+from vau_jax.models import checkpoint, motion_prompt
 from vau_jax.models.config import Motion, with_motion
 
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Fills `workdir` with the videos of config.data, as config.model (or config.checkpoint) takes them."""
-    folder = config.get("model") or checkpoint.find_model(config.checkpoint).folder
-    processor = Processor(folder)
+    source = config.get("model") or config.get("init_from") or config.get("checkpoint")
+    if not isinstance(source, str) or not source:
+        raise InputError("frames are resized for a model: set config.model, or config.checkpoint of an evaluation")
+    processor = Processor(checkpoint.find_model(source).folder)
     if "motion" in config and config.motion.enabled:
+        motion_prompt.check(config.motion)
         processor.config = with_motion(processor.config, Motion(config.motion.signed, config.motion.order))
     examples, audit = pipeline.load_examples(config.data)
     print(audit.table(), flush=True)

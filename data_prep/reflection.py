@@ -154,11 +154,11 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     config = config.copy_and_resolve_references()
     config.data.shuffle_options, config.data.reflection = False, ""
-    verifiable = [name for name, task in TASKS.items() if task.verifiable]
-    if unfit := [name for name in config.data.tasks if name not in verifiable]:
+    drafted_tasks = [name for name, task in TASKS.items() if task.has_drafts]
+    if unfit := [name for name in config.data.tasks if name not in drafted_tasks]:
         raise InputError(
-            f"data.tasks has {unfit[0]}: reflection needs tasks with an answer to check, expected some of "
-            f"{', '.join(verifiable)}"
+            f"data.tasks has {unfit[0]}: reflection needs tasks with drafts, expected some of "
+            f"{', '.join(drafted_tasks)}"
         )
     examples = _examples(config)
     drafted = drafts.make(config, workdir, examples)
@@ -168,7 +168,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
             print("\n".join(f"--- {m['role']}\n{m['content']}" for m in teacher.messages(*one, [])), flush=True)
         return {}
     written, teacher_card = teacher.reflect(config, workdir, chosen)
-    accepted, likeness = [], {name: Likeness(config.keep.likeness) for name in verifiable}
+    accepted, likeness = [], {name: Likeness(config.keep.likeness) for name in drafted_tasks}
     rejected = [(example, reason) for example, result, reason in drafted if not result]
     for (example, draft, right), (texts, error) in zip(chosen, written, strict=True):
         reason, record = error, None

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from vau_jax.common.metric_writer import read_metrics
 from vau_jax.data import pipeline
 from vau_jax.data.processor import Processor
 from vau_jax.datasets import DATASETS, array_record, vau_bench, video_qa
-from vau_jax.tasks import parsing, prompts, rewards
+from vau_jax.eval import records, scores
+from vau_jax.tasks import TASKS, parsing, prompts, rewards
+from vau_jax.tasks.example import Annotation, Example
 from vau_jax.train import loop
 
 THREE = {
@@ -273,7 +276,6 @@ def test_a_file_of_records_is_written_completely_or_not_at_all(tmp_path: Path) -
 def test_an_example_may_bring_its_own_labels() -> None:
     from tests.records import example as make_example
     from vau_jax.tasks.classification import TASK
-    from vau_jax.tasks.example import Annotation, Example
 
     labels = ("Normal", "Panic", "Car_crash")
     known = Annotation(label="Car_crash", labels=labels)
@@ -285,3 +287,56 @@ def test_an_example_may_bring_its_own_labels() -> None:
     assert parsed.final.label.tolist() == [2, 1, -1]
     accuracy = rewards.REWARDS["accuracy"](parsed, parsing.targets_of([example] * 3))
     assert np.asarray(accuracy).tolist() == [1.0, 0.0, 0.0]
+
+
+def labelled(labels: tuple[str, ...], label: str) -> Example:
+    annotation = Annotation(label=label, labels=labels)
+    return Example("x", "classification", (), "", TASKS["classification"].choices(annotation), {"label": label})
+
+
+@pytest.mark.parametrize("label", ["Überfall", "Other.", "Class 1", "fire"])
+def test_labels_that_no_completion_could_name_are_one_clear_error(label: str) -> None:
+    with pytest.raises(InputError, match="could never be read from a completion"):
+        parsing.targets_of([labelled(("Fire", label), label)])
+
+
+def test_a_label_may_begin_another() -> None:
+    labels = ("Fire", "Fire alarm")
+    text = (
+        "<think>t</think><draft>Fire</draft><reflect>r</reflect><revise>So the answer is Fire alarm.</revise>"
+        "<answer>Fire alarm</answer>"
+    )
+    parsed = parsing.parse([text], "classification", reflection=True, choices=[labels])
+    assert parsed.format_ok.all() and not parsed.contradicted.any()
+    assert parsed.final.label.tolist() == [1]
+
+
+def test_metrics_and_baselines_are_over_all_label_sets() -> None:
+    """Indices differ between sets; binary accuracy needs the label Normal."""
+    sets = [("Fire", "Normal"), ("Normal", "Fire"), ("Fire", "Normal"), ("Normal", "Fire")]
+    examples = [labelled(labels, label) for labels, label in zip(sets, ["Fire", "Fire", "Fire", "Normal"], strict=True)]
+    fire = ["<think>t</think><answer>Fire</answer>"]
+    result = scores.score([records.make(example, fire, "think") for example in examples])
+    assert result["baselines"]["classification"]["majority_class"]["answer"] is not None
+    assert result["baselines"]["classification"]["majority_class"]["value"] == 0.75
+    assert result["tasks"]["classification"]["multiclass"]["value"] == 0.75
+    other = [records.make(labelled(("calm", "fight"), "calm"), ["<think>t</think><answer>fight</answer>"], "think")]
+    assert "binary" not in scores.score(other)["tasks"]["classification"]
+
+
+def test_more_than_one_interval_and_more_options_than_letters_are_clear_errors() -> None:
+    two = Example("x", "grounding", (), "", (), {"intervals": [[1.0, 2.0], [3.0, 4.0]]})
+    with pytest.raises(InputError, match="a video has 2 anomalous intervals: expected at most 1"):
+        parsing.targets_of([two])
+    many = Example("x", "qa", (), "?", tuple(f"option {i}" for i in range(27)), {"choice": 26})
+    with pytest.raises(InputError, match="a question has 27 options: expected at most 26"):
+        parsing.targets_of([many])
+
+
+def test_rotations_of_few_options_take_turns(tmp_path: Path, model_folder: Path) -> None:
+    (example,), _ = video_qa.read(data(tmp_path, {**THREE, "videos": [], "options": ["a man", "a box"], "answer": "A"}))
+    c = small("eval", model_folder, tmp_path, "x").data
+    loader = pipeline.make_loader(Processor(model_folder), c, augment=False)
+    c.shuffle_options = False
+    shown = [loader(replace(example, rotation=r), np.random.default_rng(0)).example.choices[0] for r in range(4)]
+    assert shown == ["a man", "a box", "a man", "a box"]

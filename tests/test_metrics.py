@@ -73,7 +73,7 @@ def test_no_number_that_a_model_writes_makes_a_score_that_is_none() -> None:
 def test_the_best_constant_interval_scores_what_the_baseline_says(vau_bench: Path) -> None:
     rows, _ = load(vau_bench / "test_msad.csv")
     target = parsing.targets([("grounding", None, r.anomaly_class, r.interval) for r in rows if "grounding" in r.tasks])
-    best = grounding.TASK.baselines(target)["best_constant_interval"]
+    best = grounding.TASK.baselines(target, [])["best_constant_interval"]
     text = f"<think>t</think><answer>Anomaly</answer><glue>{best['answer']}</glue>"
     final = parsing.parse([text] * len(target.task), "grounding", "lenient").final
     expected = {name: value for name, value in best.items() if name != "answer"}

@@ -17,7 +17,7 @@ from vau_jax import ask
 from vau_jax.common.metric_writer import read_metrics
 from vau_jax.eval import evaluate, records, report, scores
 from vau_jax.tasks import TASKS, parsing, prompts, rewards, statistics
-from vau_jax.tasks.base import ReportRow, Task, same_value, stripped
+from vau_jax.tasks.base import ReportRow, Task, stripped
 from vau_jax.tasks.columns import Column, Columns, Values
 from vau_jax.tasks.example import Annotation, Example
 from vau_jax.tasks.record import Record
@@ -61,11 +61,8 @@ class Night(Task):
     def metrics(self, final: Columns, target: Columns, records: Sequence[Record], protocol: str) -> dict[str, Any]:
         return {"accuracy": statistics.estimate(final.night == target.night)}
 
-    def baselines(self, target: Columns) -> dict[str, Any]:
+    def baselines(self, target: Columns, records: Sequence[Record]) -> dict[str, Any]:
         return {"majority": statistics.majority(target.night)}
-
-    def agreement(self, answers: Columns) -> np.ndarray:
-        return same_value(answers.night)
 
     def show(self, values: Mapping[str, Any], choices: Sequence[str]) -> str | None:
         return {0: "no", 1: "yes"}.get(values["night"])

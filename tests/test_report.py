@@ -345,6 +345,12 @@ def test_records_that_share_a_name_are_refused(folder: Path, tmp_path: Path) -> 
         report.compare(folder / "eval" / "a", other)
 
 
+def test_runs_of_the_same_name_are_named_by_more_of_their_paths() -> None:
+    runs = [Path("demo/a/rft"), Path("demo/b/rft")]
+    assert report._names(runs) == ["a/rft", "b/rft"]
+    assert report._names(runs[:1]) == ["rft"]
+
+
 def test_what_cannot_be_reported_is_said(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(InputError, match="has no run"):
         report.write([tmp_path], tmp_path / "report.html")

@@ -8,16 +8,18 @@ import json
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from data_prep import random_model
 from tests.runs import small
-from tests.small_models import TEXT
+from tests.small_models import TEXT, with_adapters
 from vau_jax.common.files import InputError
 from vau_jax.common.metric_writer import read_metrics
 from vau_jax.models import protocol, qwen_vl
+from vau_jax.models.lora import LoRA
 from vau_jax.train import loop
 from vau_jax.vlm import VideoLM
 
@@ -97,6 +99,20 @@ def test_questions_without_videos_train_a_model_of_text(folder: Path, tmp_path: 
     loop.run(c, tmp_path / "run")
     (step,) = read_metrics(tmp_path / "run")
     assert step["grad_norm"] > 0
+
+
+def test_peft_opens_the_adapters(folder: Path, tmp_path: Path) -> None:
+    """Logits of the model with random adapters are the same there."""
+    vlm = with_adapters(VideoLM.load(folder), LoRA(rank=2, alpha=4.0))
+    vlm.save_adapter(tmp_path / "adapter")
+    batch = vlm.encode(QUESTIONS[1:])
+    ids, mask = (torch.tensor(np.asarray(x)).long() for x in (batch.tokens, batch.mask))
+    adapted = peft.PeftModel.from_pretrained(theirs(folder), str(tmp_path / "adapter")).eval()
+    expected = adapted(input_ids=ids, attention_mask=mask).logits.detach().numpy()
+    real = np.asarray(batch.mask)
+    plain = np.asarray(VideoLM.load(folder).logits(batch))
+    np.testing.assert_allclose(np.asarray(vlm.logits(batch))[real], expected[real], atol=1e-4)
+    assert np.abs(plain[real] - expected[real]).max() > 1e-2
 
 
 def test_a_video_for_a_model_of_text_is_one_clear_error(folder: Path) -> None:

@@ -150,7 +150,7 @@ class VideoLM:
         start; a model that has one already keeps it."""
         if self.processor.motion:
             return self
-        m, n = motion_prompt.start(config.start)
+        m, n = motion_prompt.STARTS[config.start]
         numbers = _to_devices(_motion_numbers({"m": m, "n": n}), "float32", self.model.mesh)
         formed = self._with_motion_config(Motion(config.signed, config.order))
         return VideoLM(formed.processor, formed.model, lora.overlay(self.params, numbers), self.adapters)
@@ -248,7 +248,7 @@ class VideoLM:
         flat = {name: x for name, x in hf.flatten(self.adapters).items() if not name.startswith(motion_prompt.PREFIX)}
         peft.save(path, self.model.lora, flat, self.processor.config, str(self.processor.folder))
         if motion := self.processor.motion:
-            motion_prompt.write_file(path, motion, self.adapters["visual"]["motion_prompt"])
+            motion_prompt.write_file(path, motion, self.variables["params"]["visual"]["motion_prompt"])
 
 
 def _restored(step_folder: Path) -> dict[str, np.ndarray]:

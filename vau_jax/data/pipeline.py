@@ -126,6 +126,10 @@ def check(config: ConfigDict) -> None:
     check_ranges(config.difficulty, "data.difficulty.", DIFFICULTY_RANGES)
     for task, weight in config.task_weights.items():
         check_range(f"data.task_weights.{task}", weight, 0)
+    if not any(config.task_weights.get(task, 1.0) for task in config.tasks):
+        raise InputError(f"data.task_weights is 0 for all of data.tasks={tuple(config.tasks)}: set one above 0")
+    if len(config.bucket) != len(Shape._fields):
+        raise InputError(f"data.bucket={tuple(config.bucket)}: expected 6 numbers, {', '.join(Shape._fields)}")
 
 
 def _with_media(examples: Sequence[Example], audit: Audit) -> list[Example]:
@@ -193,7 +197,8 @@ class Loader:
         # Four numbers are drawn also where nothing is shuffled, so that augmentation does not depend on the task.
         count = len(example.choices) if task.shuffles else 4
         order = tuple(rng.permutation(count)) if self.config.shuffle_options else tuple(range(count))
-        return task.shuffled(example, order[example.rotation :] + order[: example.rotation])
+        shift = example.rotation % max(1, len(order))
+        return task.shuffled(example, order[shift:] + order[:shift])
 
     def _prompt(self, example: Example, videos: Sequence[Clip], hint: str = "") -> Prompt:
         c = self.config
@@ -424,7 +429,7 @@ def train_iterator(
     rows = range(batch_size) if rows is None else rows
     loader = make_loader(processor, config, augment=config.augment)
     by_task = {task: [e for e in examples if e.task == task] for task in config.tasks}
-    by_task = {task: group for task, group in by_task.items() if group}
+    by_task = {task: group for task, group in by_task.items() if group and config.task_weights.get(task, 1.0)}
     streams = [
         grain.MapDataset.source(group).seed(seed + number).shuffle().repeat(EPOCHS)
         for number, group in enumerate(by_task.values())

@@ -495,9 +495,8 @@ def least_shape(rows: Sequence[Encoded], config: VisionConfig | None) -> Shape:
 def batch_shape(rows: Sequence[Encoded], config: VisionConfig | None, floor: Shape) -> Shape:
     """The shape to pad `rows` to: `floor` where that is enough, else the next rounded size."""
     need = least_shape(rows, config)
-    if not need.patches:
-        return Shape(max(floor.tokens, round_up(need.tokens)))
-    return Shape(*(low if n <= low else round_up(n) for n, low in zip(need, floor, strict=True)))
+    sizes = Shape(*(low if n <= low else round_up(n) for n, low in zip(need, floor, strict=True)))
+    return sizes if need.patches else Shape(sizes.tokens)
 
 
 def collate(

@@ -76,7 +76,7 @@ def _example(
         question=annotation.question,
         choices=task.choices(annotation),
         truth=truth,
-        meta={"video": ", ".join(videos), "source": str(raw.get("data_source", "")), "line": number},
+        meta={"video": videos[0] if videos else "", "source": str(raw.get("data_source", "")), "line": number},
     )
 
 

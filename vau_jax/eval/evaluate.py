@@ -84,6 +84,7 @@ def check(config: ConfigDict) -> None:
     """Raises InputError for invalid settings of an evaluation."""
     pipeline.check(config.data)
     check_range("seed", config.seed, 0, 2**31 - 1)
+    check_range("batch_size", config.batch_size, 1)
     if config.samples < 1 or not 1 <= config.rotations <= 4:
         raise InputError(f"samples={config.samples}, rotations={config.rotations}: expected at least 1, and 1 to 4")
     if jax.process_count() > 1:

@@ -168,7 +168,8 @@ def write(folders: Sequence[Path], out: Path, examples: int = 1000) -> str:
     evaluated = [(result, records.load(result["folder"])) for result in results if not result["blind"]]
     cards, strips = _cards(evaluated, examples)
     lines = table(results) if results else []
-    steps = {run.name: read_metrics(run) for run in runs}
+    names = _names(runs)
+    steps = {name: read_metrics(run) for name, run in zip(names, runs, strict=True)}
     drawn = [*charts.curves(steps), *charts.results(evaluated)]
     library = get_plotlyjs() if drawn else ""
     page = gallery.render(
@@ -176,7 +177,7 @@ def write(folders: Sequence[Path], out: Path, examples: int = 1000) -> str:
         policy=policy(library, SCRIPT),
         script=SCRIPT,
         results=results,
-        runs=[_run(run, steps[run.name]) for run in runs],
+        runs=[_run(name, run, steps[name]) for name, run in zip(names, runs, strict=True)],
         table=lines,
         published=published(results),
         judged=judged(results),
@@ -236,13 +237,22 @@ def _filters(cards: Sequence[gallery.Card]) -> dict[str, list[str]]:
     }
 
 
-def _run(run: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The shortest endings of the runs' paths that are all different."""
+    for count in range(1, max((len(run.parts) for run in runs), default=0) + 1):
+        names = ["/".join(run.parts[-count:]) for run in runs]
+        if len(set(names)) == len(names):
+            return names
+    return [str(run) for run in runs]
+
+
+def _run(name: str, run: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
     """A training run's entry on the page."""
     config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
     about = read_json(run / "about.json") if (run / "about.json").is_file() else {}
     seconds = [step["seconds/step"] for step in steps if "seconds/step" in step]
     return {
-        "name": run.name,
+        "name": name,
         "stage": config.get("stage", ""),
         "model": config.get("init_from") or config.get("model", ""),
         "steps": steps[-1]["step"] if steps else 0,

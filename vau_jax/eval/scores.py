@@ -29,7 +29,7 @@ def score(
             continue
         target = parsing.targets_of(own)
         result["tasks"][name] = task.metrics(answers_of(own), target, own, protocol)
-        result["baselines"][name] = task.baselines(target)
+        result["baselines"][name] = task.baselines(target, own)
         overall |= task.overall(own)
         if not task.verifiable:
             continue

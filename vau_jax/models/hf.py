@@ -123,14 +123,16 @@ def plain_name(name: str) -> str:
     return re.sub(r"^model\.visual\.", "visual.", name)
 
 
-def module_name(plain: str) -> str:
+def module_name(plain: str, config: QwenVLConfig) -> str:
     """The inverse: the name of a tensor in transformers' own model (5.x), under which Qwen3-VL is published too."""
+    if config.vision is None:
+        return plain
     return re.sub(r"^(model|visual)\.", lambda m: {"model.": "model.language_model."}.get(m[0], "model.visual."), plain)
 
 
 def published_name(plain: str, config: QwenVLConfig) -> str:
     """The name of a tensor in the family's published files."""
-    return module_name(plain) if config.model_type == "qwen3_vl" else plain
+    return module_name(plain, config) if config.model_type == "qwen3_vl" else plain
 
 
 def parameter_shapes(config: QwenVLConfig) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,9 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from vau_jax.common.checks import NOT_NEGATIVE, check_choices, check_ranges
 from vau_jax.common.fields import Fields
 from vau_jax.common.files import InputError, dump_json, read_json, write_text
 from vau_jax.models.config import FILE_BYTES, MOTION_FILE, ORDERS, Motion, VisionConfig
@@ -128,11 +130,10 @@ def pairs_of(vision: Vision, config: VisionConfig) -> jax.Array:
     return (inside + across) * config.patch_size**2
 
 
-def start(name: str) -> tuple[float, float]:
-    """Initial (m, n): one of STARTS. Raises InputError for another name."""
-    if name not in STARTS:
-        raise InputError(f"motion.start={name!r} is unknown: expected one of {', '.join(STARTS)}")
-    return STARTS[name]
+def check(config: ConfigDict) -> None:
+    """Raises InputError for the first invalid setting of config.motion."""
+    check_choices(config, "motion.", {"start": tuple(STARTS), "order": ORDERS})
+    check_ranges(config, "motion.", dict.fromkeys(("weight", "lr_scale", "weight_decay"), NOT_NEGATIVE))
 
 
 def read_file(folder: str | Path) -> dict[str, float]:

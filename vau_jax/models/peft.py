@@ -114,8 +114,9 @@ def save(folder: str | os.PathLike, lora: LoRA, adapters: dict[str, Any], config
     for module, (ours, layer, rule) in _linear_layers(config).items():
         if f"{ours}/a" not in adapters:
             continue
-        name = hf.module_name(module)
-        patterns.add(re.escape(hf.module_name(rule.theirs.removesuffix(".weight"))).replace(r"\{\}", r"\d+"))
+        name = hf.module_name(module, config)
+        theirs = hf.module_name(rule.theirs.removesuffix(".weight"), config)
+        patterns.add(re.escape(theirs).replace(r"\{\}", r"\d+"))
         for letter in "ab":
             factor = np.asarray(adapters[f"{ours}/{letter}"])
             factor = factor[layer] if rule.layers else factor

@@ -237,8 +237,13 @@ def abstract_programs(
 
 def copies_weights(variables: Variables, dtype: Any, mesh: Mesh) -> bool:
     """Whether sampling reads a copy of the weights: gathered over fsdp, in the dtype of activations."""
-    dtypes = {x.dtype for x in jax.tree.leaves(variables["params"])}
-    return mesh.shape["fsdp"] > 1 or dtypes != {jnp.dtype(dtype)}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(variables)
+    return mesh.shape["fsdp"] > 1 or any(x.dtype != _read_dtype(path, x, dtype) for path, x in leaves)
+
+
+def _read_dtype(path: tuple[Any, ...], x: Any, dtype: Any) -> Any:
+    """The dtype in which decoding reads a parameter: matrices are cast to the model's."""
+    return jnp.dtype(dtype) if path[-1].key in ("kernel", "embedding", "lm_head") else x.dtype
 
 
 @partial(jax.jit, static_argnums=1)
@@ -254,7 +259,7 @@ def decode_weights(variables: Variables, dtype: Any, mesh: Mesh | None) -> Varia
     split = mesh is not None and mesh.shape["fsdp"] > 1
 
     def one(path: tuple[Any, ...], x: jax.Array, place: NamedSharding | None = None) -> jax.Array:
-        wanted = jnp.dtype(dtype) if path[-1].key in ("kernel", "embedding", "lm_head") else x.dtype
+        wanted = _read_dtype(path, x, dtype)
         if not split and x.dtype == wanted:
             return x
         return _cast(wanted, place)(x)  # one by one: together they would need twice the memory

@@ -125,6 +125,11 @@ class Task(ABC):
 
     draft_format: ClassVar[str] = "it has no drafts"  # how a draft is written, for errors
 
+    @property
+    def has_drafts(self) -> bool:
+        """Whether reflection records can be built for this task."""
+        return type(self).draft_text is not Task.draft_text
+
     def check_draft(self, draft: Mapping[str, Any]) -> bool:
         """Whether this is a valid draft of this task."""
         return False
@@ -200,13 +205,17 @@ class Task(ABC):
     def metrics(self, final: Columns, target: Columns, records: Sequence[Record], protocol: str) -> dict[str, Any]:
         """The task's entry of metrics.json from its records and their first answers, parsed leniently."""
 
-    def baselines(self, target: Columns) -> dict[str, Any]:
+    def baselines(self, target: Columns, records: Sequence[Record]) -> dict[str, Any]:
         """Scores of constant answers, for comparison with a model."""
         return {}
 
     def agreement(self, answers: Columns) -> np.ndarray:
-        """float [N, n, n]: pairwise agreement of the n answers [N, n, ...] to each question."""
-        raise NotImplementedError(f"{self.name} has no answers to compare")
+        """float [N, n, n]: pairwise agreement of the n answers [N, n, ...] to each question; here equality of the one
+        column, whose missing value is negative."""
+        if len(self.columns) != 1:
+            raise NotImplementedError(f"{self.name} has {len(self.columns)} columns: define agreement")
+        (column,) = (np.asarray(answers[name]) for name in self.columns)
+        return ((column[:, :, None] == column[:, None]) & (column >= 0)[:, :, None]).astype(np.float64)
 
     def overall(self, records: Sequence[Record]) -> dict[str, Any]:
         """Further top-level entries of metrics.json, beside "tasks"."""
@@ -246,11 +255,6 @@ class Task(ABC):
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def same_value(column: np.ndarray) -> np.ndarray:
-    """`Task.agreement` for answers [N, n] of one number, negative where missing."""
-    return ((column[:, :, None] == column[:, None]) & (column >= 0)[:, :, None]).astype(np.float64)
 
 
 def stripped(text: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from vau_jax.common.files import InputError
 from vau_jax.tasks import charts, statistics
-from vau_jax.tasks.base import ReportRow, Task, same_value, stripped
+from vau_jax.tasks.base import ReportRow, Task, stripped
 from vau_jax.tasks.charts import Chart
 from vau_jax.tasks.columns import Column, Columns, Values
 from vau_jax.tasks.example import Annotation, Example
@@ -70,6 +71,12 @@ class Classification(Task):
         return None if annotation.label is None else {"label": annotation.label}
 
     def truth_values(self, truth: Mapping[str, Any], choices: Sequence[str]) -> Values:
+        """Raises InputError for labels that could not be told apart in a completion."""
+        if (label := unreadable(tuple(choices))) is not None:
+            raise InputError(
+                f"the label {label[:60]!r} could never be read from a completion: labels are ASCII letters, spaces "
+                "and underscores, and differ in more than case"
+            )
         return {"label": list(choices).index(truth["label"])}
 
     def choices(self, annotation: Annotation) -> tuple[str, ...]:
@@ -127,26 +134,24 @@ class Classification(Task):
         return (answers.label == target.label) & (answers.label >= 0)
 
     def metrics(self, final: Columns, target: Columns, records: Sequence[Record], protocol: str) -> dict[str, Any]:
-        """Binary (normal or not) and multi-class accuracy, macro-F1 over the classes that occur in the truth, and the
-        confusion counts, over all label sets of the records.
+        """Multi-class accuracy, binary accuracy (normal or not) where the labels include Normal, macro-F1 over the
+        classes that occur in the truth, and the confusion counts, over all label sets of the records.
         """
-        names = sorted({name for record in records for name in record.choices})
+        names = _names(records)
         label, truth = (_renumbered(np.asarray(x), records, names) for x in (final.label, target.label))
-        normal = names.index(NORMAL) if NORMAL in names else len(names)
-        binary = ((label == normal) == (truth == normal)) & (label >= 0)
+        result = {"multiclass": statistics.estimate(label == truth)}
+        if NORMAL in names:
+            normal = names.index(NORMAL)
+            result["binary"] = statistics.estimate(((label == normal) == (truth == normal)) & (label >= 0))
         return {
-            "multiclass": statistics.estimate(label == truth),
-            "binary": statistics.estimate(binary),
+            **result,
             "macro_f1": statistics.macro_f1(label, truth),
             "confusion": statistics.confusion(label, truth, names),
             "unparsed": int((label < 0).sum()),
         }
 
-    def baselines(self, target: Columns) -> dict[str, Any]:
-        return {"majority_class": statistics.majority(np.asarray(target.label))}
-
-    def agreement(self, answers: Columns) -> np.ndarray:
-        return same_value(np.asarray(answers.label))
+    def baselines(self, target: Columns, records: Sequence[Record]) -> dict[str, Any]:
+        return {"majority_class": statistics.majority(_renumbered(np.asarray(target.label), records, _names(records)))}
 
     # --- Display ---
 
@@ -188,9 +193,26 @@ def _index_of(choices: tuple[str, ...]) -> dict[str, int]:
 
 
 @cache
+def unreadable(choices: tuple[str, ...]) -> str | None:
+    """The first label that is not parsed as itself, strictly and leniently; None without one."""
+    for index, label in enumerate(choices):
+        read = TASK.value(label, choices), TASK.loose_value(f"It is {label}", choices)
+        named = [other for other in choices if f" {_fold(other)} " in f" {_fold(label)} "]
+        if read[0] != {"label": index} or (len(named) == 1 and read[1] != {"label": index}):
+            return label
+    return None
+
+
+@cache
 def _stated(choices: tuple[str, ...]) -> re.Pattern[str]:
-    names = "|".join(re.escape(label).replace("_", "[ _]") for label in choices)
-    return re.compile(rf"{STATES}[\s*]{{0,4}}((?i:{names}))\b")
+    longest_first = sorted(choices, key=len, reverse=True)  # one label may begin another
+    names = "|".join(re.escape(label).replace("_", "[ _]") for label in longest_first)
+    return re.compile(rf"{STATES}[\s*]{{0,4}}((?i:{names}))(?!\w)")
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    """All labels of the records' label sets."""
+    return sorted({name for record in records for name in record.choices})
 
 
 def _renumbered(label: np.ndarray, records: Sequence[Record], names: Sequence[str]) -> np.ndarray:

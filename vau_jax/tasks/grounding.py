@@ -68,7 +68,10 @@ class Grounding(Task):
         return None if known is None else {"intervals": [list(interval) for interval in known]}
 
     def truth_values(self, truth: Mapping[str, Any], choices: Sequence[str]) -> Values:
-        """Raises InputError for an interval outside the range of float32, which could not be scored."""
+        """Raises InputError for an interval outside the range of float32, which could not be scored, and for more than
+        MAX_INTERVALS."""
+        if (count := len(truth["intervals"])) > MAX_INTERVALS:
+            raise InputError(f"a video has {count} anomalous intervals: expected at most {MAX_INTERVALS}")
         for start, end in truth["intervals"]:
             if not 0 <= start <= end <= LARGEST:
                 raise InputError(f"interval {(start, end)}: expected 0 <= start <= end in seconds, finite in float32")
@@ -225,7 +228,7 @@ class Grounding(Task):
             "unparsed": int((answered == UNKNOWN).sum()),
         }
 
-    def baselines(self, target: Columns) -> dict[str, Any]:
+    def baselines(self, target: Columns, records: Sequence[Record]) -> dict[str, Any]:
         known = np.asarray(target.interval_count) > 0
         return {"best_constant_interval": best_constant_interval(np.asarray(target.intervals)[known])}
 

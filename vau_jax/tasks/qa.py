@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from vau_jax.common.files import InputError
 from vau_jax.tasks import statistics
-from vau_jax.tasks.base import LETTERS, ReportRow, Shown, Task, same_value, stripped
+from vau_jax.tasks.base import LETTERS, ReportRow, Shown, Task, stripped
 from vau_jax.tasks.columns import Column, Columns, Values
 from vau_jax.tasks.example import Annotation, Example, with_choices
 from vau_jax.tasks.grammar import SO, STATES
@@ -44,6 +45,9 @@ class QuestionAnswering(Task):
         return {"choice": annotation.answer} if usable else None
 
     def truth_values(self, truth: Mapping[str, Any], choices: Sequence[str]) -> Values:
+        """Raises InputError for more options than letters."""
+        if len(choices) > len(LETTERS):
+            raise InputError(f"a question has {len(choices)} options: expected at most {len(LETTERS)}, one per letter")
         return {"choice": truth["choice"]}
 
     def choices(self, annotation: Annotation) -> tuple[str, ...]:
@@ -120,11 +124,8 @@ class QuestionAnswering(Task):
         choice, truth = np.asarray(final.choice), np.asarray(target.choice)
         return {"accuracy": statistics.estimate(choice == truth), "unparsed": int((choice < 0).sum())}
 
-    def baselines(self, target: Columns) -> dict[str, Any]:
+    def baselines(self, target: Columns, records: Sequence[Record]) -> dict[str, Any]:
         return {"majority_letter": statistics.majority(np.asarray(target.choice))}
-
-    def agreement(self, answers: Columns) -> np.ndarray:
-        return same_value(np.asarray(answers.choice))
 
     # --- Display ---
 
@@ -136,10 +137,10 @@ class QuestionAnswering(Task):
         return Shown(f"{LETTERS[choice]}. {choices[choice]}") if choice >= 0 else None
 
     def check_question(self, text: str, options: Sequence[str]) -> str:
-        if text and len(options) >= 2 and all(options):
+        if text and 2 <= len(options) <= len(LETTERS) and all(options):
             return ""
         return (
-            f'the task qa needs a question and two options or more, found "{text[:100]}" and '
+            f'the task qa needs a question and 2 to {len(LETTERS)} options, found "{text[:100]}" and '
             f"{[option[:100] for option in options[:9]]}"
         )
 

@@ -16,7 +16,7 @@ class Record:
 
     example: str  # id of the example
     task: str  # name of the task
-    video: str  # name of the video file; empty without
+    video: str  # name of the (first) video file; empty without
     source: str  # part of the dataset
     rotation: int  # positions that the choices were rotated by
     question: str  # the question, without instructions
@@ -25,13 +25,13 @@ class Record:
     truth: Mapping[str, Any]  # ground truth in the task's format
     target: str  # the right answer as one line
     anomaly_class: str | None  # class of the video; null if unknown
-    duration: float | None  # of the video, in seconds; null if unknown
+    duration: float | None  # of the videos, in seconds; null if unknown
     key_object: str  # of the annotation
     reference: str  # for descriptions: the annotation's text
     failure: str | None  # why the video could not be read; null if it was
     completions: list[str]  # texts of the completions
     format_ok: list[bool]  # whether the completion keeps the strict grammar
-    answers: list[Values]  # final answers by the lenient rule: values by column; empty without one
+    answers: list[Values]  # final answers by the lenient rule: values by column, missing ones included
     predictions: list[str | None]  # the same as one line each
     scores: list[float]  # task scores of the answers, in [0, 1]; empty for tasks without right answers
     drafts: list[Values]  # draft answers likewise; empty without reflection

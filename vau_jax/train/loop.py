@@ -70,6 +70,7 @@ def check(config: ConfigDict) -> None:
     pipeline.check(c.data)
     optim.check(c.optim)
     lora.check(c.lora)
+    motion_prompt.check(c.motion)
     if len(c.profile_steps) != 2:
         raise InputError(f"profile_steps={tuple(c.profile_steps)}: expected the first and the last step of a trace")
     if c.batch_size % c.micro_batches:

@@ -24,6 +24,8 @@ RANGES = {
     "eps": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
     "warmup_steps": NOT_NEGATIVE,
+    "final_lr": NOT_NEGATIVE,
+    "clip_norm": (1e-12, 1e12),
 }
 
 
