@@ -62,7 +62,7 @@ def assert_close(a: Any, b: Any, atol: float) -> None:
 # --- The vision tower ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("frozen", "passes"), [(True, 1), (False, 3)])
+@pytest.mark.parametrize(("frozen", "passes"), [(True, 1), pytest.param(False, 3, marks=pytest.mark.long)])
 def test_how_often_the_tower_sees_a_video(
     frozen: bool, passes: int, model_folder: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +401,7 @@ def test_tokens_are_weighed_where_they_are_not_drawn_as_they_are_scored(name: st
 # --- What draws depend on -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_what_is_drawn_for_an_example_depends_on_it_alone(model_folder: Path, dataset: Path) -> None:
     """Not on the order of the batch, nor on its size; another step draws anew, and so does an example that repeats."""
     t = loop.Run(config(model_folder, dataset))

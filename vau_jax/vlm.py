@@ -146,10 +146,12 @@ class VideoLM:
         return VideoLM(processor, self.model.clone(config=processor.config), self.params, self.adapters)
 
     def with_motion(self, config: ConfigDict) -> "VideoLM":
-        """The model with a Video Motion Prompt in the form of `config` (config.motion), its numbers from where it is to
-        start; a model that has one already keeps it."""
+        """The model with a Video Motion Prompt as `config` (config.motion) describes it, at its initial values; a model
+        that has one already keeps it. Raises InputError for an invalid setting.
+        """
         if self.processor.motion:
             return self
+        motion_prompt.check(config)
         m, n = motion_prompt.STARTS[config.start]
         numbers = _to_devices(_motion_numbers({"m": m, "n": n}), "float32", self.model.mesh)
         formed = self._with_motion_config(Motion(config.signed, config.order))
