@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.hlo import COLLECTIVES
 from vau_jax.common.chips import GIB
+from vau_jax.launch.hlo import COLLECTIVES
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("3b", "7b")

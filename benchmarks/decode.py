@@ -25,9 +25,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from data_prep import random_model
 from vau_jax.common.chips import chip
 from vau_jax.common.files import dump_json, exit_on_input_error
+from vau_jax.data_prep import random_model
 from vau_jax.models import hf
 from vau_jax.types import Batch
 from vau_jax.vlm import DTYPES, VideoLM

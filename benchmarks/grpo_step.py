@@ -33,11 +33,11 @@ import numpy as np
 from decode import VISION_32M  # beside this file
 from ml_collections import ConfigDict
 
-from configs import vau_r1_multi_rft
-from data_prep import random_model
 from vau_jax.common.files import dump_json, exit_on_input_error
+from vau_jax.configs import vau_r1_multi_rft
 from vau_jax.data import pipeline
 from vau_jax.data.processor import Processor, Shape, least_shape
+from vau_jax.data_prep import random_model
 from vau_jax.datasets import synthetic
 from vau_jax.train import loop
 from vau_jax.vlm import DTYPES

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from grpo_step import TEXT_32M, VISION_32M  # beside this file
 
-from data_prep import random_model
 from vau_jax.common.files import dump_json
+from vau_jax.data_prep import random_model
 from vau_jax.models import config as model_config
 from vau_jax.models import qwen_vl
 from vau_jax.models.config import QwenVLConfig

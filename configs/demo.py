@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from vau_jax.configs import base
 
 MODES = ("", "quick")
 
@@ -40,7 +40,7 @@ def get_config(mode: str = "") -> ConfigDict:
         {"depth": 3, "hidden_size": 96, "intermediate_size": 256, "num_heads": 4, "fullatt_block_indexes": (1,)}
     )
 
-    c.sft = stage("sft")
+    c.sft = stage("sft")  # all fields of configs/base.py, of which some are changed:
     c.sft.steps = 60 if quick else 700
     c.sft.data.max_examples = 0 if quick else 1200  # of 400 videos: reasoning is dear, RFT needs the answers alone
     c.sft.data.task_weights.qa = 2.0
@@ -53,7 +53,7 @@ def get_config(mode: str = "") -> ConfigDict:
     c.sft.optim.weight_decay = 0.05
     c.sft.log_every = 10
 
-    c.rft = stage("rft")
+    c.rft = stage("rft")  # likewise
     c.rft.steps = 4 if quick else 300
     c.rft.batch_size = 4 if quick else 16
     c.rft.rollout.num_generations = 4 if quick else 8

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from vau_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import vau_r1_multi_rft
+from vau_jax.configs import vau_r1_multi_rft
 
 
 def get_config() -> ConfigDict:

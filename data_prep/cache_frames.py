@@ -1,6 +1,6 @@
 """Decodes and resizes the videos of a config once, into ArrayRecord shards that training and evaluation read.
 
-    python -m data_prep.cache_frames --config=configs/X.py --workdir=FOLDER [--config.key=value]
+    python -m vau_jax.data_prep.cache_frames --config=configs/X.py --workdir=FOLDER [--config.key=value]
 
 Give FOLDER to them as --config.data.cache. Call it again to resume after a kill, to add videos, and to repair: records
 of videos that changed, and damaged ones, are rebuilt. The config's frames a second, pixel budgets and model decide
@@ -11,9 +11,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vau_jax.common import cli
+from vau_jax import cli
+from vau_jax.common import progress
 from vau_jax.common.files import InputError
-from vau_jax.common.metric_writer import Progress
+from vau_jax.common.progress import Progress
 from vau_jax.data import pipeline
 from vau_jax.data.processor import Processor
 from vau_jax.data.video import frame_cache
@@ -35,11 +36,17 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     print(audit.table(), flush=True)
     sampling = processor.sampling(pipeline.video_options(config.data, processor.video_options))
     videos = list(dict.fromkeys(path for example in examples for path in example.media))
-    progress = Progress("frames", len(videos))
+    shown = Progress("frames", len(videos), "video")
     pool = DecoderPool(config.data.workers, config.data.video_seconds)
-    counts = frame_cache.build(workdir, videos, sampling, pool.read, config.data.workers, progress.show)
+    counts = frame_cache.build(workdir, videos, sampling, pool.read, config.data.workers, shown.show)
     print(f"frames: {', '.join(f'{n} {what}' for what, n in sorted(counts.items()))} ({workdir})", flush=True)
 
 
+def summary(config: ConfigDict, workdir: Path) -> str:
+    """The last lines of the program."""
+    config_of = ("--config=CONFIG", "--workdir=RUN", f"--config.data.cache={workdir}")
+    return progress.summary("frames: decoded", {"frames": workdir}, [("vau", "train", *config_of)])
+
+
 if __name__ == "__main__":
-    cli.main(run)
+    cli.main("data cache")

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from vau_jax.common import files
 from vau_jax.common.chat import Chat, Message, Reply, frames_content
 from vau_jax.common.files import dump_json
-from vau_jax.common.metric_writer import Progress
+from vau_jax.common.progress import Progress
 from vau_jax.data import pipeline
 from vau_jax.data.video import clips
 from vau_jax.data.video.decode_worker import DecoderPool
@@ -49,8 +49,9 @@ def make(config: ConfigDict, workdir: Path, examples: list[Example]) -> list[Dra
     records = [record for _, record in tables.json_lines(path, "".join(whole))]
     known = {record["example"]: record for record in records if record.get("settings") == settings}
     todo = [example for example in examples if example.id not in known]
-    progress = Progress("drafts", len(examples), start=len(known))
+    progress = Progress("drafts", len(examples), "example", start=len(known))
     files.write_text(path, "".join(dump_json(record) + "\n" for record in known.values()))
+    failed = 0
     asked = (by_model if student.checkpoint else by_endpoint)(config, workdir, todo) if todo else ()
     with path.open("a", encoding="utf-8") as file:
         for example, drafts, reason in asked:
@@ -59,7 +60,8 @@ def make(config: ConfigDict, workdir: Path, examples: list[Example]) -> list[Dra
             if not reason.startswith(UNANSWERED):  # such a question is asked again by the next call
                 file.write(dump_json(known[example.id]) + "\n")
                 file.flush()
-            progress.show(len(known))
+            failed += not drafts
+            progress.show(len(known), f"without a draft {failed}")
     results = [known[example.id] for example in examples]
     return [(e, [Draft(**d) for d in r["drafts"]], r["reason"]) for e, r in zip(examples, results, strict=True)]
 

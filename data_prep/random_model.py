@@ -1,6 +1,6 @@
 """Writes a Qwen-VL with random weights as a complete Hugging Face folder: for the demo, tests and measurements.
 
-    python -m data_prep.random_model --size=qwen2.5-vl-3b --out=DIR
+    vau data random-model --size=qwen2.5-vl-3b --out=DIR
 
 The architecture is the real one; the tokenizer is a byte-level BPE with Qwen's special tokens and chat structure,
 trained on the texts it is given. Both `transformers` and `VideoLM.load` open the folder.
@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from vau_jax import cli
 from vau_jax.common import files
-from vau_jax.common.files import InputError, dump_json, exit_on_input_error
+from vau_jax.common.files import InputError, dump_json
 from vau_jax.models import config as model_config
 from vau_jax.models import hf, qwen_vl
 from vau_jax.models.config import QwenVLConfig
@@ -230,14 +231,11 @@ def write_published(folder: str | os.PathLike, size: str, dtype: str = "bfloat16
     return write(folder, ["What happens?"], 512, text, raw["vision_config"], bounds, seed, raw["model_type"], dtype)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="a model folder with random weights")
-    parser.add_argument("--size", required=True, help=f"one of {', '.join(model_config.SIZES)}")
-    parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    args = parser.parse_args()
-    exit_on_input_error(lambda: write_published(args.out, args.size, args.dtype))
+def main(args: argparse.Namespace) -> None:
+    """The program: see its options in `vau_jax.cli`."""
+    write_published(args.out, args.size, args.dtype)
+    print(f"{args.out}: {args.size} with random weights, {args.dtype}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.main("data random-model")

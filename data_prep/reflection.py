@@ -1,6 +1,6 @@
 """Reflection records for SFT: a first answer, a reflection on it, a revised reasoning, the answer.
 
-    python -m data_prep.reflection --config=configs/reflection.py --workdir=DIR --config.data.csv=... \
+    python -m vau_jax.data_prep.reflection --config=configs/reflection.py --workdir=DIR --config.data.csv=... \
         --config.data.videos=... [--config.student.checkpoint=RUN] \
         [--config.teacher.url=... --config.teacher.model=...]
 
@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_prep import drafts, teacher
-from data_prep.drafts import Draft
-from vau_jax.common import cli, files
+from vau_jax import cli
+from vau_jax.common import files, progress
 from vau_jax.common.files import InputError, dump_json
 from vau_jax.data import pipeline
+from vau_jax.data_prep import drafts, teacher
+from vau_jax.data_prep.drafts import Draft
 from vau_jax.datasets import vau_bench
 from vau_jax.tasks import TASKS, grammar, parsing, prompts, rewards
 from vau_jax.tasks.example import Example, Reflection
@@ -253,5 +254,15 @@ def _card(
     }
 
 
+def summary(config: ConfigDict, workdir: Path) -> str:
+    """The last lines of the program."""
+    if config.dry_run:
+        return ""
+    records = workdir / "reflection.jsonl"
+    places = {"records": records, "rejected": workdir / "rejected.jsonl", "card": workdir / "card.json"}
+    training = ("--config=srvau_r1_sft", "--workdir=RUN", f"--config.data.reflection={records}")
+    return progress.summary("reflection: built", places, [("vau", "train", *training)])
+
+
 if __name__ == "__main__":
-    cli.main(run)
+    cli.main("data reflection")

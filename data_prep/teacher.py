@@ -7,12 +7,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from data_prep.drafts import Draft, first_sentence, pictures
 from vau_jax.common.chat import Chat, Message, json_object
 from vau_jax.common.files import dump_json
-from vau_jax.common.metric_writer import Progress
+from vau_jax.common.progress import Progress
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
+from vau_jax.data_prep.drafts import Draft, first_sentence, pictures
 from vau_jax.tasks import TASKS, grammar, prompts
 from vau_jax.tasks.example import Example
 
@@ -41,7 +41,7 @@ def reflect(
             numbers.append(number)
             yield messages(example, draft, right, shown)
 
-    progress = Progress("teacher", len(chosen))
+    progress = Progress("teacher", len(chosen), "record")
     for done, (index, reply) in enumerate(teacher.ask_all(questions(), _complaint), start=1):
         error = f"the teacher did not answer: {reply.error}" if reply.error else ""
         written[numbers[index]] = (None if error else read_reply(reply.text), error)

@@ -1,7 +1,7 @@
 """VAU-Bench's annotation files: what is irregular in them, and their join with the videos you have.
 
-    python -m data_prep.vau_bench audit FILE... [--source=auto] [--protocol=clean] [--rows]
-    python -m data_prep.vau_bench import --out=DIR [--train FILE...] [--val FILE...] [--test FILE...] \
+    vau data audit FILE... [--source=auto] [--protocol=clean] [--rows]
+    vau data import --out=DIR [--train FILE...] [--val FILE...] [--test FILE...] \
         [--videos msad=DIR ucf=DIR ecva=DIR] [--seed=0]
 
 `audit` prints what is changed, left out or doubtful, and videos that two files share. `import` writes DIR/train.jsonl,
@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from vau_jax import cli
 from vau_jax.common import files
 from vau_jax.common.files import InputError, dump_json
-from vau_jax.common.metric_writer import Progress
+from vau_jax.common.progress import Progress
 from vau_jax.data.video.clips import Probe
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
@@ -221,7 +222,7 @@ def _find(row: Row, by_name: dict[str, list[Path]], findings: Findings) -> Path 
 def _probes(paths: list[Path], workers: int, findings: Findings) -> dict[Path, Probe]:
     """The probe of each file; unreadable ones are noted."""
     pool, probes = DecoderPool(workers), {}
-    progress = Progress("videos", len(paths))
+    progress = Progress("videos", len(paths), "video")
 
     def one(path: Path) -> Probe | VideoError:
         try:
@@ -235,7 +236,7 @@ def _probes(paths: list[Path], workers: int, findings: Findings) -> dict[Path, P
                 probes[path] = result
             else:
                 findings.unreadable[str(path)] = str(result)
-            progress.show(number)
+            progress.show(number, f"unreadable {len(findings.unreadable)}")
     return probes
 
 
@@ -254,43 +255,18 @@ def _with_video(row: Row, path: Path | None, probes: dict[Path, Probe], root: Pa
 # --- command line -------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    audits = commands.add_parser("audit", help="what is irregular in annotation files")
-    audits.add_argument("files", nargs="+")
-    audits.add_argument("--source", default="auto", help="rules for times: msad, ucf, ecva, or auto by file name")
-    audits.add_argument("--protocol", default="clean", help="clean: corrected; paper: as the published denominators")
-    audits.add_argument("--rows", action="store_true", help="every entry, not their counts alone")
-    imports = commands.add_parser("import", help="corrected rows joined with videos")
-    for split in SPLITS:
-        imports.add_argument(f"--{split}", nargs="+", default=[], metavar="FILE")
-    imports.add_argument("--videos", nargs="+", default=[], metavar="SOURCE=DIR")
-    imports.add_argument("--out", required=True, type=Path)
-    imports.add_argument("--seed", type=_from(0), default=0, help="of the options' order")
-    imports.add_argument("--workers", type=_from(1), default=os.cpu_count(), help="processes that read videos")
-    imports.add_argument("--array_record", action="store_true", help="write the splits as ArrayRecord files too")
-    args = parser.parse_args()
-    if args.command == "audit":
+def main(args: argparse.Namespace) -> None:
+    """The programs: see their options in `vau_jax.cli`."""
+    if args.command == "data audit":
         print(audit(args.files, args.source, args.protocol, args.rows))
         return
     folders = _folders(args.videos)
     given = {split: getattr(args, split) for split in SPLITS}
-    result = import_splits(args.out, given, folders, args.seed, args.workers, args.array_record)
+    workers = args.workers or os.cpu_count()
+    result = import_splits(args.out, given, folders, args.seed, workers, args.array_record)
     print(result.table())
     if folders:
         print(f"use with --config.data.videos={common_folder(list(folders.values()))}")
-
-
-def _from(least: int) -> Callable[[str], int]:
-    """An argument type: integers from `least`."""
-
-    def whole_number(text: str) -> int:
-        if int(text) < least:
-            raise ValueError
-        return int(text)
-
-    return whole_number
 
 
 def _folders(given: list[str]) -> dict[str, Path]:
@@ -304,4 +280,4 @@ def _folders(given: list[str]) -> dict[str, Path]:
 
 
 if __name__ == "__main__":
-    files.exit_on_input_error(main)
+    cli.main("data")

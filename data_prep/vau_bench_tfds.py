@@ -1,9 +1,9 @@
 """VAU-Bench as a TensorFlow Datasets builder, for pipelines that read `tfds.data_source`; no TensorFlow needed.
 
-    import data_prep.vau_bench_tfds  # registers the builder
+    import vau_jax.data_prep.vau_bench_tfds  # registers the builder
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder("vau_bench/ucf", imported="DIR")  # DIR: what `data_prep.vau_bench import` wrote
+    builder = tfds.builder("vau_bench/ucf", imported="DIR")  # DIR: what `vau data import` wrote
     builder.download_and_prepare()
     for example in builder.as_data_source(split="test"):
         ...
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_prep.vau_bench import SPLITS
 from vau_jax.common.files import InputError
+from vau_jax.data_prep.vau_bench import SPLITS
 from vau_jax.datasets import vau_bench
 from vau_jax.datasets.vau_bench import SOURCES
 from vau_jax.datasets.vau_bench_tfds import features_of
@@ -31,6 +31,7 @@ from vau_jax.tasks.description import SECTIONS
 class VauBench(tfds.core.GeneratorBasedBuilder):
     """Questions, intervals, classes and reasoning about surveillance videos (7xiang/VAU-Bench, MIT)."""
 
+    pkg_dir_path = Path(__file__).parent  # a checkout has this folder beside the package of which it is a part
     VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS = [  # noqa: RUF012 - as TFDS declares it
         tfds.core.BuilderConfig(name="all", description="all sources"),
@@ -38,7 +39,7 @@ class VauBench(tfds.core.GeneratorBasedBuilder):
     ]
 
     def __init__(self, imported: str | os.PathLike = "", **kwargs: Any) -> None:
-        """`imported` is the folder that `data_prep.vau_bench import` wrote; only preparing needs it."""
+        """`imported` is the folder that `vau data import` wrote; only preparing needs it."""
         self.imported = Path(imported) if imported else None
         super().__init__(file_format=kwargs.pop("file_format", None) or "array_record", **kwargs)
 
@@ -69,7 +70,7 @@ class VauBench(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
         if self.imported is None or not self.imported.is_dir():
-            raise InputError(f"imported={self.imported}: expected the folder that `data_prep.vau_bench import` wrote")
+            raise InputError(f"imported={self.imported}: expected the folder that `vau data import` wrote")
         paths = {split: self.imported / f"{split}.jsonl" for split in SPLITS}
         return {split: self._generate_examples(path) for split, path in paths.items() if path.is_file()}
 

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,23 +32,24 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # called by its path, sys.path has this file's folder instead
+if not __package__:  # called by its path, sys.path has this file's folder instead of the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch import hlo  # noqa: E402
-from vau_jax.common import cli, sharding  # noqa: E402
-from vau_jax.common.chips import GIB, Chip, chip  # noqa: E402
-from vau_jax.common.files import InputError, dump_json, exit_on_input_error, write_text  # noqa: E402
-from vau_jax.models import config as model_config  # noqa: E402
-from vau_jax.models import flops, hf, motion_prompt  # noqa: E402
-from vau_jax.models.config import Motion, QwenVLConfig  # noqa: E402
-from vau_jax.rl import logprobs, sampling  # noqa: E402
-from vau_jax.rl.engine import Engine  # noqa: E402
-from vau_jax.rl.rollout import abstract_inputs  # noqa: E402
-from vau_jax.train import loop  # noqa: E402
-from vau_jax.train.learner import Learner  # noqa: E402
-from vau_jax.types import Batch, Completions, Groups, Params, TrainBatch, Vision  # noqa: E402
-from vau_jax.types import Motion as PatchMotion  # noqa: E402
+from vau_jax import cli
+from vau_jax.common import config_flags, sharding
+from vau_jax.common.chips import GIB, Chip, chip
+from vau_jax.common.files import InputError, dump_json, write_text
+from vau_jax.launch import hlo
+from vau_jax.models import config as model_config
+from vau_jax.models import flops, hf, motion_prompt
+from vau_jax.models.config import Motion, QwenVLConfig
+from vau_jax.rl import logprobs, sampling
+from vau_jax.rl.engine import Engine
+from vau_jax.rl.rollout import abstract_inputs
+from vau_jax.train import loop
+from vau_jax.train.learner import Learner
+from vau_jax.types import Batch, Completions, Groups, Params, TrainBatch, Vision
+from vau_jax.types import Motion as PatchMotion
 
 GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200"}
 Shapes = Any  # a pytree of jax.ShapeDtypeStruct with shardings
@@ -475,18 +476,11 @@ def estimate(args: argparse.Namespace, programs: Programs, known: Chip) -> int:
     return 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="ahead-of-time compilation for a TPU pod", allow_abbrev=False)
-    parser.add_argument("--topology", required=True, help="such as v5e:4x4, v5p:2x2x4, v6e:8x8")
-    parser.add_argument("--size", default="", help=f"one of {', '.join(model_config.SIZES)}; default: config.model")
-    parser.add_argument("--prompt", type=int, default=4096, help="tokens of a prompt")
-    parser.add_argument("--visual", type=int, default=3584, help="of these, from the video")
-    parser.add_argument("--only", action="append", default=[], help="a program's name; may be repeated")
-    parser.add_argument("--json", default="", help="write everything there too")
-    args, rest = parser.parse_known_args()
-    config, _ = cli.read([sys.argv[0], *rest])
+def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """The program: see its options in `vau_jax.cli`."""
+    config, _ = config_flags.read(["vau compile-check", *rest])
     sys.exit(run(args, config))
 
 
 if __name__ == "__main__":
-    exit_on_input_error(main)
+    cli.main("compile-check")

@@ -1,23 +1,26 @@
 """The stages of the main job in sequence; `bash launch/demo.sh` sets up and calls this.
 
-    python -m launch.demo --config=configs/demo.py[:quick] --workdir=DIR
+    python -m vau_jax.launch.demo --config=configs/demo.py[:quick] --workdir=DIR
 
 DIR/data: videos and annotations, DIR/frames: decoded frames (both in config.shared where that is set), DIR/model: the
 model's start, DIR/sft and DIR/rft: runs, DIR/eval: scores, DIR/report.html: the result.
 """
 
+import argparse
 import json
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from configs import eval as eval_config
-from data_prep import cache_frames, random_model
-from vau_jax.common import cli
+from vau_jax import cli
+from vau_jax.common import config_flags
 from vau_jax.common.files import InputError, dump_json, locked, read_json, write_text
+from vau_jax.configs import eval as eval_config
+from vau_jax.data_prep import cache_frames, random_model
 from vau_jax.datasets import reflections, synthetic, vau_bench
 from vau_jax.eval import evaluate, report
 from vau_jax.tasks import TASKS, prompts
@@ -134,5 +137,16 @@ def evaluate_stage(config: ConfigDict, workdir: Path, stage: str) -> None:
         evaluate.run(c, workdir / "eval" / c.name.replace(" ", "_"))
 
 
+def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """The program: see its options in `vau_jax.cli`."""
+    words, mode = list(args.words), ""
+    if words[:1] == ["quick"]:
+        mode = words.pop(0)
+    if len(words) > 1:
+        raise InputError(f"{' '.join(words)}: expected `vau demo [quick] [WORKDIR]`")
+    folder = words[0] if words else "runs/demo-quick" if mode else "runs/demo"
+    run(*config_flags.parse(["vau demo", *rest], f"demo:{mode}" if mode else "demo", folder))
+
+
 if __name__ == "__main__":
-    cli.main(run)
+    cli.main("demo")

@@ -5,13 +5,4 @@
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" ""
-config=configs/demo.py workdir=runs/demo
-if [ "${1:-}" = quick ]; then
-  config=configs/demo.py:quick workdir=runs/demo-quick
-  shift
-fi
-if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
-  workdir=$1
-  shift
-fi
-exec "$VENV/bin/python" -m launch.demo --config="$config" --workdir="$workdir" "$@"
+exec "$VENV/bin/python" -m vau_jax.launch.demo "$@"

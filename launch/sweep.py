@@ -32,9 +32,12 @@ from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # called by its path, sys.path has this file's folder instead
+if not __package__:  # called by its path, sys.path has this file's folder instead of the repository
+    sys.path.insert(0, str(ROOT))
 
-from vau_jax.common.files import InputError, dump_json, exit_on_input_error, locked, read_json, write_text  # noqa: E402
+from vau_jax import cli  # noqa: E402
+from vau_jax.common.config_flags import CONFIGS  # noqa: E402
+from vau_jax.common.files import InputError, dump_json, locked, read_json, write_text  # noqa: E402
 from vau_jax.eval.report import escape, lookup, markdown, rows  # noqa: E402
 from vau_jax.train.loop import PREEMPTED  # noqa: E402
 
@@ -64,7 +67,7 @@ class Trial:
         print(f"{self.name}: begins", flush=True)
         with (self.folder / "log.txt").open("a") as log:
             code = subprocess.run(  # noqa: S603  what the sweep file names
-                self.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False
+                self.command, stdout=log, stderr=subprocess.STDOUT, check=False
             ).returncode
         if code:
             last = (self.folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
@@ -87,7 +90,9 @@ BACKENDS = {  # what submits a job, before the program and its arguments; {name}
 
 
 def jobs(trials: Sequence[Trial], backend: str) -> str:
-    """A script that submits the trials that are not finished."""
+    """A script that submits the trials that are not finished. Raises InputError outside a checkout."""
+    if not (ROOT / "launch" / "xpk.sh").is_file():
+        raise InputError(f"--backend={backend} needs a checkout of the repository, whose launchers submit the jobs")
     lines = ["#!/usr/bin/env bash", "set -euo pipefail", f"cd {shlex.quote(str(ROOT))}"]
     for trial in trials:
         if not trial.finished:
@@ -98,11 +103,14 @@ def jobs(trials: Sequence[Trial], backend: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def load(path: Path) -> ModuleType:
-    """A sweep's module. Raises InputError for a file that is no sweep."""
+def load(name: str) -> ModuleType:
+    """The module of a sweep, by its path or its name, such as seeds. Raises InputError for a file that is no sweep."""
+    path = Path(name)
     if not path.is_file():
-        known = ", ".join(str(p.relative_to(ROOT)) for p in sorted((ROOT / "configs/sweeps").glob("[a-z]*.py")))
-        raise InputError(f"--config={path} does not exist: expected a sweep such as {known}")
+        path = CONFIGS / "sweeps" / f"{path.stem}.py"
+    if not path.is_file():
+        known = ", ".join(f"configs/sweeps/{p.name}" for p in sorted((CONFIGS / "sweeps").glob("[a-z]*.py")))
+        raise InputError(f"--config={name} does not exist: expected a sweep such as {known}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     with _mistakes_of(path):
@@ -222,7 +230,7 @@ def _cell(values: list[float]) -> str:
     return f"{np.mean(values):.2f}{spread}" if values else "-"
 
 
-def run(config: Path, workdir: Path, backend: str, at_once: int, dry_run: bool) -> int:
+def run(config: str, workdir: Path, backend: str, at_once: int, dry_run: bool) -> int:
     """Runs what is not finished, so many at a time, or writes the jobs that will, and the table and plot of what is.
     The exit code: 1 when a trial failed."""
     result = trials(load(config), workdir)
@@ -254,18 +262,10 @@ def _run(trials: list[Trial], workdir: Path, backend: str, at_once: int) -> int:
     return 0 if all(well) else 1
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="the trials of a sweep")
-    parser.add_argument("--config", type=Path, required=True, metavar="configs/sweeps/X.py")
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--backend", default="local", choices=("local", *BACKENDS), help="where the trials run")
-    parser.add_argument("--jobs", type=int, default=1, help="trials at once, with --backend=local")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands")
-    args = parser.parse_args()
-    if args.jobs < 1:
-        raise InputError(f"--jobs={args.jobs}: expected at least 1")
+def main(args: argparse.Namespace) -> None:
+    """The program: see its options in `vau_jax.cli`."""
     sys.exit(run(args.config, args.workdir, args.backend, args.jobs, args.dry_run))
 
 
 if __name__ == "__main__":
-    exit_on_input_error(main)
+    cli.main("sweep")

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import base
+from vau_jax.configs import base
 
 
 @dataclass

@@ -62,7 +62,7 @@ TRAINING = sorted(p.stem for p in (ROOT / "configs").glob("*vau_r1*.py"))
 
 def small(name: str, model: Path, data: Path, split: str = "train") -> ConfigDict:
     """A config with the test's paths and sizes, and nothing else changed."""
-    c = importlib.import_module(f"configs.{name}").get_config()
+    c = importlib.import_module(f"vau_jax.configs.{name}").get_config()
     c.dtype = "float32"
     c.batch_size = 4
     c.data.csv, c.data.videos = str(data / f"{split}.csv"), str(data / "videos")

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from data_prep import random_model
+from vau_jax.data_prep import random_model
 from vau_jax.datasets import synthetic
 from vau_jax.models import hf, lora
 from vau_jax.models.config import QwenVLConfig

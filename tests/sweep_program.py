@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vau_jax.common import cli
+from vau_jax.common import config_flags
 from vau_jax.common.files import InputError, write_text
 
 
@@ -23,4 +23,4 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    config_flags.main(run)

@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page
 from tests import video_files
 from tests.chat_server import Answer, serve
 from tests.small_models import writing_model
-from vau_jax import app
+from vau_jax import app, cli
 from vau_jax.ask import Asker, Question
 from vau_jax.web.guard import Guard
 from vau_jax.web.uploads import PREFIX, Uploads, open_folder
@@ -426,6 +426,6 @@ def test_a_mistake_at_the_start_is_one_line(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["app", f"--model={tmp_path}/none"])
     with pytest.raises(SystemExit) as ended:
-        app.main()
+        cli.main("app")
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 2 and "does not exist: give a Hugging Face folder" in line

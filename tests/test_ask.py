@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vau_jax import ask
+from vau_jax import ask, cli
 from vau_jax.common.files import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +77,6 @@ def test_a_mistake_is_one_line(
     clip = dataset / "videos" / "test_00000.mp4"
     monkeypatch.setattr("sys.argv", ["ask", *(arg.format(clip=clip, model=model_folder) for arg in args)])
     with pytest.raises(SystemExit) as ended:
-        ask.main()
+        cli.main("ask")
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 2 and words in line

@@ -48,7 +48,8 @@ CASES = {
     "unknown stage": ({"config.stage": "dpo"}, "stage='dpo' is unknown"),
     "one completion a group": ({"config.stage": "rft", "config.rollout.num_generations": "1"}, "at least 2"),
     "mesh too large": ({"config.mesh.data": "3"}, "does not fit 1 device"),
-    "misspelt field": ({"config.optim.lrr": "1"}, 'Did you mean "lr"'),
+    "misspelt field": ({"config.optim.lrr": "1"}, "has no field optim.lrr: did you mean optim.lr?"),
+    "group of fields": ({"config.optim": "1"}, "config.optim is a group"),
     "no number": ({"config.optim.lr": "fast"}, "could not convert string to float"),
     "no finite weight": ({"config.user_rewards": "(('math:sqrt', 1e400),)"}, "expected a finite number"),
     "no finite number": ({"config.optim.lr": "inf"}, "optim.lr=inf: expected a finite number"),
@@ -126,7 +127,7 @@ def test_a_report_of_nothing(tmp_path: Path) -> None:
 
 
 def test_an_unknown_demo_mode(tmp_path: Path) -> None:
-    code, error = command("launch.demo", "--config=configs/demo.py:fast", f"--workdir={tmp_path}")
+    code, error = command("vau_jax.launch.demo", "--config=configs/demo.py:fast", f"--workdir={tmp_path}")
     assert code == 2
     assert "expected configs/demo.py or configs/demo.py:quick" in error
     assert "Traceback" not in error

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import vau_bench as vau_bench_tool
 from tests.records import example
 from tests.tables import BASE
-from vau_jax.common import files
+from vau_jax import cli
 from vau_jax.common.files import InputError
 from vau_jax.datasets import reflections, vau_bench
 from vau_jax.datasets.audit import Audit
@@ -155,7 +154,7 @@ def audit(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, float]:
     monkeypatch.setattr(sys, "argv", ["vau_bench", "audit", str(path), "--rows"])
     begin, code = time.monotonic(), 0
     try:
-        files.exit_on_input_error(vau_bench_tool.main)
+        cli.main("data")
     except SystemExit as ended:
         code = ended.code
     return code, time.monotonic() - begin

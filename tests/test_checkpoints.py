@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
 from vau_jax.common import checksums
 from vau_jax.common.files import InputError
+from vau_jax.configs import base
 from vau_jax.models import checkpoint
 from vau_jax.train import loop
 from vau_jax.types import State

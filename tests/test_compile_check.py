@@ -11,11 +11,11 @@ import jax
 import pytest
 
 from benchmarks import compile_table
-from launch import hlo
-from launch.compile_check import Programs, held
 from tests.runs import TRAINING, WITH_LIBTPU, small
 from tests.small_models import make_model
 from vau_jax.common import sharding
+from vau_jax.launch import hlo
+from vau_jax.launch.compile_check import Programs, held
 from vau_jax.models import config as model_config
 from vau_jax.rl.rollout import Clock
 from vau_jax.train import loop
@@ -100,7 +100,7 @@ def test_gpu_memory_is_estimated_without_a_gpu() -> None:
 )
 def test_the_estimate_is_near_the_compilers_plan(size: str, shape: tuple[int, int], peak: float) -> None:
     """GiB of an update as it was compiled for TPUs (the table in launch/README.md)."""
-    config = importlib.import_module("configs.vau_r1_qa_rft").get_config()
+    config = importlib.import_module("vau_jax.configs.vau_r1_qa_rft").get_config()
     config.batch_size, config.rollout.num_generations, config.data.max_completion_tokens = shape[0], 8, 512
     mesh = sharding.abstract_mesh({"fsdp": shape[0], "tensor": shape[1]}, shape[0] * shape[1])
     programs = Programs(config, model_config.from_hf(model_config.SIZES[size]), mesh, 4096, 3584)
@@ -112,8 +112,8 @@ TRAFFIC = """
 import jax, jax.numpy as jnp, json
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from launch import hlo
-from launch.compile_check import Programs, held
+from vau_jax.launch import hlo
+from vau_jax.launch.compile_check import Programs, held
 chips = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu", chips_per_host_bounds=(2, 2, 1))
 mesh = Mesh(chips.devices, ("x",))
 def place(shape, *spec):
@@ -159,7 +159,7 @@ def test_sizes_of_shapes() -> None:
 @pytest.mark.parametrize("name", TRAINING)
 def test_every_config_builds_its_state_and_batches_at_full_size(name: str, size: str, rank: int) -> None:
     """Shapes alone: model, optimiser, batch and sampling of a published model."""
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = importlib.import_module(f"vau_jax.configs.{name}").get_config()
     config.lora.rank = rank
     if config.data.style == "reflection":
         config.data.reflection = "records.jsonl"
@@ -171,7 +171,7 @@ def test_every_config_builds_its_state_and_batches_at_full_size(name: str, size:
 
 
 def test_with_lora_only_the_adapters_have_an_optimiser() -> None:
-    config = importlib.import_module("configs.vau_r1_qa_rft").get_config()
+    config = importlib.import_module("vau_jax.configs.vau_r1_qa_rft").get_config()
     sizes, mesh = model_config.from_hf(model_config.SIZES["qwen2.5-vl-3b"]), sharding.make_mesh({"fsdp": -1})
     whole = Programs(config, sizes, mesh, 4096, 3584)
     config.lora.rank = 16

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base
+from vau_jax.configs import base
 
 ROOT = Path(__file__).parents[1]
 TRAINING = sorted(p.stem for p in (ROOT / "configs").glob("*vau_r1*.py"))
@@ -24,7 +24,7 @@ def fields(config: ConfigDict, prefix: str = "") -> set[str]:
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_training_config_has_the_fields_of_base(name: str) -> None:
-    assert fields(importlib.import_module(f"configs.{name}").get_config()) == fields(base.get_config())
+    assert fields(importlib.import_module(f"vau_jax.configs.{name}").get_config()) == fields(base.get_config())
 
 
 def test_base_explains_every_field() -> None:
@@ -36,7 +36,7 @@ def test_base_explains_every_field() -> None:
 
 @pytest.mark.parametrize("mode", ["", "quick"])
 def test_the_demo_config_builds(mode: str) -> None:
-    from configs import demo
+    from vau_jax.configs import demo
 
     c = demo.get_config(mode)
     assert fields(c.sft) == fields(c.rft) == fields(base.get_config())

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from data_prep import vau_bench as vau_bench_tool
 from tests.runs import small
 from vau_jax.common.files import InputError
 from vau_jax.common.metric_writer import read_metrics
 from vau_jax.data import pipeline
 from vau_jax.data.processor import Processor
+from vau_jax.data_prep import vau_bench as vau_bench_tool
 from vau_jax.datasets import DATASETS, array_record, vau_bench, video_qa
 from vau_jax.eval import records, scores
 from vau_jax.tasks import TASKS, parsing, prompts, rewards
@@ -209,7 +209,7 @@ def imported(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The synthetic training split, imported; as ArrayRecord, and as TFDS."""
     import tensorflow_datasets as tfds
 
-    import data_prep.vau_bench_tfds  # noqa: F401 - registers the builder
+    import vau_jax.data_prep.vau_bench_tfds  # noqa: F401 - registers the builder
 
     folder = tmp_path_factory.mktemp("imported")
     files = {"train": [str(dataset / "train.csv")]}

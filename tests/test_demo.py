@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import sweep
 from vau_jax.common.files import read_json
 from vau_jax.common.metric_writer import read_metrics
+from vau_jax.launch import sweep
 from vau_jax.vlm import VideoLM
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ def test_the_trained_model_opens_and_saves(finished: tuple[Path, str], tmp_path:
 
 def test_progress_says_what_how_far_and_how_long(finished: tuple[Path, str]) -> None:
     _, out = finished
-    assert re.search(r"^rft: \d+/\d+ +elapsed \d+:\d\d", out, re.MULTILINE)
+    assert re.search(r"^rft: \d+/\d+ +[\d.]+ \S+ +elapsed \d+:\d\d", out, re.MULTILINE)
 
 
 def test_a_second_call_skips_what_is_done(finished: tuple[Path, str]) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from configs import judge as judge_config
 from tests.chat_server import Answer, Server, endpoint, serve
 from tests.records import record
 from tests.rollouts import judged, loss_inputs
@@ -17,6 +16,7 @@ from tests.runs import small
 from vau_jax.common.chat import Chat
 from vau_jax.common.files import InputError
 from vau_jax.common.metric_writer import read_metrics
+from vau_jax.configs import judge as judge_config
 from vau_jax.datasets.vau_bench import example_of, load
 from vau_jax.eval import judge
 from vau_jax.eval.records import to_line

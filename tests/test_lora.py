@@ -13,11 +13,11 @@ import torch
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from configs import srvau_r1_rft, srvau_r1_sft
 from tests import oracle
 from tests.oracle import ask, video
 from tests.small_models import targets_of, with_adapters
 from vau_jax.common.files import InputError
+from vau_jax.configs import srvau_r1_rft, srvau_r1_sft
 from vau_jax.models import checkpoint, hf, lora, peft
 from vau_jax.models.lora import LoRA
 from vau_jax.train import loop, update

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from data_prep.random_model import CHAT_TEMPLATE
 from tests.small_models import make_model, with_adapters
 from vau_jax.common.files import InputError
 from vau_jax.data import chat_template
+from vau_jax.data_prep.random_model import CHAT_TEMPLATE
 from vau_jax.models import hf
 from vau_jax.models.lora import LoRA
 from vau_jax.vlm import VideoLM

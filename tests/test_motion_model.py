@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base
 from tests import video_files
 from tests.oracle import ask
 from tests.runs import small
 from vau_jax.common.files import InputError, read_json
 from vau_jax.common.metric_writer import read_metrics
+from vau_jax.configs import base
 from vau_jax.data.processor import collate, encode_visual, patchify
 from vau_jax.models import lora, motion_prompt
 from vau_jax.models.config import MOTION_FILE

@@ -31,7 +31,7 @@ def test_the_front_door_works_without_torch(model_folder: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("module", ["vau_jax.train", "vau_jax.evaluate", "vau_jax.ask", "launch.compile_check"])
+@pytest.mark.parametrize("module", ["vau_jax.train", "vau_jax.evaluate", "vau_jax.ask", "vau_jax.launch.compile_check"])
 def test_a_mistake_is_reported_before_slow_packages_are_imported(module: str) -> None:
     """Each of them takes as long to import as all others together."""
     slow = {"torch", "transformers", "sklearn", "scipy.stats", "nltk", "httpx2", "tensorboardX", "plotly", "gradio"}

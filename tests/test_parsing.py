@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from data_prep import drafts, reflection
 from vau_jax.common.files import InputError
+from vau_jax.data_prep import drafts, reflection
 from vau_jax.datasets import vau_bench
 from vau_jax.datasets.vau_bench import LABELS
 from vau_jax.eval import gallery

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import demo
 from tests import tables
 from tests.records import example
 from vau_jax.common.files import InputError
+from vau_jax.configs import demo
 from vau_jax.data import pipeline
 from vau_jax.data.pipeline import HostBatch, Loader
 from vau_jax.data.processor import Processor

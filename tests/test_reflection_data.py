@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import reflection as reflection_config
-from data_prep import drafts, reflection, teacher
-from data_prep.drafts import Draft
 from tests import video_files
 from tests.chat_server import Answer, pictures, serve
 from vau_jax.common.files import InputError
+from vau_jax.configs import reflection as reflection_config
 from vau_jax.data import pipeline
+from vau_jax.data_prep import drafts, reflection, teacher
+from vau_jax.data_prep.drafts import Draft
 from vau_jax.datasets.vau_bench import Row, example_of, load
 from vau_jax.tasks import parsing, prompts, rewards
 from vau_jax.tasks.description import SECTIONS
@@ -390,7 +390,7 @@ def test_a_dry_run_prints_prompts_and_asks_nobody(dataset: Path, tmp_path: Path)
             f"--config.teacher.url={server.url}",
             "--config.teacher.model=m",
         ]
-        command = [sys.executable, "-m", "data_prep.reflection", *args]
+        command = [sys.executable, "-m", "vau_jax.data_prep.reflection", *args]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("--- system") == 2 and server.requests == []

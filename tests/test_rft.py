@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base
 from tests import reward_functions
 from tests.oracle import ask
 from tests.rollouts import completions, judged, loss_inputs
@@ -23,6 +22,7 @@ from tests.runs import first_gradient, small
 from vau_jax.common import sharding
 from vau_jax.common.files import InputError
 from vau_jax.common.metric_writer import read_metrics
+from vau_jax.configs import base
 from vau_jax.data import pipeline
 from vau_jax.datasets import vau_bench
 from vau_jax.models import checkpoint, vision

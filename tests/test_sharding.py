@@ -41,7 +41,7 @@ def test_a_mesh_that_does_not_fit_lists_those_that_do() -> None:
 SCRIPT = """
 import json, sys
 import jax, numpy as np
-from configs import demo
+from vau_jax.configs import demo
 from tests.runs import IN_PROPORTION, first_gradient
 from vau_jax.common import sharding
 from vau_jax.rl import sampling
@@ -146,7 +146,7 @@ def test_devices_and_parts_of_a_batch_change_nothing(
 SAMPLES = """
 import json, sys
 import jax, numpy as np
-from configs import demo
+from vau_jax.configs import demo
 from vau_jax.common import sharding
 from vau_jax.data import pipeline
 from vau_jax.train import loop

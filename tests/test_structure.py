@@ -9,7 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # each may import those below it, and itself
-    ("app", "ask", "evaluate", "report", "motion_strip", "train.__main__"),
+    (
+        "app",
+        "ask",
+        "completion",
+        "doctor",
+        "evaluate",
+        "judge",
+        "motion_strip",
+        "report",
+        "show_config",
+        "train.__main__",
+    ),
+    ("cli",),
     ("eval", "train"),
     ("vlm",),
     ("rl",),

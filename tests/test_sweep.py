@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from configs import sweeps
-from launch import sweep
-from vau_jax.common import cli
+from vau_jax.common import config_flags
 from vau_jax.common.files import InputError
+from vau_jax.configs import sweeps
+from vau_jax.launch import sweep
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = sorted(path for path in (ROOT / "configs" / "sweeps").glob("[a-z]*.py"))
 HEAD = """
-from configs.sweeps import over, product, zipped
+from vau_jax.configs.sweeps import over, product, zipped
 PROGRAM, CONFIG = "tests.sweep_program", "tests/sweep_program.py"
 """
 
@@ -34,7 +34,7 @@ def written(folder: Path, body: str) -> Path:
 
 def test_a_sweep_without_jobs_at_once_is_a_mistake(tmp_path: Path) -> None:
     done = call(written(tmp_path, 'over("seed", (0, 1))'), tmp_path / "runs", "--jobs=0")
-    assert done.returncode == 2 and done.stderr == "error: --jobs=0: expected at least 1\n"
+    assert done.returncode == 2 and done.stderr.startswith("error: argument --jobs: 0: expected at least 1 ")
 
 
 def test_products_and_zips() -> None:
@@ -46,17 +46,14 @@ def test_products_and_zips() -> None:
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
-def test_a_sweep_of_the_project_sets_fields_that_its_config_has(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_of_the_project_sets_fields_that_its_config_has(file: Path, tmp_path: Path) -> None:
     """Its program's own reading of the flags accepts every trial."""
-    module = sweep.load(file)
+    module = sweep.load(str(file))
     importlib.import_module(module.PROGRAM)
     found = sweep.trials(module, tmp_path)
     assert len({trial.folder for trial in found}) == len(found) > 2
     for trial in found:
-        monkeypatch.setattr(sys, "argv", trial.command[2:])
-        config, workdir = cli.parse()
+        config, workdir = config_flags.parse(trial.command[2:])
         assert workdir == trial.folder
         assert any(f"seed={config.seed}" in part for part in trial.name.split(","))
 
@@ -120,7 +117,7 @@ def test_a_dry_run_prints_what_a_shell_reads_back(tmp_path: Path) -> None:
 
 def test_every_trial_has_a_name_that_its_backend_takes(tmp_path: Path) -> None:
     file = written(tmp_path, 'over("0", ("x" * 300, "é\\n" * 99, "-", 3))')
-    found = sweep.trials(sweep.load(file), tmp_path)
+    found = sweep.trials(sweep.load(str(file)), tmp_path)
     assert len({trial.folder for trial in found}) == 4 and all(len(t.folder.name.encode()) <= 255 for t in found)
     names = re.findall(r"^NAME=(\S+) bash", sweep.jobs(found, "xpk"), re.MULTILINE)
     assert len(names) == 4 and all(re.fullmatch("[a-z]([-a-z0-9]{0,37}[a-z0-9])?", name) for name in names)
@@ -152,4 +149,4 @@ def test_what_is_no_sweep_is_said(body: str | None, words: str, tmp_path: Path) 
     elif body is None:
         file.write_text("x = 1\n")
     with pytest.raises(InputError, match=words):
-        sweep.trials(sweep.load(file), tmp_path)
+        sweep.trials(sweep.load(str(file)), tmp_path)

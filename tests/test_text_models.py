@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from data_prep import random_model
 from tests.runs import small
 from tests.small_models import TEXT, with_adapters
 from vau_jax.common.files import InputError
 from vau_jax.common.metric_writer import read_metrics
+from vau_jax.data_prep import random_model
 from vau_jax.models import protocol, qwen_vl
 from vau_jax.models.lora import LoRA
 from vau_jax.train import loop

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from launch import sweep
 from tests.runs import ROOT, TRAINING, small
 from vau_jax.common.chips import Chip
 from vau_jax.common.files import LOCK, InputError, locked, read_json
 from vau_jax.common.metric_writer import MetricWriter, RunLog, read_metrics
 from vau_jax.eval import evaluate
+from vau_jax.launch import sweep
 from vau_jax.models import checkpoint, hf
 from vau_jax.train import loop
 from vau_jax.types import State
@@ -140,7 +140,7 @@ def test_weights_and_biases_without_its_package_is_one_error(tmp_path: Path, mon
 
 def test_a_run_from_before_a_field_resumes_where_that_has_its_default(tmp_path: Path) -> None:
     """Its config lacks new fields, and has a removed one that never changed a result."""
-    c = importlib.import_module("configs.vau_r1_sft").get_config()
+    c = importlib.import_module("vau_jax.configs.vau_r1_sft").get_config()
     before = json.loads(c.to_json_best_effort())
     del before["optim"]["eps"], before["rollout"]["reward_seconds"]
     before["rollout"]["reward_threads"] = 8
@@ -166,7 +166,7 @@ def test_a_run_from_before_a_field_resumes_where_that_has_its_default(tmp_path: 
 def test_a_run_whose_config_is_not_understood_is_refused_in_one_line(
     stored: object, message: str, tmp_path: Path
 ) -> None:
-    c = importlib.import_module("configs.vau_r1_sft").get_config()
+    c = importlib.import_module("vau_jax.configs.vau_r1_sft").get_config()
     (tmp_path / "config.json").write_text(json.dumps(stored))
     checkpoint.Checkpoints(tmp_path).save(1, State(jnp.int32(1), {}, {}), {}, 0.0)
     with pytest.raises(InputError, match=message):

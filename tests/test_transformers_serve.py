@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import reflection as reflection_config
-from data_prep import reflection
 from tests import transformers_server
 from tests.chat_server import endpoint
 from vau_jax.common.chat import Chat, frames_content
+from vau_jax.configs import reflection as reflection_config
+from vau_jax.data_prep import reflection
 from vau_jax.vlm import VideoLM
 
 

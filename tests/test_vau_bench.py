@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 
-from data_prep import vau_bench as module
 from tests import video_files
-from vau_jax.common.files import InputError, exit_on_input_error
+from vau_jax import cli
+from vau_jax.common.files import InputError
+from vau_jax.data_prep import vau_bench as module
 from vau_jax.datasets.vau_bench import Row, load, plain_name
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "data_prep.vau_bench", *map(str, args)]
+    command = [sys.executable, "-m", "vau_jax.data_prep.vau_bench", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -76,8 +77,8 @@ def test_audit_of_rows_names_each(vau_bench: Path) -> None:
     ("flags", "words"),
     [
         (["--out", "/dev/null/folder"], "cannot write to the folder /dev/null/folder"),
-        (["--out", "x", "--seed", "-1"], "argument --seed: invalid whole_number value"),
-        (["--out", "x", "--workers", "0"], "argument --workers: invalid whole_number value"),
+        (["--out", "x", "--seed", "-1"], "argument --seed: -1: expected at least 0"),
+        (["--out", "x", "--workers", "0"], "argument --workers: 0: expected at least 1"),
     ],
     ids=["out", "seed", "workers"],
 )
@@ -86,7 +87,7 @@ def test_impossible_flags_are_named(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["vau_bench", "import", "--test", str(vau_bench / "test_msad.csv"), *flags])
     with pytest.raises(SystemExit) as ended:
-        exit_on_input_error(module.main)
+        cli.main("data")
     assert ended.value.code == 2 and words in capsys.readouterr().err
 
 
@@ -192,7 +193,7 @@ def test_a_spoilt_imported_row_is_named(imported: Path, tmp_path: Path) -> None:
 def test_the_tfds_builder_takes_several_questions_about_a_video(imported: Path, tmp_path: Path) -> None:
     import tensorflow_datasets as tfds
 
-    import data_prep.vau_bench_tfds  # noqa: F401 - registers the builder
+    import vau_jax.data_prep.vau_bench_tfds  # noqa: F401 - registers the builder
 
     first = json.loads((imported / "test.jsonl").read_text().splitlines()[0])
     rows = [first, {**first, "question": "Who comes last?"}]
@@ -207,7 +208,7 @@ def test_the_tfds_builder_takes_several_questions_about_a_video(imported: Path, 
 def test_the_tfds_builder_gives_every_row(imported: Path, tmp_path: Path, config: str) -> None:
     import tensorflow_datasets as tfds
 
-    import data_prep.vau_bench_tfds  # noqa: F401 - registers the builder
+    import vau_jax.data_prep.vau_bench_tfds  # noqa: F401 - registers the builder
 
     builder = tfds.builder(f"vau_bench/{config}", imported=imported, data_dir=tmp_path)
     builder.download_and_prepare()

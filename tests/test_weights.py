@@ -16,10 +16,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
-from data_prep import random_model
 from tests import oracle
 from tests.oracle import ask, video
 from vau_jax.common.files import InputError
+from vau_jax.data_prep import random_model
 from vau_jax.models import config as model_config
 from vau_jax.models import hf
 from vau_jax.vlm import VideoLM

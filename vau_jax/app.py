@@ -1,6 +1,6 @@
 """A local page to ask a model about a video (the extra `app`).
 
-    python -m vau_jax.app --model=DIR [--port=7860] [--host=127.0.0.1] [--max_mb=500] [--max_seconds=1800]
+    vau app --model=DIR [--port=7860] [--host=127.0.0.1] [--max_mb=500] [--max_seconds=1800]
 
 Drop a video in, choose the task, and see the text while it is written, then the answer, its place on the time line and
 frames of the interval. The page is for this machine alone unless --host says otherwise, and nothing is fetched from or
@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from vau_jax import cli
 from vau_jax.ask import MOST_TEXT, Asker, Question, check
-from vau_jax.common.files import InputError, exit_on_input_error
+from vau_jax.common.files import InputError
 from vau_jax.data.video.clips import VideoOptions
 from vau_jax.data.video.decoders import VideoError
 from vau_jax.eval import gallery
 from vau_jax.tasks import TASKS
 from vau_jax.tasks.intervals import format_interval
-from vau_jax.vlm import DTYPES
 from vau_jax.web.uploads import Uploads, open_folder
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -211,39 +211,25 @@ def serve(
             page.close(verbose=False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="a local page to ask a model about a video")
-    parser.add_argument("--model", required=True, help="Hugging Face folder or workdir of a run")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
-    parser.add_argument("--max_new_tokens", type=int, default=0, help="0: the run's own, or 1024")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network, to everybody in it")
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--name", action="append", default=[], help="another host name of the page, such as a proxy's")
-    parser.add_argument("--max_mb", type=int, default=500, help="largest file taken")
-    parser.add_argument("--max_total_mb", type=int, default=2000, help="largest size of all files that are kept")
-    parser.add_argument("--max_seconds", type=float, default=1800, help="longest video taken")
-    a = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
+    """The program: see its options in `vau_jax.cli`."""
     logging.set_verbosity(logging.ERROR)  # orbax warns of a file that parameters alone do not need
-
-    def run() -> None:
-        asker = Asker(a.model, a.dtype, a.max_new_tokens)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the files are removed
-        with (
-            open_folder(a.max_total_mb * 2**20) as uploads,
-            closing(Model(asker)) as model,
-            suppress(KeyboardInterrupt),
-        ):
-            page = build(model, uploads, a.max_seconds)
-            try:
-                with serve(page, uploads, a.host, a.port, a.max_mb, a.name) as address:
-                    print(f"open {address}", flush=True)
-                    threading.Event().wait()
-            except OSError as error:
-                raise InputError(f"cannot serve on {a.host}:{a.port}: {error} (--host, --port)") from error
-
-    exit_on_input_error(run)
+    asker = Asker(args.model, args.dtype, args.max_new_tokens)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the files are removed
+    with (
+        open_folder(args.max_total_mb * 2**20) as uploads,
+        closing(Model(asker)) as model,
+        suppress(KeyboardInterrupt),
+    ):
+        page = build(model, uploads, args.max_seconds)
+        try:
+            with serve(page, uploads, args.host, args.port, args.max_mb, args.name) as address:
+                print(f"open {address}", flush=True)
+                threading.Event().wait()
+        except OSError as error:
+            raise InputError(f"cannot serve on {args.host}:{args.port}: {error} (--host, --port)") from error
 
 
 if __name__ == "__main__":
-    main()
+    cli.main("app")

@@ -1,8 +1,8 @@
 """Asks a model about one video.
 
-    python -m vau_jax.ask --model=DIR --video=FILE --task=qa --option "a fire" --option "a fall" ... "What happens?"
-    python -m vau_jax.ask --model=DIR --video=FILE --task=ground|classify
-    python -m vau_jax.ask --model=DIR --video=FILE --task=describe "What does the man in red do?"
+    vau ask --model=DIR --video=FILE --task=qa --option "a fire" --option "a fall" ... "What happens?"
+    vau ask --model=DIR --video=FILE --task=ground|classify
+    vau ask --model=DIR --video=FILE --task=describe "What does the man in red do?"
 
 DIR is a Hugging Face folder or the workdir of a run; a run is asked in the words, and sees the frames, of its training.
 Prints the answer, and the interval where the task has one.
@@ -17,14 +17,15 @@ from pathlib import Path
 from absl import logging
 from ml_collections import ConfigDict
 
-from vau_jax.common.files import InputError, exit_on_input_error, read_json
+from vau_jax import cli
+from vau_jax.common.files import InputError, read_json
 from vau_jax.data.pipeline import video_options
 from vau_jax.data.video import decode_worker
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.tasks import TASKS, parsing, prompts
 from vau_jax.tasks.base import Shown
 from vau_jax.tasks.example import Example
-from vau_jax.vlm import DTYPES, VideoLM
+from vau_jax.vlm import VideoLM
 
 COMMANDS = {task.command: task for task in TASKS.values()}
 MOST_TEXT = 4000  # characters of a question with its options; each may be up to four tokens
@@ -68,6 +69,8 @@ class Asker:
 
 def check(question: Question) -> None:
     """Raises InputError for a question that cannot be asked."""
+    if question.task not in COMMANDS:
+        raise InputError(f"--task={question.task} is unknown: expected one of {', '.join(COMMANDS)}")
     if fault := COMMANDS[question.task].check_question(question.text, question.options):
         raise InputError(fault)
     words = "".join((question.text, *question.options))
@@ -114,30 +117,16 @@ def read(completion: str, question: Question, reflection: bool) -> Shown:
     return shown or Shown(f"no answer in the expected format; the model wrote:\n{completion.strip()}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="ask a model about one video")
-    parser.add_argument("--model", required=True, help="Hugging Face folder or workdir of a run")
-    parser.add_argument("--video", required=True, help="video file")
-    parser.add_argument("--task", required=True, choices=COMMANDS)
-    parser.add_argument("--option", action="append", default=[], help="an answer to choose from; qa needs two or more")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
-    parser.add_argument("--max_new_tokens", type=int, default=0, help="0: the run's own, or 1024")
-    parser.add_argument("--verbose", action="store_true", help="print the reasoning too")
-    parser.add_argument("question", nargs="?", default="")
-    a = parser.parse_args()
-
+def main(args: argparse.Namespace) -> None:
+    """The program: see its options in `vau_jax.cli`."""
     logging.set_verbosity(logging.ERROR)  # orbax warns about a file that is not needed for parameters alone
-
-    def run() -> None:
-        question = Question(a.video, a.task, a.question, tuple(a.option))
-        check(question)  # before the model is loaded, which is slow
-        asker = Asker(a.model, a.dtype, a.max_new_tokens)
-        completion = asker.complete(question)
-        answer = asker.read(completion, question).text
-        print(f"{completion.strip()}\n\n{answer}" if a.verbose else answer)
-
-    exit_on_input_error(run)
+    question = Question(args.video, args.task, args.question, tuple(args.option))
+    check(question)  # before the model is loaded, which is slow
+    asker = Asker(args.model, args.dtype, args.max_new_tokens)
+    completion = asker.complete(question)
+    answer = asker.read(completion, question).text
+    print(f"{completion.strip()}\n\n{answer}" if args.verbose else answer)
 
 
 if __name__ == "__main__":
-    main()
+    cli.main("ask")

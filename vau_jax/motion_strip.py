@@ -1,16 +1,16 @@
 """A picture of what a Video Motion Prompt does: frames, differences, attention and prompted frames over time.
 
-python -m vau_jax.motion_strip VIDEO --out=strip.png [--m=0.8916] [--n=-0.2543]
+vau motion-strip VIDEO --out=strip.png [--m=0.8916] [--n=-0.2543]
 """
 
 import argparse
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vau_jax.common.files import InputError, exit_on_input_error
+from vau_jax import cli
+from vau_jax.common.files import InputError
 from vau_jax.data.video import clips
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
@@ -33,22 +33,18 @@ def strip(frames: np.ndarray, m: float, n: float, most: int = 12) -> np.ndarray:
     return (np.concatenate([row(values) for values in rows]) * 255).round().astype(np.uint8)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--m", type=float, default=PUBLISHED["ucf_crime"][0], help="slope before its bounds")
-    parser.add_argument("--n", type=float, default=PUBLISHED["ucf_crime"][1], help="shift before its bounds")
-    parser.add_argument("--fps", type=float, default=2.0, help="frames a second")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
+    """The program: see its options in `vau_jax.cli`."""
+    known = PUBLISHED["ucf_crime"]
+    m, n = (known[i] if given is None else given for i, given in enumerate((args.m, args.n)))
     options = clips.VideoOptions.from_item({"fps": args.fps, "min_pixels": 64 * 64, "max_pixels": 160 * 160})
     try:
         clip = DecoderPool(1).read(args.video, options, factor=4, multiple=2)
     except VideoError as error:
         raise InputError(str(error)) from error
-    Image.fromarray(strip(clip.frames, args.m, args.n)).save(args.out)
-    print(f"{args.out}: frames, differences, attention, prompted frames; m={args.m:g}, n={args.n:g}")
+    Image.fromarray(strip(clip.frames, m, n)).save(args.out)
+    print(f"{args.out}: frames, differences, attention, prompted frames; m={m:g}, n={n:g}")
 
 
 if __name__ == "__main__":
-    exit_on_input_error(main)
+    cli.main("motion-strip")

@@ -1,9 +1,9 @@
 """What a motion prompt is worth, on the demo's videos: without, trained from near the identity, and with the two
 numbers published for UCF-Crime kept as they are; by cameras that shake and by cameras that are still. SFT alone."""
 
-from configs.sweeps import Trials, over, product
+from vau_jax.configs.sweeps import Trials, over, product
 
-PROGRAM = "launch.demo"
+PROGRAM = "vau_jax.launch.demo"
 CONFIG = "configs/demo.py"
 
 

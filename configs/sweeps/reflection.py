@@ -4,9 +4,9 @@ Completions in one pass, in two passes without reflection, and with reflection; 
 first stage alone is SFT without RFT. launch/README.md has the table, and the plan for a model of 3 billion weights.
 """
 
-from configs.sweeps import Trials, over, product
+from vau_jax.configs.sweeps import Trials, over, product
 
-PROGRAM = "launch.demo"
+PROGRAM = "vau_jax.launch.demo"
 CONFIG = "configs/demo.py"
 
 

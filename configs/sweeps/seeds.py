@@ -1,8 +1,8 @@
 """The demo over seeds of weights, data order and sampling."""
 
-from configs.sweeps import Trials, over, product
+from vau_jax.configs.sweeps import Trials, over, product
 
-PROGRAM = "launch.demo"
+PROGRAM = "vau_jax.launch.demo"
 CONFIG = "configs/demo.py"
 
 

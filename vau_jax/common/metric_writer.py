@@ -1,5 +1,5 @@
-"""Metrics and progress of a run: metrics.jsonl, TensorBoard and Weights & Biases, a progress line in the terminal, and
-a heartbeat of every process.
+"""The log of a run: metrics.jsonl, TensorBoard and Weights & Biases, its progress line, and a heartbeat of every
+process.
 """
 
 import hashlib
@@ -19,30 +19,9 @@ from ml_collections import ConfigDict
 
 from vau_jax.common import processes
 from vau_jax.common.files import InputError, dump_json, read_json, read_lines, short, write_text
+from vau_jax.common.progress import Progress
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event after each program
-
-
-class Progress:
-    """Prints the progress of a stage with elapsed time and ETA, a line every few seconds and one at the end."""
-
-    def __init__(self, stage: str, total: int, every: float = 5.0, start: int = 0) -> None:
-        self.stage, self.total, self.every = stage, total, every
-        self.start, self.began, self.last = start, time.monotonic(), 0.0
-
-    def show(self, done: int, note: str = "") -> None:
-        now = time.monotonic()
-        if done < self.total and now - self.last < self.every:
-            return
-        self.last = now
-        elapsed = now - self.began
-        eta = elapsed * (self.total - done) / max(1, done - self.start)
-        clock = f"elapsed {_clock(elapsed)}" + (f", ETA {_clock(eta)}" if done < self.total else "")
-        print(f"{self.stage}: {done}/{self.total}  {clock}  {note}".rstrip(), flush=True)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 class MetricWriter:
@@ -172,7 +151,7 @@ class RunLog:
         self.heartbeat = Heartbeat(workdir)
         first = processes.is_first()
         self.writer = MetricWriter(workdir, done, config.wandb) if first else None
-        self.progress = Progress(config.stage, config.steps, start=done) if first else None
+        self.progress = Progress(config.stage, config.steps, "step", start=done) if first else None
 
     def begin(self, step: int) -> None:
         first, last = self.config.profile_steps

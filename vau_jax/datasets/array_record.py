@@ -1,4 +1,4 @@
-"""VAU-Bench's rows in ArrayRecord files: each record is a row as JSON, as `data_prep.vau_bench import` writes it."""
+"""VAU-Bench's rows in ArrayRecord files: each record is a row as JSON, as `vau data import` writes it."""
 
 import json
 import os

@@ -24,7 +24,7 @@ import av
 import numpy as np
 
 from vau_jax.common.files import dump_json, write_text
-from vau_jax.common.metric_writer import Progress
+from vau_jax.common.progress import Progress
 from vau_jax.datasets.vau_bench import COLUMNS
 
 FPS_CHOICES = (10, 12, 15, 20, 25, 30)
@@ -467,7 +467,7 @@ def make_dataset(
     write_text(started, dump_json(request))
     scenes = {split: split_scenes(split, count, seed) for split, count in counts.items()}
     tasks = [(scene, videos / f"{scene.name}.mp4", shake) for group in scenes.values() for scene in group]
-    progress = Progress("videos", len(tasks))
+    progress = Progress("videos", len(tasks), "video")
     with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for index, _ in enumerate(pool.map(_render, tasks, chunksize=16)):
             progress.show(index + 1)

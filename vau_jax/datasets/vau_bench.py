@@ -6,7 +6,7 @@ three different codes stand for "no interval", and some rows have no text at all
     rows, audit = load("test_ecva.csv", source="ecva")
     print(audit.table())
 
-It also reads the JSONL that `data_prep.vau_bench import` writes: rows that are corrected already.
+It also reads the JSONL that `vau data import` writes: rows that are corrected already.
 """
 
 import ast
@@ -97,7 +97,7 @@ def load(
     source: Literal["msad", "ucf", "ecva", "auto"] = "auto",
     protocol: Literal["clean", "paper"] = "clean",
 ) -> tuple[list[Row], Audit]:
-    """Reads a CSV or JSONL file of VAU-Bench's schema, or a JSONL of rows that `data_prep.vau_bench` imported.
+    """Reads a CSV or JSONL file of VAU-Bench's schema, or a JSONL of rows that `vau data import` wrote.
 
     `source` names the rules for times; "auto" takes the prefix of the video's name (`ecva_`, `ucf_`, `msad_`), then its
     form (digits only: ECVA; `_x264`: UCF-Crime; else MSAD's plain seconds). `protocol="clean"` corrects what is wrong;
@@ -280,9 +280,7 @@ def _imported_row(path: Path, line: int, record: dict[str, Any]) -> Row:
             raise ValueError("a field has an impossible value")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = CONTROL.sub("?", str(error))[:200]
-        raise InputError(
-            f"{path} line {line} is not an imported row ({what}): run `data_prep.vau_bench import`"
-        ) from error
+        raise InputError(f"{path} line {line} is not an imported row ({what}): run `vau data import`") from error
     return row
 
 

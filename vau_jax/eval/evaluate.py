@@ -8,8 +8,10 @@ done. A video that cannot be read is a wrong answer, counted under "failed".
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax.common import processes, sharding
+from vau_jax.common import processes, progress, sharding
 from vau_jax.common.about import about
 from vau_jax.common.files import InputError, check_range, content_hash, dump_json, read_json, read_lines, write_text
-from vau_jax.common.metric_writer import Progress
+from vau_jax.common.progress import Progress
 from vau_jax.data import pipeline
 from vau_jax.datasets.audit import Audit
 from vau_jax.eval import scores
@@ -80,6 +82,12 @@ def _run(config: ConfigDict, workdir: Path, examples: list[Example], audit: Audi
     return result
 
 
+def summary(config: ConfigDict, workdir: Path) -> str:
+    """The last lines of the program."""
+    places = {"scores": workdir / "metrics.json", "answers": workdir / "predictions.jsonl"}
+    return progress.summary(f"{config.name}: evaluated", places, [("vau", "report", workdir)])
+
+
 def check(config: ConfigDict) -> None:
     """Raises InputError for invalid settings of an evaluation."""
     pipeline.check(config.data)
@@ -129,15 +137,25 @@ def predict(config: ConfigDict, workdir: Path, examples: list[Example], fingerpr
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config.batch_size, mesh)
     vlm = VideoLM.load(config.checkpoint, config.dtype, mesh) if todo else None
-    progress = Progress(config.name, len(examples), start=len(records))
+    shown = Progress(config.name, len(examples), "example", start=len(records))
     with path.open("a", encoding="utf-8") as file:
         for record in _answers(todo, vlm, config) if vlm else ():
             if _key(record) not in records:  # the last example fills up the last batch
                 records[_key(record)] = record
                 file.write(to_line(record, fingerprint))
                 file.flush()
-                progress.show(len(records))
+                shown.show(len(records), partial(headline, records.values()))
     return [records[key] for key in keys]
+
+
+def headline(records: Collection[Record]) -> str:
+    """The numbers that a progress line shows: the mean score of each task so far, and how many videos failed."""
+    scores = defaultdict(list)
+    for record in records:
+        if record.scores:
+            scores[record.task].append(record.scores[0])
+    means = [f"{task} {sum(values) / len(values):.2f}" for task, values in scores.items()]
+    return "  ".join([*means, f"failed {sum(record.failure is not None for record in records)}"])
 
 
 def _key(record: Record) -> Key:

@@ -1,6 +1,6 @@
 """Marks for the descriptions of an evaluation, by a judge model; see `vau_jax.rl.judge` for the marks.
 
-    python -m vau_jax.eval.judge --config=configs/judge.py --workdir=EVALUATION --config.url=... --config.model=...
+    vau judge --workdir=EVALUATION --config.url=... --config.model=...
 
 Writes EVALUATION/judged/NAME.json; with other judges' files beside it, also how they agree.
 """
@@ -13,10 +13,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy.stats import spearmanr
 
-from vau_jax.common import cli
+from vau_jax.common import progress
 from vau_jax.common.chat import Chat
 from vau_jax.common.files import InputError, content_hash, dump_json, read_json, write_text
-from vau_jax.common.metric_writer import Progress
+from vau_jax.common.progress import Progress
 from vau_jax.eval.records import load
 from vau_jax.rl.judge import AXES, MOST, Judge, Marks, Subject, prompt_hash, total
 from vau_jax.tasks import TASKS
@@ -40,8 +40,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     judge = Judge(Chat(config, folder / f"{config.name}.answers.jsonl"))
     read = [r for r in records if not r.failure]
-    progress = Progress(config.name, len(read))
-    answers = judge.marks([Subject.of_record(r) for r in read], progress.show)
+    shown = Progress(config.name, len(read), "description")
+    answers = judge.marks([Subject.of_record(r) for r in read], shown.show)
     marked: dict[str, Marks | None] = {r.example: dict.fromkeys(AXES, 0.0) for r in records if r.failure}
     marked |= {r.example: given for r, (given, _) in zip(read, answers, strict=True)}
     given = [marks for marks in marked.values() if marks]
@@ -61,6 +61,12 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     shown = {key: value for key, value in result.items() if key != "marks"} | {"agreement": agreement(folder)}
     print(dump_json(shown, indent=1), flush=True)
     return result
+
+
+def summary(config: ConfigDict, workdir: Path) -> str:
+    """The last lines of the program."""
+    places = {"marks": workdir / FOLDER / f"{config.name}.json"}
+    return progress.summary(f"{config.name}: marked", places, [("vau", "report", workdir)])
 
 
 def agreement(folder: Path) -> list[dict[str, Any]]:
@@ -83,7 +89,3 @@ def agreement(folder: Path) -> list[dict[str, Any]]:
             same = judges[first]["prompt_hash"] == judges[second]["prompt_hash"]
             pairs.append(pair if same else pair | {"note": "marked under different prompts"})
     return pairs
-
-
-if __name__ == "__main__":
-    cli.main(run)

@@ -289,13 +289,8 @@ def compare(a: Path, b: Path) -> str:
     return "\n".join([markdown(lines), "", *notes])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="runs to one report")
-    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR")
-    parser.add_argument("--out", type=Path, default=Path("report.html"))
-    parser.add_argument("--examples", type=int, default=1000, help="most examples on the page")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="folders of two evaluations")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
+    """The program: see its options in `vau_jax.cli`."""
     if not args.compare and not args.folders:
         raise InputError("give folders of runs, or --compare A B")
     print(compare(*args.compare) if args.compare else write(args.folders, args.out, args.examples))

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax.common import processes, sharding
+from vau_jax.common import processes, progress, sharding
 from vau_jax.common.about import about
 from vau_jax.common.checks import COUNT, check_choices, check_ranges
 from vau_jax.common.chips import chip
@@ -63,6 +63,8 @@ def check(config: ConfigDict) -> None:
     config is checked by the module that reads it.
     """
     c, limit = config, config.data.max_completion_tokens
+    if not (c.model or c.init_from):
+        raise InputError("model is not set: expected a Hugging Face folder, or in init_from an earlier run")
     check_choices(c, "", {"stage": tuple(update.STAGES), "dtype": tuple(DTYPES)})
     check_ranges(c, "", RANGES)
     check_ranges(c.checkpoint, "checkpoint.", {"every": COUNT, "keep": COUNT})
@@ -214,6 +216,21 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     return workdir
 
 
+def summary(config: ConfigDict, workdir: Path) -> str:
+    """The last lines of the program; empty in all processes but the first."""
+    if not processes.is_first():
+        return ""
+    best = read_json(workdir / "best.json")
+    title = f"{config.stage}: {config.steps} steps are done; best checkpoint by {best['metric']}: step {best['step']}"
+    places = {
+        "checkpoints": workdir / "checkpoints",
+        "metrics": f"{workdir / 'metrics.jsonl'}, and for TensorBoard {workdir / 'tensorboard'}",
+    }
+    test = ("--config.data.csv=TEST.csv", f"--config.data.videos={config.data.videos}")
+    evaluation = ("vau", "evaluate", f"--workdir={workdir}/eval", f"--config.checkpoint={workdir}", *test)
+    return progress.summary(title, places, [evaluation, ("vau", "report", workdir)])
+
+
 def _train(config: ConfigDict, workdir: Path) -> None:
     check_same_run(config, workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
@@ -351,7 +368,7 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
     path = workdir / "config.json"
     if not path.exists() or not checkpoint.steps(workdir):
         return
-    from configs import base  # noqa: PLC0415 - which imports our own names in turn
+    from vau_jax.configs import base  # noqa: PLC0415 - which imports our own names in turn
 
     fields = Fields(read_json(path), str(path))
     if (version := fields.integer("format", 1, 10**6, 1)) > config.format:
