@@ -164,13 +164,13 @@ def test_a_mistake_is_one_line(settings: dict[str, str], command: tuple[str, ...
 PROGRAM = """
 import os, pathlib, signal, sys, time
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     tries = pathlib.Path(sys.argv[1])
     tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
     if len(tries.read_text()) == 1:
         sys.exit(int(sys.argv[2]))
     if sys.argv[2] == "3":
         sys.exit(0)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     time.sleep(60)
 """
 

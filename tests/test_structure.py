@@ -13,7 +13,6 @@ LAYERS = (  # each may import those below it, and itself
         "app",
         "ask",
         "completion",
-        "doctor",
         "evaluate",
         "judge",
         "motion_strip",

@@ -175,7 +175,7 @@ COMMANDS = {
     "demo": Command(
         "vau_jax.launch.demo", "the whole job on videos that it renders", demo, "demo", flags=("config", "workdir")
     ),
-    "doctor": Command("vau_jax.doctor", "what works on this machine", doctor),
+    "doctor": Command("vau_jax.launch.doctor", "what works on this machine", doctor),
     "ask": Command("vau_jax.ask", "ask a model about a video", ask),
     "app": Command("vau_jax.app", "a local page to ask a model about videos", app),
     "train": Command("vau_jax.train.loop", "SFT or RFT by a config", fields="base"),
@@ -213,7 +213,9 @@ def fill(parser: Parser, name: str, with_fields: bool = False) -> Parser:
     if command.fields and with_fields:
         if "config" in command.flags:
             default = f" (default: {command.config})" if command.config else ""
-            parser.add_argument("--config", help=f"a config: its path or name, with :arg where it takes one{default}")
+            names = sorted(path.stem for path in _configs().glob("[a-z]*.py"))
+            text = f"a config: its path or name, with :arg where it takes one{default}"
+            parser.add_argument("--config", metavar="CONFIG", choices=names, help=text)
         if "workdir" in command.flags:
             parser.add_argument("--workdir", metavar="DIR", help="where everything is written")
         if "distributed" in command.flags:
