@@ -1,12 +1,13 @@
 """The report's page, in Chromium: what it shows, that nothing in it is run or fetched, and that all can use it."""
 
+import csv
+import io
 import json
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,56 +15,12 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
 from tests import records, video_files
+from tests.reports import ASKED, HOSTILE, RECORDS, evaluation, record
 from vau_jax.common import files
 from vau_jax.common.files import InputError
-from vau_jax.eval import gallery, report, scores
-from vau_jax.eval.records import load, to_line
+from vau_jax.eval import charts, gallery, report
+from vau_jax.eval.records import load
 from vau_jax.rl.judge import AXES
-from vau_jax.tasks.record import Record
-
-HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
-SECTIONS = "<think>{think}</think><draft>{draft}</draft><reflect>It burns, I see.</reflect><revise>r</revise>"
-
-
-def record(number: int, task: str, answer: str, drafted: str, failure: str | None = None, **changed: Any) -> Record:
-    """A record of a video with a fire from 2 to 6 s."""
-    text = SECTIONS.format(think=f"Smoke {HOSTILE}", draft=drafted) + f"<answer>{answer}</answer>"
-    if task == "grounding":
-        text = text.replace(f"<answer>{answer}", "<answer>Anomaly") + f"<glue>{answer}</glue>"
-    made = records.record(task, text, "reflection", failure, video=f"v{number}.mp4", **changed)
-    return replace(made, example=f"v{number}.mp4/{task}", question=f"What happens? {HOSTILE}")
-
-
-def evaluation(folder: Path, evaluated: list[Record], name: str, videos: Path, csv: str = "test.csv") -> Path:
-    folder.mkdir(parents=True)
-    (folder / "predictions.jsonl").write_text("".join(to_line(r, "f") for r in evaluated))
-    result = {
-        "name": name,
-        "checkpoint": f"runs/{HOSTILE}",
-        "blind": False,
-        "protocol": "clean",
-        "about": {"time": "now", "commit": "abc", "devices": "1 x cpu"},
-        "settings": {
-            "data": {"csv": csv, "videos": str(videos)},
-            "rewards": {"accuracy": 1.0, "format": 0.5, "tiou": 0.0},
-        },
-        "excluded": [{"video": HOSTILE, "what": "qa", "reason": "no question text"}],
-        "failed": 0,
-        **scores.score(evaluated, weights={"accuracy": 1.0, "format": 0.5}),
-    }
-    (folder / "metrics.json").write_text(json.dumps(result))
-    return folder
-
-
-ASKED = [
-    ((0, "qa", "B", "A"), {}),  # corrected
-    ((0, "grounding", "[2.0, 6.0]", "Anomaly [2.0, 6.0]"), {}),
-    ((0, "classification", "Fire", "Fire"), {}),
-    ((1, "qa", "C", "B"), {}),  # broken
-    ((1, "grounding", "[5.0, 9.0]", "Anomaly [1.0, 5.0]"), {}),  # broken
-    ((1, "classification", "???", "Fire"), {"source": "ucf"}),  # broken and unreadable
-]
-RECORDS = [record(*asked, **changed) for asked, changed in ASKED]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +73,7 @@ def test_texts_of_models_and_files_stay_texts(page: Page) -> None:
         place.scroll_into_view_if_needed()
     assert page.evaluate("window.hacked") is None
     assert page.locator("img").count() == 0
-    text = page.locator(".card").first.inner_text() + page.locator("#filters").inner_text()
+    text = page.locator(".card").first.inner_text() + page.locator("table").first.inner_text()
     assert text.count("<script>window.hacked = 1</script>") >= 2
 
 
@@ -221,18 +178,18 @@ def test_published_numbers_stand_beside_the_same_data_alone(page: Page) -> None:
 
 
 def test_filters_and_order(page: Page) -> None:
-    assert len(shown(page)) == 9
+    assert len(shown(page)) == 6
     page.select_option("[name=task]", "grounding")
-    assert shown(page) == ["v0.mp4/grounding", "v1.mp4/grounding", "v0.mp4/grounding"]
+    assert shown(page) == ["v0.mp4/grounding", "v1.mp4/grounding"]
     page.select_option("[name=outcome]", "broken")
     assert shown(page) == ["v1.mp4/grounding"]
     assert page.locator("#count").inner_text() == "1 shown"
     page.get_by_role("button", name="Show all").click()
-    assert page.locator("#count").inner_text() == "9 shown"
+    assert page.locator("#count").inner_text() == "6 shown"
     page.select_option("[name=order]", "worst")
     assert shown(page)[0].startswith("v1.mp4")
     page.select_option("[name=outcome]", "corrected")
-    assert shown(page) == ["v0.mp4/qa", "v0.mp4/qa"]
+    assert shown(page) == ["v0.mp4/qa"]
 
 
 def test_a_card_has_frames_a_time_line_and_folded_sections(page: Page) -> None:
@@ -245,7 +202,7 @@ def test_a_card_has_frames_a_time_line_and_folded_sections(page: Page) -> None:
     ]
     bar = card.locator(".bar.predicted")
     assert bar.evaluate("e => [e.style.left, e.style.width]") == ["50%", "40%"]
-    assert page.locator(".card:visible .strip").count() == 2  # v1.mp4 is not there
+    assert page.locator(".card:visible .strip").count() == 1  # v1.mp4 is not there
     section = card.locator("details", has_text="reflect").locator("p")
     assert not section.is_visible()
     card.locator("summary", has_text="reflect").click()
@@ -253,8 +210,8 @@ def test_a_card_has_frames_a_time_line_and_folded_sections(page: Page) -> None:
 
 
 def test_keys_reach_everything(page: Page) -> None:
-    page.locator("[name=evaluation]").focus()
-    for name in ("task", "class", "outcome", "order"):
+    page.locator("[name=task]").focus()
+    for name in ("class", "outcome", "order"):
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.name") == name
     page.keyboard.press("Tab")
@@ -282,8 +239,99 @@ def test_curves_of_all_runs_share_a_chart(folder: Path) -> None:
     charts = json.loads(re.search(r'id="chart-data">(.*?)</script>', text, re.DOTALL).group(1))
     loss = next(chart for chart in charts if chart["title"] == "Loss")
     assert [line["name"] for line in loss["data"]] == ["rft", "sft"]
+    assert len({line["line"]["color"] for line in loss["data"]}) == 2
     titles = [chart["title"] for chart in charts]
     assert sum(t.startswith("Classes: ") for t in titles) == sum(t.startswith("Times: ") for t in titles) == 2
+
+
+def test_a_curve_is_smoothed_with_its_values_behind_it(tmp_path: Path, rng: np.random.Generator) -> None:
+    values = [None if i == 50 else float(x) for i, x in enumerate(rng.normal(size=120))]
+    (tmp_path / "run").mkdir()
+    steps = [{"step": i, "loss": value} for i, value in enumerate(values)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    raw, smooth = charts.curves({"run": report.read_metrics(tmp_path / "run")})[0]["data"]
+    assert raw["showlegend"] is False and raw["opacity"] < 1 and raw["line"] == smooth["line"]
+    known = [i for i in range(120) if i != 50]
+    assert raw["y"] == [values[i] for i in known] and len(smooth["y"]) == 119
+    near = [values[i] for i in known[56:65]]  # the four before, itself, and the four after
+    assert smooth["y"][60] == pytest.approx(sum(near) / 9, rel=1e-5)
+
+
+def test_missing_values_stay_missing_in_a_smoothed_curve_and_count_nowhere() -> None:
+    assert charts.moving_mean([1.0, None, 4.0, 5.0], 1) == [1.0, None, 4.5, 4.5]
+    assert charts.moving_mean([1.0, None], 0) == [1.0, None]
+
+
+def test_an_example_is_one_card_with_what_changed(tmp_path: Path) -> None:
+    before = [record(0, "grounding", "[5.0, 9.0]", "Anomaly [5.0, 9.0]"), record(0, "qa", "B", "B")]
+    after = [record(0, "grounding", "[2.0, 6.0]", "Anomaly [2.0, 6.0]"), record(0, "qa", "C", "B")]
+    found = [gallery.card([("rft", new), ("sft", old)]) for new, old in zip(after, before, strict=True)]
+    assert [[a.evaluation for a in card.answers] for card in found] == [["rft", "sft"]] * 2
+    assert [card.answers[0].change for card in found] == ["0.14 → 1.00", "right → wrong"]
+    assert "improved" in found[0].states and "worsened" in found[1].states
+    assert found[0].gain == pytest.approx(6 / 7) and found[1].gain == -1
+    bars = [(bar.kind, bar.name, bar.text) for bar in found[0].bars]
+    assert bars == [
+        ("true", "true", "2.0 to 6.0 s"),
+        ("predicted", "rft", "2.0 to 6.0 s"),
+        ("predicted", "sft", "5.0 to 9.0 s"),
+        ("draft", "draft", "2.0 to 6.0 s"),
+    ]
+
+
+def test_the_page_begins_with_the_newest_evaluation(page: Page) -> None:
+    assert page.locator("h2").first.inner_text() == "Newest evaluation: second"
+    numbers = page.locator(".numbers").inner_text()
+    assert "QA accuracy" in numbers and "1.00 [" in numbers
+    contents = page.locator("nav a").all_text_contents()
+    assert contents[:2] == ["Newest evaluation", "All results"] and contents[-1] == "How it was made"
+    for link in page.locator("nav a").all():
+        assert page.locator(link.get_attribute("href")).count() == 1
+
+
+def test_a_change_is_from_the_evaluation_before_of_the_same_annotations(folder: Path, tmp_path: Path) -> None:
+    for name, found in (("a", RECORDS), ("b", RECORDS[:3])):
+        evaluation(tmp_path / name, found, name, folder)
+    found = report.newest(report.evaluations([tmp_path]))
+    assert found["name"] == "b" and found["before"] == "a"
+    assert next(n for n in found["numbers"] if n["title"] == "QA accuracy")["change"] == "+0.50"
+    assert report.newest([]) == {}
+
+
+def test_tables_are_copied_as_markdown_and_csv(browser: Browser, folder: Path, tmp_path: Path) -> None:
+    """From a file, as a spreadsheet and a README take them; no text becomes a formula."""
+    found = evaluation(tmp_path / "a", RECORDS, '=1+"2", |x|', folder)
+    report.write([found], tmp_path / "report.html")
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.goto(f"file://{tmp_path}/report.html")
+    texts = {}
+    for kind in ("Markdown", "CSV"):
+        button = page.get_by_role("button", name=f"Copy as {kind}").first
+        button.click()
+        page.locator("[role=status]", has_text="copied").first.wait_for()
+        texts[kind] = page.evaluate("navigator.clipboard.readText()")
+    head, *rows = csv.reader(io.StringIO(texts["CSV"]))
+    assert head == ["", """'=1+"2", |x|""", "constant guess", "n"]
+    assert rows[0][0] == "QA accuracy" and rows[0][1].startswith("0.50 [")
+    lines = texts["Markdown"].splitlines()
+    assert lines[0] == r'|  | =1+"2", \|x\| | constant guess | n |' and set(lines[1]) == set("| -")
+    assert {line.replace(r"\|", "").count("|") for line in lines} == {5}
+    context.close()
+
+
+def test_a_confusion_matrix_shows_counts_and_shares(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    drawn = json.loads(re.search(r'id="chart-data">(.*?)</script>', text, re.DOTALL).group(1))
+    (heat,) = next(chart for chart in drawn if chart["title"] == "Classes: second")["data"]
+    assert heat["colorscale"] == "Cividis" and {t for row in heat["text"] for t in row} == {"", "1<br>100%"}
+
+
+def test_evaluations_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    for run in ("x", "y"):
+        evaluation(tmp_path / run / "eval", RECORDS[:1], "evaluate", folder)
+    report.write([tmp_path], tmp_path / "report.html")
+    assert "Newest evaluation: y/eval" in (tmp_path / "report.html").read_text()
 
 
 def test_large_evaluations_stay_small(tmp_path: Path) -> None:
@@ -323,14 +371,15 @@ def test_a_failed_video_is_wrong_in_differences_and_cards(folder: Path, tmp_path
     assert [row[1] for row in table.values()] == ["0.000"] * 3 and [row[-1] for row in table.values()] == ["2"] * 3
     assert lines[-1] == "Videos that failed, whose score is 0: 0 in A, 6 in B."
     for found in load(other):
-        card = gallery.card("c", found, "")
-        assert card.states == ("wrong", "failed") and card.failure == "moov atom not found"
-        assert (card.score, card.prediction, card.draft, card.sections) == (0.0, "", "", [])
+        card = gallery.card([("c", found)])
+        (answer,) = card.answers
+        assert card.states == ("wrong", "failed") and answer.failure == "moov atom not found"
+        assert (card.score, answer.prediction, answer.draft, answer.sections) == (0.0, "", "", [])
 
 
 def test_a_failed_description_is_wrong_too() -> None:
     found = records.record("description", "<answer>x</answer>", failure="moov atom not found")
-    assert gallery.card("c", found, "").states == ("wrong", "failed")
+    assert gallery.card([("c", found)]).states == ("wrong", "failed")
 
 
 def test_numbers_of_examples_are_each_evaluations_own(page: Page) -> None:

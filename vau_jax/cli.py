@@ -87,6 +87,10 @@ def report(parser: Parser) -> None:
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     parser.add_argument("--examples", type=at_least(0), default=1000, help="most examples on the page")
+    parser.add_argument(
+        "--watch", action="store_true", help="serve the page, of runs that still go on, to this machine"
+    )
+    parser.add_argument("--port", type=at_least(0), default=0, help="of --watch; 0: any free one")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="folders of two evaluations")
 
 

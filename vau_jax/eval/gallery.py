@@ -1,11 +1,12 @@
-"""Prediction records as cards of a report: a strip of frames, bars on a time line, the model's text in sections."""
+"""Prediction records as cards of a report, an example in all evaluations each: a strip of frames, bars on a time line,
+the models' texts in sections."""
 
 import base64
 import io
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ SECONDS = 30.0  # to decode one
 class Bar:
     """An interval on the time line of a video."""
 
+    kind: str  # true, predicted or draft: its colour
     name: str
     left: float  # percent of the video's length
     width: float
@@ -38,24 +40,36 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Card:
-    """One example of one evaluation."""
+class Answer:
+    """What one evaluation has of an example; of several samples the first."""
 
     evaluation: str
-    example: str
-    task: str
-    label: str  # the true class
-    states: tuple[str, ...]  # right or wrong, and what else a filter may ask for
+    states: tuple[str, ...]  # right or wrong, and what else is to be said
     score: float
-    duration: float
-    question: str
-    target: str
     prediction: str
     draft: str
     sections: list[tuple[str, str]]
     failure: str
+    change: str  # from the evaluation before; empty for the first
+
+
+@dataclass(frozen=True)
+class Card:
+    """One example in all evaluations that have it."""
+
+    example: str
+    task: str
+    label: str  # the true class
+    states: tuple[str, ...]  # of the newest answer, with "improved" or "worsened" where its score changed
+    score: float  # of the newest answer
+    gain: float  # from the first answer to the newest
+    scored: bool  # whether scores between 0 and 1 occur, and are shown
+    duration: float
+    question: str
+    target: str
     strip: str  # name of the style class with its frames; empty: none
-    bars: list[Bar] = field(default_factory=list)
+    bars: list[Bar]
+    answers: list[Answer]  # the newest first
 
 
 def render(template: str, **values: Any) -> str:
@@ -72,27 +86,67 @@ def choose(items: Sequence[Any], most: int) -> list[Any]:
     return [items[i] for i in np.linspace(0, len(items) - 1, most).astype(int)]
 
 
-def card(evaluation: str, record: Record, strip: str) -> Card:
-    """A record of predictions.jsonl as a card; of several samples the first."""
-    task = TASKS[record.task]
-    none = "" if record.failure or not task.verifiable else "no readable answer"
+def card(named: Sequence[tuple[str, Record]], strip: str = "") -> Card:
+    """A card of (evaluation, record) pairs of the same example, the newest first."""
+    (_, newest), before = named[0], [record for _, record in named[1:]]
+    pairs = zip(named, [*before, None], strict=True)
+    answers = [_answer(evaluation, record, old) for (evaluation, record), old in pairs]
+    moved = answers[0].score - answers[1].score if before else 0.0
     return Card(
+        example=newest.example,
+        task=newest.task,
+        label=newest.anomaly_class or "unknown",
+        states=answers[0].states + ("improved",) * (moved > 0) + ("worsened",) * (moved < 0),
+        score=answers[0].score,
+        gain=answers[0].score - answers[-1].score,
+        scored=TASKS[newest.task].timed,
+        duration=newest.duration or 0.0,
+        question=newest.question,
+        target=newest.target,
+        strip=strip,
+        bars=_bars(named),
+        answers=answers,
+    )
+
+
+def _answer(evaluation: str, record: Record, before: Record | None) -> Answer:
+    none = "" if record.failure or not TASKS[record.task].verifiable else "no readable answer"
+    return Answer(
         evaluation=evaluation,
-        example=record.example,
-        task=record.task,
-        label=record.anomaly_class or "unknown",
         states=_states(record),
-        score=record.scores[0] if record.scores else 0.0,
-        duration=record.duration or 0.0,
-        question=record.question,
-        target=record.target,
+        score=_score(record),
         prediction=record.predictions[0] or none,
         draft=(record.draft_predictions[0] or "") if record.draft_predictions else "",
         sections=sections(record.completions[0]),
         failure=record.failure or "",
-        strip=strip,
-        bars=[bar(name, text, record.duration) for name, text in task.bars(record)] if record.duration else [],
+        change=_change(before, record) if before else "",
     )
+
+
+def _score(record: Record) -> float:
+    return record.scores[0] if record.scores else 0.0
+
+
+def _change(before: Record, after: Record) -> str:
+    """What changed from one evaluation to the next."""
+    if before.scores and after.scores and _score(before) != _score(after):
+        if TASKS[after.task].timed:
+            return f"{_score(before):.2f} → {_score(after):.2f}"
+        return f"{_states(before)[0]} → {_states(after)[0]}"
+    return "same answer" if before.predictions[0] == after.predictions[0] else "another answer"
+
+
+def _bars(named: Sequence[tuple[str, Record]]) -> list[Bar]:
+    """The true interval, that of each evaluation, and the draft of the newest."""
+    bars = []
+    for number, (evaluation, record) in enumerate(named):
+        if record.duration:
+            for kind, text in TASKS[record.task].bars(record):
+                if number == 0 or kind == "predicted":
+                    name = evaluation if kind == "predicted" and len(named) > 1 else kind
+                    bars.append(bar(kind, text, record.duration, name))
+    order = ("true", "predicted", "draft")
+    return sorted(bars, key=lambda one: order.index(one.kind))
 
 
 def _states(record: Record) -> tuple[str, ...]:
@@ -123,14 +177,14 @@ def sections(text: str) -> list[tuple[str, str]]:
     return parts
 
 
-def bar(name: str, text: str, duration: float) -> Bar:
-    """`Anomaly [2.0, 6.0]` as a bar; anything else has no width."""
+def bar(kind: str, text: str, duration: float, name: str = "") -> Bar:
+    """`Anomaly [2.0, 6.0]` as a bar; anything else has no width. Its name is its kind if not given."""
     interval = re.search(r"\[(-?[\d.]+), (-?[\d.]+)\]", text)
     if not interval:
-        return Bar(name, 0.0, 0.0, text or "no interval")
+        return Bar(kind, name or kind, 0.0, 0.0, text or "no interval")
     start, end = (min(max(0.0, float(t)), duration) for t in interval.groups())
     left, width = 100 * start / duration, 100 * (end - start) / duration
-    return Bar(name, round(left, 2), round(width, 2), f"{start:.1f} to {end:.1f} s")
+    return Bar(kind, name or kind, round(left, 2), round(width, 2), f"{start:.1f} to {end:.1f} s")
 
 
 # --- Frames -------------------------------------------------------------------------------------------------------
@@ -145,19 +199,27 @@ class Strip:
     height: int = HEIGHT
 
 
-def strips(paths: Sequence[Path], workers: int = 2) -> list[Strip | None]:
-    """A strip of each video; None where it cannot be read."""
+Strips = dict[tuple[Path, int], Strip | None]  # by video file and the time of its last change
+
+
+def strips(paths: Sequence[Path], known: Strips | None = None, workers: int = 2) -> list[Strip | None]:
+    """A strip of each video; None where it cannot be read. Those in `known` are taken from there, new ones added."""
+    known = {} if known is None else known
+    keys = [(path, path.stat().st_mtime_ns if path.exists() else 0) for path in paths]
     pool = DecoderPool(workers, SECONDS)
 
-    def strip(path: Path) -> Strip | None:
+    def strip(key: tuple[Path, int]) -> Strip | None:
         try:
             options = VideoOptions(nframes=FRAMES, min_pixels=32 * 32, max_pixels=128 * 128)
-            return _strip(pool.read(path, options, 2, 1).frames)
+            return _strip(pool.read(key[0], options, 2, 1).frames)
         except VideoError:
             return None
 
+    todo = [key for key in dict.fromkeys(keys) if key not in known]
     with ThreadPoolExecutor(workers) as threads:
-        return list(threads.map(strip, paths))
+        known |= zip(todo, threads.map(strip, todo), strict=True)
+    pool.close()
+    return [known[key] for key in keys]
 
 
 def _strip(frames: np.ndarray) -> Strip:

@@ -1,25 +1,29 @@
-"""Runs to one self-contained page: settings, results, curves, and examples to look at.
+"""Runs to one self-contained page: results, curves, and each example in all evaluations that have it.
 
-    python -m vau_jax.report DIR [DIR ...] --out=report.html [--examples=1000]
-    python -m vau_jax.report --compare A B
+    vau report DIR [DIR ...] [--out=report.html] [--examples=1000]
+    vau report DIR [DIR ...] --watch [--port=0]     # the page of runs that still go on, on this machine alone
+    vau report --compare A B
 
-A DIR is searched for evaluations (metrics.json) and training runs (metrics.jsonl). --compare prints the differences
-between two evaluations of the same examples, with p-values.
+A DIR is searched for evaluations (metrics.json) and training runs (metrics.jsonl). The page begins with the newest
+evaluation. --compare prints the differences between two evaluations of the same examples, with p-values.
 """
 
 import argparse
 import base64
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from plotly.offline import get_plotlyjs
 
+from vau_jax.common import progress
 from vau_jax.common.files import InputError, content_hash, dump_json, read_json, write_text
 from vau_jax.common.metric_writer import read_metrics
-from vau_jax.eval import charts, gallery, judge, metrics, records
+from vau_jax.eval import charts, gallery, judge, metrics, records, watch
 from vau_jax.eval.published import PUBLISHED
 from vau_jax.rl.judge import AXES
 from vau_jax.tasks import TASKS
@@ -160,67 +164,108 @@ def write(folders: Sequence[Path], out: Path, examples: int = 1000) -> str:
     """Writes the page to `out` and returns its table as text. Raises InputError when there is nothing to report."""
     if out.suffix != ".html":
         raise InputError(f"--out={out}: the report is one HTML page, so the name must end in .html")
-    absent = [str(folder) for folder in folders if not folder.is_dir()]
     results = evaluations(folders)
+    write_text(out, page(folders, results, examples))
+    if not results:
+        return "no evaluation yet"
+    lines = table(results)
+    return markdown([[escape(text) for text in lines[0]], *lines[1:]])
+
+
+def page(
+    folders: Sequence[Path],
+    results: Sequence[dict[str, Any]],
+    examples: int = 1000,
+    known: gallery.Strips | None = None,
+    stamp: str = "",
+) -> str:
+    """The page of `results`, and of the runs in the folders, as HTML. With a `stamp` it is loaded again when the server
+    that it came from has another; `known`: see `gallery.strips`. Raises InputError when there is nothing to report."""
+    absent = [str(folder) for folder in folders if not folder.is_dir()]
     runs = sorted({p.parent for folder in folders for p in folder.rglob("metrics.jsonl")})
     if absent or not (results or runs):
         raise InputError(f"nothing to report: {', '.join(absent) or ', '.join(map(str, folders))} has no run")
+    names = _names([result["folder"] for result in results], [result["name"] for result in results])
+    results = [{**result, "name": name} for result, name in zip(results, names, strict=True)]
     evaluated = [(result, records.load(result["folder"])) for result in results if not result["blind"]]
-    cards, strips = _cards(evaluated, examples)
-    lines = table(results) if results else []
-    names = _names(runs)
-    steps = {name: read_metrics(run) for name, run in zip(names, runs, strict=True)}
-    drawn = [*charts.curves(steps), *charts.results(evaluated)]
+    cards, total, strips = _cards(evaluated, examples, known)
+    run_names = _names(runs)
+    steps = {name: read_metrics(run) for name, run in zip(run_names, runs, strict=True)}
+    drawn = [*charts.curves(steps), *charts.results(evaluated[::-1])]
     library = get_plotlyjs() if drawn else ""
-    page = gallery.render(
+    return gallery.render(
         "report.html.jinja",
-        policy=policy(library, SCRIPT),
+        policy=policy(library, SCRIPT, live=bool(stamp)),
         script=SCRIPT,
-        results=results,
-        runs=[_run(name, run, steps[name]) for name, run in zip(names, runs, strict=True)],
-        table=lines,
+        stamp=stamp,
+        newest=newest(results),
+        results=results[::-1],
+        runs=[_run(name, run, steps[name]) for name, run in zip(run_names, runs, strict=True)],
+        table=table(results) if results else [],
         published=published(results),
         judged=judged(results),
         groups=groups(results),
         exclusions=exclusions(results),
         charts=drawn,
         cards=cards,
-        total=sum(len(outcome) for _, outcome in evaluated),
+        total=total,
         strips=strips,
         filters=_filters(cards),
         plotly=library,
     )
-    write_text(out, page)
-    return markdown([[escape(text) for text in lines[0]], *lines[1:]]) if lines else "no evaluation yet"
 
 
-def policy(*scripts: str) -> str:
-    """The page's content security policy: it runs these scripts and no others, and fetches nothing. Plotly writes
-    styles, which can then show only pictures that the page has."""
+def newest(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The newest evaluation that sees the videos: its name, checkpoint, time and numbers, each with its change from the
+    one before of the same annotations; empty without any."""
+    seen = [result for result in results if not result["blind"]]
+    if not seen:
+        return {}
+    last = seen[-1]
+    csv = last["settings"]["data"]["csv"]
+    before = next((result for result in seen[-2::-1] if result["settings"]["data"]["csv"] == csv), None)
+    numbers = []
+    for row in rows():
+        if not (now := lookup(last, row.path)):
+            continue
+        old = lookup(before, row.path) if before else None
+        change = f"{now['value'] - old['value']:+.2f}" if old else ""
+        numbers.append({"title": row.title, "value": cell(now), "change": change})
+    return {**last, "numbers": numbers, "before": before["name"] if before else ""}
+
+
+def policy(*scripts: str, live: bool = False) -> str:
+    """The page's content security policy: it runs these scripts and no others, and fetches nothing, or if it is `live`
+    from its own server alone. Plotly writes styles, which can then show only pictures that the page has."""
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts if script]
     allowed = " ".join(f"'sha256-{value}'" for value in hashes)
     return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
-        "form-action 'none'"
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        f"connect-src {chr(39)}{'self' if live else 'none'}{chr(39)}; base-uri 'none'; form-action 'none'"
     )
 
 
 def _cards(
-    evaluated: Sequence[tuple[dict[str, Any], list[Record]]], most: int
-) -> tuple[list[gallery.Card], dict[str, gallery.Strip]]:
-    """Cards of evaluations' records, `most` at most, and their strips by style class."""
-    chosen = gallery.choose([(result, record) for result, results in evaluated for record in results], most)
-    classes: dict[tuple[str, str], str] = {}
-    for result, record in chosen:
+    evaluated: Sequence[tuple[dict[str, Any], list[Record]]], most: int, known: gallery.Strips | None
+) -> tuple[list[gallery.Card], int, dict[str, gallery.Strip]]:
+    """A card for each example of the evaluations, `most` at most, how many there are, and strips by style class."""
+    examples: defaultdict[tuple[str, int], list[tuple[dict[str, Any], Record]]] = defaultdict(list)
+    for result, found in evaluated[::-1]:  # the newest first
+        for record in found:
+            examples[record.example, record.rotation].append((result, record))
+    chosen = gallery.choose(list(examples.values()), most)
+    classes: dict[Path, str] = {}
+    for (result, record), *_ in chosen:
         if folder := gallery.videos_of(result):
-            classes.setdefault((str(folder), record.video), f"strip{len(classes)}")
-    pictures = gallery.strips([Path(folder) / video for folder, video in classes])
+            classes.setdefault(folder / record.video, f"strip{len(classes)}")
+    pictures = gallery.strips(list(classes), known)
     strips = {name: picture for name, picture in zip(classes.values(), pictures, strict=True) if picture}
     cards = []
-    for result, record in chosen:
-        name = classes.get((str(gallery.videos_of(result)), record.video), "")
-        cards.append(gallery.card(result["name"], record, name if name in strips else ""))
-    return cards, strips
+    for found in chosen:
+        result, record = found[0]
+        name = classes.get((gallery.videos_of(result) or Path()) / record.video, "")
+        cards.append(gallery.card([(r["name"], one) for r, one in found], name if name in strips else ""))
+    return cards, len(examples), strips
 
 
 def _filters(cards: Sequence[gallery.Card]) -> dict[str, list[str]]:
@@ -230,20 +275,21 @@ def _filters(cards: Sequence[gallery.Card]) -> dict[str, list[str]]:
         return list(dict.fromkeys(values))
 
     return {
-        "evaluation": distinct(card.evaluation for card in cards),
         "task": distinct(card.task for card in cards),
         "class": sorted(distinct(card.label for card in cards)),
         "outcome": sorted(distinct(state for card in cards for state in card.states)),
     }
 
 
-def _names(runs: Sequence[Path]) -> list[str]:
-    """The shortest endings of the runs' paths that are all different."""
-    for count in range(1, max((len(run.parts) for run in runs), default=0) + 1):
-        names = ["/".join(run.parts[-count:]) for run in runs]
+def _names(folders: Sequence[Path], own: Sequence[str] = ()) -> list[str]:
+    """Names that are all different: those of their own, or the shortest endings of the folders' paths that are."""
+    if own and len(set(own)) == len(own):
+        return list(own)
+    for count in range(1, max((len(folder.parts) for folder in folders), default=0) + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
         if len(set(names)) == len(names):
             return names
-    return [str(run) for run in runs]
+    return [str(folder) for folder in folders]
 
 
 def _run(name: str, run: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -289,8 +335,20 @@ def compare(a: Path, b: Path) -> str:
     return "\n".join([markdown(lines), "", *notes])
 
 
+def _live_page(folders: Sequence[Path], examples: int, strips: gallery.Strips, stamp: str) -> str:
+    return page(folders, evaluations(folders), examples, strips, stamp)
+
+
 def main(args: argparse.Namespace) -> None:
     """The program: see its options in `vau_jax.cli`."""
-    if not args.compare and not args.folders:
+    if args.compare:
+        print(compare(*args.compare))
+    elif not args.folders:
         raise InputError("give folders of runs, or --compare A B")
-    print(compare(*args.compare) if args.compare else write(args.folders, args.out, args.examples))
+    elif args.watch:
+        strips: gallery.Strips = {}
+        shown = partial(_live_page, args.folders, args.examples, strips)
+        watch.follow(watch.Pages(args.folders, shown), args.port)
+    else:
+        print(write(args.folders, args.out, args.examples))
+        print(progress.summary("", {"report": args.out}).strip())

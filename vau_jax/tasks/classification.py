@@ -166,13 +166,13 @@ class Classification(Task):
             "z": [[c / max(1, sum(row)) for c in row] for row in confusion["counts"]],
             "x": [*names, "unreadable"],
             "y": names,
-            "text": [[int(c) or "" for c in row] for row in confusion["counts"]],
+            "text": [[f"{int(c)}<br>{c / sum(row):.0%}" if c else "" for c in row] for row in confusion["counts"]],
             "texttemplate": "%{text}",
-            "colorscale": "Blues",
+            "colorscale": "Cividis",  # read the same by people who see colours differently
             "zmin": 0,
             "zmax": 1,
             "hovertemplate": "true %{y}, predicted %{x}: %{text}<extra></extra>",
-            "colorbar": {"title": {"text": "share"}},
+            "colorbar": {"title": {"text": "share"}, "tickformat": ".0%"},
         }
         axis = {"type": "category", "automargin": True}  # else names like dates or numbers become such
         layout = {"yaxis": {**axis, "autorange": "reversed", "title": {"text": "true"}}}
