@@ -1,6 +1,6 @@
 """The stages of the main job in sequence; `bash launch/demo.sh` sets up and calls this.
 
-    python -m vau_jax.launch.demo --config=configs/demo.py[:quick] --workdir=DIR
+    vau demo [quick] [WORKDIR] [--watch] [--config.key=value]
 
 DIR/data: videos and annotations, DIR/frames: decoded frames (both in config.shared where that is set), DIR/model: the
 model's start, DIR/sft and DIR/rft: runs, DIR/eval: scores, DIR/report.html: the result.
@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vau_jax import cli
-from vau_jax.common import config_flags
+from vau_jax.common import config_flags, progress
 from vau_jax.common.files import InputError, dump_json, locked, read_json, write_text
 from vau_jax.configs import eval as eval_config
 from vau_jax.data_prep import cache_frames, random_model
@@ -30,7 +31,7 @@ from vau_jax.train import loop
 def run(config: ConfigDict, workdir: Path) -> None:
     """All stages; each skips finished work, so a second call is quick and a killed one resumes."""
     check(config)
-    jax.config.update("jax_compilation_cache_dir", str(shared(config, workdir).resolve() / "compiled"))
+    use_compiled(config, workdir)
     stages = {
         "videos": lambda: make_videos(config, workdir),
         "model": lambda: make_model(config, workdir),
@@ -54,6 +55,11 @@ def check(config: ConfigDict) -> None:
     """Raises InputError for stages in an impossible order."""
     if tuple(config.stages) not in (("sft",), ("rft",), ("sft", "rft")):
         raise InputError(f"stages={tuple(config.stages)}: expected ('sft',), ('rft',) or ('sft', 'rft')")
+
+
+def use_compiled(config: ConfigDict, workdir: Path) -> None:
+    """Keeps compiled programs, so that a second call and a killed one need not compile again."""
+    jax.config.update("jax_compilation_cache_dir", str(shared(config, workdir).resolve() / "compiled"))
 
 
 def shared(config: ConfigDict, workdir: Path) -> Path:
@@ -123,29 +129,47 @@ def decode_videos(config: ConfigDict, workdir: Path) -> None:
         cache_frames.run(c, frames(config, workdir))
 
 
+def evaluation_config(config: ConfigDict, workdir: Path, stage: str) -> ConfigDict:
+    """The config of a stage's evaluation on the held-out videos."""
+    c = eval_config.get_config()
+    c.data = train_config(config, workdir, "sft").data
+    c.data.csv, c.data.reflection = str(shared(config, workdir) / "data" / "test.csv"), ""
+    c.data.augment = False
+    c.rewards = config.rft.rewards  # of all stages, so that their totals compare
+    c.checkpoint = str(workdir / ("model" if stage == "init" else stage))
+    c.dtype, c.batch_size, c.name = "float32", config.eval_batch_size, stage
+    return c
+
+
 def evaluate_stage(config: ConfigDict, workdir: Path, stage: str) -> None:
     """Scores a stage's model on the held-out videos and, except for the initial model, on grey frames."""
     for blind in (False, True) if stage != "init" else (False,):
-        c = eval_config.get_config()
-        c.data = train_config(config, workdir, "sft").data
-        c.data.csv, c.data.reflection = str(shared(config, workdir) / "data" / "test.csv"), ""
-        c.data.augment = False
-        c.rewards = config.rft.rewards  # of all stages, so that their totals compare
-        c.checkpoint = str(workdir / ("model" if stage == "init" else stage))
-        c.dtype, c.batch_size, c.blind = "float32", config.eval_batch_size, blind
+        c = evaluation_config(config, workdir, stage)
+        c.blind = blind
         c.name = f"{stage} blind" if blind else stage
         evaluate.run(c, workdir / "eval" / c.name.replace(" ", "_"))
 
 
 def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """The program: see its options in `vau_jax.cli`."""
+    from vau_jax.launch import watch_demo  # noqa: PLC0415 - which reads this module in turn
+
     words, mode = list(args.words), ""
     if words[:1] == ["quick"]:
         mode = words.pop(0)
     if len(words) > 1:
         raise InputError(f"{' '.join(words)}: expected `vau demo [quick] [WORKDIR]`")
     folder = words[0] if words else "runs/demo-quick" if mode else "runs/demo"
-    run(*config_flags.parse(["vau demo", *rest], f"demo:{mode}" if mode else "demo", folder))
+    if mode:
+        rest = ["--config=demo:quick", *rest]
+    config, workdir = config_flags.parse(["vau demo", *rest], "demo", folder)
+    with watch_demo.watching(rest, workdir) if args.watch else nullcontext():
+        run(config, workdir)
+    example = shared(config, workdir) / "data" / "videos" / "test_00000.mp4"
+    last = workdir / config.stages[-1]
+    asked = ("vau", "ask", f"--model={last}", f"--video={example}", "--task=ground", "--verbose")
+    places = {"report": workdir / "report.html", "model": last, "videos": example.parent}
+    print(progress.summary("the demo is done", places, [asked, ("vau", "app", f"--model={last}")]))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,11 @@ def test_the_report_shows_table_curves_and_examples(finished: tuple[Path, str]) 
     assert re.search(r"QA accuracy +\| \d\.\d\d \[", out)
     assert "Grounding mIoU" in text and "constant guess" in text and "rft blind" in text
     assert all(f">{title}<" in text for title in ("Reward", "Loss", "Reflection", "Classes: rft"))
-    assert text.count('<li class="card"') == 3 * 24 * 3 and text.count("data:image/webp") == 24
+    assert (
+        text.count('<li class="card"') == 3 * 24
+        and text.count('<div class="answer"') == 3 * 24 * 3
+        and text.count("data:image/webp") == 24
+    )
 
 
 def test_the_trained_model_opens_and_saves(finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -98,6 +104,42 @@ def test_the_trained_model_opens_and_saves(finished: tuple[Path, str], tmp_path:
 def test_progress_says_what_how_far_and_how_long(finished: tuple[Path, str]) -> None:
     _, out = finished
     assert re.search(r"^rft: \d+/\d+ +[\d.]+ \S+ +elapsed \d+:\d\d", out, re.MULTILINE)
+
+
+def test_it_says_where_everything_is_and_what_to_type_next(finished: tuple[Path, str]) -> None:
+    workdir, out = finished
+    lines = out.splitlines()[-6:]
+    assert lines[0] == "the demo is done" and f"report  {workdir}/report.html" in lines[1]
+    following = shlex.split(lines[4].removeprefix("next: "))
+    assert following[1:] == [
+        "ask",
+        f"--model={workdir}/rft",
+        f"--video={workdir}/data/videos/test_00000.mp4",
+        "--task=ground",
+        "--verbose",
+    ]
+    done = subprocess.run(following, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_the_page_of_a_demo_in_progress_shows_each_checkpoint(finished: tuple[Path, str]) -> None:
+    """With --watch: frames of test clips, the true interval and that of the last checkpoint of SFT and of RFT."""
+    workdir, _ = finished
+    before = sorted(workdir.rglob("*"))
+    command = [sys.executable, "-m", "vau_jax.launch.watch_demo", f"--folder={workdir}", "--config=demo:quick"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        address, text = process.stdout.readline().removeprefix("watch: open ").strip(), ""
+        deadline = time.monotonic() + 120
+        while "rft, step 4" not in text and time.monotonic() < deadline:
+            time.sleep(1)
+            text = urllib.request.urlopen(address).read().decode()
+    finally:
+        process.terminate()
+    assert process.wait(30) == 0
+    assert "rft, step 4" in text and "sft, step 60" in text and text.count('<li class="card"') == 12
+    assert text.count("data:image/webp") == 12 and 'class="bar true"' in text
+    assert [path for path in sorted(workdir.rglob("*")) if path not in before and "compiled" not in path.parts] == []
 
 
 def test_a_second_call_skips_what_is_done(finished: tuple[Path, str]) -> None:

@@ -144,6 +144,7 @@ def compile_check(parser: Parser) -> None:
 
 def demo(parser: Parser) -> None:
     parser.add_argument("words", nargs="*", metavar="[quick] [WORKDIR]", help="quick: the same in about two minutes")
+    parser.add_argument("--watch", action="store_true", help="serve a page of test clips, asked again while it trains")
 
 
 def show_config(parser: Parser) -> None:

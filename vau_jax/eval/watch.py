@@ -17,10 +17,12 @@ WATCHED = ("metrics.jsonl", "metrics.json", "predictions.jsonl", "judged/*.json"
 
 
 class Pages:
-    """The newest page, and its stamp; `make(stamp)` makes one, and raises InputError while there is nothing to show."""
+    """The newest page, and its stamp; `make(stamp)` makes one, and raises InputError while there is nothing to show:
+    until then it is `before`, which loads itself again."""
 
-    def __init__(self, folders: Sequence[Path], make: Callable[[str], str]) -> None:
+    def __init__(self, folders: Sequence[Path], make: Callable[[str], str], before: str = "") -> None:
         self.folders, self.make = folders, make
+        self.before = f'<!doctype html><meta http-equiv="refresh" content="2"><title>vau_jax</title>{before}'
         self.seen: dict[Path, tuple[int, int]] | None = None
         self.stamp, self.html = "0", ""
 
@@ -51,7 +53,7 @@ def serving(pages: Pages, port: int) -> Iterator[str]:
             if self.headers.get("Host") not in own:  # a page elsewhere whose name leads here
                 self._send(HTTPStatus.FORBIDDEN, "text/plain", "this page is for this machine alone")
             elif self.path == "/":
-                self._send(HTTPStatus.OK, "text/html", pages.html)
+                self._send(HTTPStatus.OK, "text/html", pages.html or pages.before)
             elif self.path == "/stamp":
                 self._send(HTTPStatus.OK, "text/plain", pages.stamp)
             else:
