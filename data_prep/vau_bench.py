@@ -167,7 +167,7 @@ def _joined(
 ) -> dict[str, list[Row]]:
     """Rows with the paths of their videos, relative to their common folder, and the properties of the files."""
     root = common_folder(list(folders.values()))
-    listed = {source: _videos_below(folder) for source, folder in folders.items()}
+    listed = {source: videos_below(folder) for source, folder in folders.items()}
     every = [row for rows in splits.values() for row in rows]
     findings.without_folder = dict(Counter(row.source for row in every if row.source not in folders))
     paths = {
@@ -188,7 +188,7 @@ def common_folder(folders: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([folder.resolve() for folder in folders]))
 
 
-def _videos_below(folder: Path) -> dict[str, list[Path]]:
+def videos_below(folder: Path) -> dict[str, list[Path]]:
     """Video files in a folder and those below it, by their plain name in lower case."""
     if not folder.is_dir():
         raise InputError(f"video folder {folder} does not exist")

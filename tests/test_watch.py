@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
+from tests.reports import RECORDS, evaluation
 from vau_jax.common.files import InputError
 from vau_jax.eval import report, watch
 
@@ -77,7 +78,6 @@ def test_it_answers_this_machine_alone(tmp_path: Path, host: str, path: str, sta
 
 
 def test_the_browser_shows_new_steps_by_itself_and_keeps_the_choices(browser: Browser, tmp_path: Path) -> None:
-    from tests.test_report import RECORDS, evaluation
 
     add(tmp_path / "run", 1)
     evaluation(tmp_path / "eval", RECORDS, "e", tmp_path)

@@ -102,6 +102,16 @@ def motion_strip(parser: Parser) -> None:
     parser.add_argument("--fps", type=float, default=2.0, help="frames a second")
 
 
+def check(parser: Parser) -> None:
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a CSV or JSONL of annotations")
+    parser.add_argument("videos", nargs="?", type=Path, metavar="VIDEOS", help="the folder of its videos")
+    parser.add_argument(
+        "--source", default="auto", help="rules for times: msad (seconds), ucf, ecva, or auto by file name"
+    )
+    parser.add_argument("--no-probe", action="store_true", help="do not open the videos")
+    parser.add_argument("--template", type=Path, metavar="NEW.csv", help="write a table to begin with")
+
+
 def audit(parser: Parser) -> None:
     parser.add_argument("files", nargs="+")
     parser.add_argument("--source", default="auto", help="rules for times: msad, ucf, ecva, or auto by file name")
@@ -188,6 +198,7 @@ COMMANDS = {
     "judge": Command("vau_jax.eval.judge", "marks for descriptions by a model", fields="judge", config="judge"),
     "report": Command("vau_jax.eval.report", "runs to one page", report),
     "config": Command("vau_jax.show_config", "print a config, and what it changes", show_config, "base", flags=()),
+    "data check": Command("vau_jax.data_prep.check", "what to mend in your own table and its videos", check),
     "data audit": Command("vau_jax.data_prep.vau_bench", "what is irregular in annotation files", audit),
     "data import": Command("vau_jax.data_prep.vau_bench", "corrected annotations joined with videos", import_splits),
     "data cache": Command("vau_jax.data_prep.cache_frames", "decode the videos of a config once", fields="base"),

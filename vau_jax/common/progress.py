@@ -75,7 +75,7 @@ def summary(title: str, places: dict[str, str | Path], following: Sequence[Seque
     """The last lines of a job: what was done, where each thing is, and the commands to type next. The words of a
     command are quoted for the shell where they need it; `vau` is written as this shell finds it."""
     width = max(map(len, places), default=0)
-    lines = [title, *(f"  {name:{width}}  {place}" for name, place in places.items())]
+    lines = [*([title] if title else []), *(f"  {name:{width}}  {place}" for name, place in places.items())]
     for number, words in enumerate(following):
         words = [vau(), *words[1:]] if words[0] == "vau" else words
         lines.append(("next: " if number == 0 else "   or ") + shlex.join(map(str, words)))

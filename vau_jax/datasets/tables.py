@@ -6,11 +6,12 @@ breaks a rule is left out and reported by number and reason; reading continues a
 """
 
 import csv
+import difflib
 import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ MAX_BYTES = 2**28  # of a table
 MAX_CELL = 131_072  # characters; csv's own limit
 MAX_FAULTS = 1000  # rows; more, and the file is something else
 VIDEO = re.compile(r"\s*[^\s\"][^\"]{0,250}\.(?:mp4|avi|mkv|webm|mov|m4v|ts|flv|wmv|mpg|mpeg)\s*", re.IGNORECASE)
+
+
+Groups = Sequence[Sequence[str]]  # of columns that belong together
 
 
 class Fault(NamedTuple):
@@ -46,9 +50,10 @@ def read(path: Path, what: str) -> str:
 
 
 def csv_rows(
-    path: Path, text: str, columns: Sequence[str], name: str
+    path: Path, text: str, columns: Sequence[str], name: str, optional: Groups = ()
 ) -> tuple[list[tuple[int, dict[str, str]]], list[Fault]]:
-    """Rows with their numbers, each with `columns`, and the faults. `name` is the column of the videos' names.
+    """Rows with their numbers, each with `columns`, and the faults. `name` is the column of the videos' names; a group
+    of `optional` columns may be absent as a whole.
 
     Raises InputError where the header cannot be read or lacks a column.
     """
@@ -58,8 +63,7 @@ def csv_rows(
         header = next(head, [])
     except csv.Error as error:
         raise InputError(f"{path}: the header cannot be read as CSV ({error})") from error
-    if missing := [column for column in columns if column not in header]:
-        raise lacking(path, missing, columns)
+    check_columns(path, header, columns, optional)
     if twice := [column for column in columns if header.count(column) > 1]:
         raise InputError(f"{path} has the column {twice[0]} twice: one of them must go")
     rows, faults = [], []
@@ -70,7 +74,7 @@ def csv_rows(
                 raise InputError(f"{path}: more than {MAX_FAULTS} rows cannot be read, the first {_told(faults[0])}")
         else:
             cells = dict(zip(header, result, strict=True))
-            rows.append((number, {column: cells[column] for column in columns}))
+            rows.append((number, {column: cells[column] for column in columns if column in cells}))
     return rows, faults
 
 
@@ -139,11 +143,12 @@ def _json_record(path: Path, number: int, text: str) -> dict[str, Any]:
 
 
 def text_rows(
-    path: Path, records: list[tuple[int, dict[str, Any]]], columns: Sequence[str]
+    path: Path, records: list[tuple[int, dict[str, Any]]], columns: Sequence[str], optional: Groups = ()
 ) -> tuple[list[tuple[int, dict[str, str]]], list[Fault]]:
-    """Objects of JSONL as rows of text, None as an empty one."""
-    if missing := [column for column in columns if not any(column in record for _, record in records)]:
-        raise lacking(path, missing, columns)
+    """Objects of JSONL as rows of text, None as an empty one; columns as in `csv_rows`."""
+    there = {column for _, record in records for column in record}
+    check_columns(path, there, columns, optional)
+    columns = [column for column in columns if column in there]
     rows, faults = [], []
     for number, record in records:
         cells = {c: "" if record.get(c) is None else str(record[c]) for c in columns}
@@ -152,6 +157,21 @@ def text_rows(
         else:
             rows.append((number, cells))
     return rows, faults
+
+
+def check_columns(path: Path, there: Collection[str], columns: Sequence[str], optional: Groups) -> None:
+    """Raises InputError where a table lacks one of the columns, beyond optional groups that it lacks as a whole. A name
+    that is nearly that of an absent column is a mistake, not another column."""
+    absent = {column for group in optional if not any(c in there for c in group) for column in group}
+    missing = [column for column in columns if column not in there and column not in absent]
+    others = {column.casefold(): column for column in there if column not in columns}
+    near = {}
+    for column in (c for c in columns if c not in there):
+        for match in difflib.get_close_matches(column.casefold(), others, n=1, cutoff=0.8):
+            near[column] = others[match]
+    if missing or near:
+        named = [f"{c} (found {near[c]!r})" if c in near else c for c in columns if c in missing or c in near]
+        raise lacking(path, named, columns)
 
 
 def lacking(path: Path, missing: Sequence[str], columns: Sequence[str]) -> InputError:

@@ -47,6 +47,14 @@ COLUMNS = (
     "End Time",
 )
 OPTION_COLUMNS = COLUMNS[2:6]
+OPTIONAL = {  # what a table of your own may lack: the columns of a field
+    "qa": ("Question", *OPTION_COLUMNS, "Correct Option"),
+    "grounding": ("Start Time", "End Time"),
+    "classification": ("Anomaly Class",),
+    "key object": ("Key Object",),
+    "description": ("Description",),
+    "reasoning": ("Reasoning",),
+}
 
 MISSING = "-1"
 MAX_SECONDS = 2**20  # of a video: 12 days
@@ -104,6 +112,7 @@ def load(
     `"paper"` reproduces the published denominators: it keeps ECVA's misread times, drops its rows without an interval,
     and gives UCF-Crime's rows without text the class that their file name says.
 
+    A table may lack the columns of a whole field (OPTIONAL), but not of all, and none with `"paper"`.
     A row that breaks the rules of CSV is left out, and so is one whose video would lie outside of the folder of videos.
     Raises InputError for a missing or unreadable file, a missing column, a line that is no JSON, or no rows.
     """
@@ -112,18 +121,23 @@ def load(
             raise InputError(f"{name}={value!r} is unknown: expected one of {', '.join(known)}")
     path = Path(path)
     text = tables.read(path, "annotation file")
+    optional = list(OPTIONAL.values()) if protocol == "clean" else []
     if path.suffix == ".jsonl":
         records = tables.json_lines(path, text)
         if records and "video" in records[0][1]:
             return imported(path, records, protocol)
-        result, faults = tables.text_rows(path, records, COLUMNS)
+        result, faults = tables.text_rows(path, records, COLUMNS, optional)
     else:
-        result, faults = tables.csv_rows(path, text, COLUMNS, "Video Name")
+        result, faults = tables.csv_rows(path, text, COLUMNS, "Video Name", optional)
+    if result and not {"qa", "grounding", "classification", "description"} - set(_absent(result[0][1])):
+        raise tables.lacking(path, COLUMNS[1:], COLUMNS)
     if not result:
         first = f", the first is row {faults[0].number}: {faults[0].reason}" if faults else ""
         raise InputError(f"{path} has no rows that can be read: at least one annotated video is needed{first}")
     audit = Audit(str(path), protocol, len(result) + len(faults))
     audit.entries = [AuditEntry(fault.number, fault.start, "excluded", "row", fault.reason) for fault in faults]
+    for what in _absent(result[0][1]):
+        audit.note(0, "", "flagged", what, f"the table has no columns for {what}")
     return _rows(result, source, protocol, audit), audit
 
 
@@ -134,6 +148,11 @@ def imported(path: Path, records: Sequence[tuple[int, dict[str, Any]]], protocol
     audit = Audit(str(path), protocol, len(records))
     rows = [_imported_row(path, line, record) for line, record in records]
     return [row for row in rows if _stays_inside(row.video, row.line, audit)], audit
+
+
+def _absent(record: dict[str, str]) -> list[str]:
+    """The fields of OPTIONAL that a record's table has no columns for."""
+    return [what for what, columns in OPTIONAL.items() if columns[0] not in record]
 
 
 def _rows(records: Sequence[tuple[int, dict[str, str]]], source: str, protocol: str, audit: Audit) -> list[Row]:
@@ -328,10 +347,11 @@ class _RowReader:
     audit: Audit
 
     def note(self, action: Action, what: str, reason: str) -> None:
-        self.audit.note(self.line, self.record["Video Name"], action, what, reason)
+        if what not in _absent(self.record):  # that is noted once
+            self.audit.note(self.line, self.record["Video Name"], action, what, reason)
 
     def text(self, column: str) -> str:
-        value = self.record[column].strip()
+        value = self.record.get(column, "").strip()
         return "" if value == MISSING else value
 
     def read(self) -> Row | None:
@@ -361,7 +381,7 @@ class _RowReader:
         keyed = options["ABCD".index(answer)] if answer else ""
         if label not in (None, "Normal") and NO_ANOMALY.search(keyed):
             self.note("flagged", "qa", f"the keyed answer denies the anomaly: the class is {label}")
-        if not self.record["Key Object"].strip():
+        if not self.record.get("Key Object", "").strip():
             self.note("flagged", "key object", "no key object")
         text = self.text("Reasoning")
         if not text:
@@ -405,6 +425,8 @@ class _RowReader:
         return options, letter
 
     def interval(self, label: str | None) -> Interval:
+        if "Start Time" not in self.record:
+            return None
         raw = self.record["Start Time"].strip(), self.record["End Time"].strip()
         try:
             start, end = (float(value) for value in raw)

@@ -351,4 +351,4 @@ def main(args: argparse.Namespace) -> None:
         watch.follow(watch.Pages(args.folders, shown), args.port)
     else:
         print(write(args.folders, args.out, args.examples))
-        print(progress.summary("", {"report": args.out}).strip())
+        print(progress.summary("", {"report": args.out}))
