@@ -26,7 +26,8 @@ from vau_jax.common.progress import Progress
 from vau_jax.data.video.clips import Probe
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
-from vau_jax.data_prep.vau_bench import TOLERANCE, videos_below
+from vau_jax.data.video.listing import videos_below
+from vau_jax.data_prep.vau_bench import TOLERANCE
 from vau_jax.datasets import vau_bench
 from vau_jax.datasets.audit import Audit
 from vau_jax.datasets.vau_bench import Row
@@ -111,7 +112,7 @@ class Problem(NamedTuple):
 def problems(rows: Sequence[Row], audit: Audit, folder: Path, probe: bool) -> list[Problem]:
     """Everything to mend, in the order of the rows."""
     found = [*of_texts(audit), *of_intervals(rows)]
-    there = {str(path.relative_to(folder.resolve())) for paths in videos_below(folder).values() for path in paths}
+    there = {str(path.relative_to(folder.resolve())) for path in videos_below(folder)}
     found += missing(rows, there, folder)
     if probe:
         found += unreadable([row for row in rows if row.video in there], folder)

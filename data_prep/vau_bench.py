@@ -29,11 +29,11 @@ from vau_jax.common.progress import Progress
 from vau_jax.data.video.clips import Probe
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
+from vau_jax.data.video.listing import videos_below
 from vau_jax.datasets import array_record, vau_bench
 from vau_jax.datasets.vau_bench import Row
 
 SPLITS = ("train", "val", "test")
-ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts", ".flv", ".wmv", ".mpg")
 TOLERANCE = 1.0  # seconds that an interval may reach beyond the end of its video before it is flagged
 
 
@@ -167,7 +167,7 @@ def _joined(
 ) -> dict[str, list[Row]]:
     """Rows with the paths of their videos, relative to their common folder, and the properties of the files."""
     root = common_folder(list(folders.values()))
-    listed = {source: videos_below(folder) for source, folder in folders.items()}
+    listed = {source: by_plain_name(folder) for source, folder in folders.items()}
     every = [row for rows in splits.values() for row in rows]
     findings.without_folder = dict(Counter(row.source for row in every if row.source not in folders))
     paths = {
@@ -188,23 +188,12 @@ def common_folder(folders: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([folder.resolve() for folder in folders]))
 
 
-def videos_below(folder: Path) -> dict[str, list[Path]]:
+def by_plain_name(folder: Path) -> dict[str, list[Path]]:
     """Video files in a folder and those below it, by their plain name in lower case."""
-    if not folder.is_dir():
-        raise InputError(f"video folder {folder} does not exist")
     by_name: dict[str, list[Path]] = {}
-    for path in sorted(folder.resolve().rglob("*")):
-        if path.suffix.lower() in ENDINGS and path.is_file():
-            _check_utf8(path)
-            by_name.setdefault(vau_bench.plain_name(path.name).lower(), []).append(path)
+    for path in videos_below(folder):
+        by_name.setdefault(vau_bench.plain_name(path.name).lower(), []).append(path)
     return by_name
-
-
-def _check_utf8(path: Path) -> None:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the name of {str(path)!a} is not UTF-8, so that no table can hold it: rename it") from error
 
 
 def _find(row: Row, by_name: dict[str, list[Path]], findings: Findings) -> Path | None:

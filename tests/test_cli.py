@@ -102,7 +102,7 @@ MISTAKES = {
     "train --config=base --workdir=x more": "unexpected argument(s) more",
     "config demo:fast": "expected configs/demo.py or configs/demo.py:quick",
     "demo slow fast": "expected `vau demo [quick] [WORKDIR]`",
-    "ask --model=x --video=x --task=guess": "--task=guess is unknown: expected one of qa, ground",
+    "ask --model=x --video=README.md --task=guess": "--task=guess is unknown: expected one of qa, ground",
 }
 
 

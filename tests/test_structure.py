@@ -12,6 +12,7 @@ LAYERS = (  # each may import those below it, and itself
     (
         "app",
         "ask",
+        "ask_all",
         "completion",
         "evaluate",
         "judge",

@@ -1,11 +1,13 @@
-"""Asks a model about one video.
+"""Asks a model about videos.
 
     vau ask --model=DIR --video=FILE --task=qa --option "a fire" --option "a fall" ... "What happens?"
     vau ask --model=DIR --video=FILE --task=ground|classify
     vau ask --model=DIR --video=FILE --task=describe "What does the man in red do?"
+    vau ask --model=DIR --video=FOLDER --task=ground --task=describe --out=answers
 
 DIR is a Hugging Face folder or the workdir of a run; a run is asked in the words, and sees the frames, of its training.
-Prints the answer, and the interval where the task has one.
+Of one video and task it prints the answer, and the interval where the task has one. Of more, or with --out, it writes
+answers.jsonl and report.html: see `vau_jax.ask_all`.
 """
 
 import argparse
@@ -119,12 +121,21 @@ def read(completion: str, question: Question, reflection: bool) -> Shown:
 
 def main(args: argparse.Namespace) -> None:
     """The program: see its options in `vau_jax.cli`."""
+    from vau_jax import ask_all  # noqa: PLC0415 - which reads this module in turn
+
     logging.set_verbosity(logging.ERROR)  # orbax warns about a file that is not needed for parameters alone
-    question = Question(args.video, args.task, args.question, tuple(args.option))
-    check(question)  # before the model is loaded, which is slow
+    videos = ask_all.videos_of(args.video)
+    questions = [Question(str(v), task, args.question, tuple(args.option)) for v in videos for task in args.task]
+    for question in questions:  # before the model is loaded, which is slow
+        check(question)
+    if len(questions) > 1 or args.out:
+        out = args.out or Path("answers")
+        answers = ask_all.ask_all(args.model, questions, out, args.dtype, args.max_new_tokens)
+        print(ask_all.summary(answers, out))
+        return
     asker = Asker(args.model, args.dtype, args.max_new_tokens)
-    completion = asker.complete(question)
-    answer = asker.read(completion, question).text
+    completion = asker.complete(questions[0])
+    answer = asker.read(completion, questions[0]).text
     print(f"{completion.strip()}\n\n{answer}" if args.verbose else answer)
 
 

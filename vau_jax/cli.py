@@ -58,12 +58,16 @@ class Command:
 
 def ask(parser: Parser) -> None:
     parser.add_argument("--model", required=True, help="Hugging Face folder or workdir of a run")
-    parser.add_argument("--video", required=True)
-    parser.add_argument("--task", required=True, help="qa, ground, classify, describe, or a task of your own")
+    parser.add_argument("--video", action="append", required=True, help="a file, or a folder of files; may be repeated")
+    parser.add_argument(
+        "--task", action="append", required=True, help="qa, ground, classify, describe, or your own; may be repeated"
+    )
     parser.add_argument("--option", action="append", default=[], help="an answer to choose from; qa needs two or more")
     dtype(parser)
     parser.add_argument("--max_new_tokens", type=int, default=0, help="0: the run's own, or 1024")
     parser.add_argument("--verbose", action="store_true", help="print the reasoning too")
+    text = "folder of answers.jsonl and report.html; default, where there are several questions: answers"
+    parser.add_argument("--out", type=Path, help=text)
     parser.add_argument("question", nargs="?", default="")
 
 
