@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
 from tests import video_files
@@ -22,6 +23,7 @@ from tests.chat_server import Answer, serve
 from tests.small_models import writing_model
 from vau_jax import app, cli
 from vau_jax.ask import Asker, Question
+from vau_jax.datasets import synthetic
 from vau_jax.web.guard import Guard
 from vau_jax.web.uploads import PREFIX, Uploads, open_folder
 
@@ -47,8 +49,11 @@ def uploads() -> Iterator[Uploads]:
 
 
 @pytest.fixture(scope="module")
-def address(asker: Asker, uploads: Uploads) -> Iterator[str]:
-    with app.serve(app.build(app.Model(asker), uploads, 5.0), uploads, "127.0.0.1", 0, max_mb=1) as address:
+def address(asker: Asker, uploads: Uploads, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    example = tmp_path_factory.mktemp("example") / app.EXAMPLE
+    synthetic.write_example(example)
+    page = app.build(app.Model(asker), uploads, 5.0, 1, example)
+    with app.serve(page, uploads, "127.0.0.1", 0, max_mb=1) as address:
         yield address
 
 
@@ -121,6 +126,52 @@ def test_an_uploaded_video_is_answered_with_its_time_line_and_frames(page: Page,
     assert len(times) == app.FRAMES and 1.0 <= min(times) < 1.2 and 2.2 < max(times) <= 2.5
     assert page.get_by_label("What the model writes").input_value() == TEXT
     assert not page.refused
+
+
+def test_what_was_asked_stays_in_a_list_of_this_visit(page: Page, browser: Browser, clip: Path, address: str) -> None:
+    """Of several videos and questions, the newest first, each to be read whole; another visit begins anew."""
+    ask(page, clip)
+    page.get_by_label("Question").fill(f"What of {SAID}?")
+    page.get_by_label(list(app.TITLES)[1], exact=True).check()
+    page.get_by_role("button", name="Ask").click()
+    page.wait_for_function("document.querySelectorAll('#asked li').length == 2")
+    lines = page.locator("#asked summary").all_inner_texts()
+    assert lines[1].startswith("bclip.mp4: ") and lines[1].endswith("Anomaly")
+    page.locator("#asked summary").first.click()
+    first = page.locator("#asked li").first
+    assert SAID in first.inner_text() and page.evaluate("window.was") is None
+    assert first.locator("p").first.inner_text() == f"What of {SAID}?"
+    other = browser.new_page()
+    other.goto(address)
+    other.get_by_role("button", name="Ask").wait_for()
+    assert other.locator("#asked li").count() == 0
+    other.close()
+
+
+def test_the_list_of_a_visit_is_bounded(asker: Asker, uploads: Uploads, clip: Path) -> None:
+    asked = [{"video": "v", "task": "t", "question": "", "found": "f", "bars": [], "duration": 1.0, "sections": []}]
+    model = app.Model(asker)
+    *_, last = app.respond(model, uploads, 9.0, asked * app.KEPT, str(clip), next(iter(app.TITLES)), "", *[""] * 4)
+    assert len(last[3]) == app.KEPT and last[3][0]["video"] == clip.name and last[3][1]["video"] == "v"
+    model.close()
+
+
+def test_an_example_video_is_at_hand(page: Page) -> None:
+    page.get_by_role("button", name="Use the example clip").click()
+    page.wait_for_selector("video")
+    page.get_by_role("button", name="Ask").click()
+    page.wait_for_selector("#answer .found")
+    assert page.locator("#answer").inner_text().startswith("Anomaly\n1.0 s to 2.5 s")
+    assert page.locator("#asked summary").first.inner_text().startswith(app.EXAMPLE)
+    assert not page.refused
+
+
+def test_limits_are_said_before_they_are_met(page: Page) -> None:
+    said = page.locator("#limits").inner_text()
+    assert "up to 1 MB and 5 s, removed after an hour" in said
+    assert "2 frames a second" in said and "up to 1024 tokens" in said
+    found = Axe().run(page, context={"include": [["#limits"], ["#asked"]]}).response["violations"]
+    assert [(v["id"], v["nodes"][0]["html"][:120]) for v in found] == []
 
 
 def test_texts_of_the_model_stay_texts_and_nothing_is_fetched_elsewhere(page: Page, clip: Path, address: str) -> None:
@@ -237,6 +288,7 @@ def join(http: httpx.Client, *data: Any) -> str:
     """What the page would get for its inputs: the answer as HTML, or why the request was refused."""
     functions = http.get("config").json()["dependencies"]
     number = next(f["id"] for f in functions if f["queue"] and f["outputs"])
+    data = (None, *data)  # before them the answers of the visit, which the server knows
     body = json.dumps({"data": data, "fn_index": number, "session_hash": "s"})
     joined = http.post("gradio_api/queue/join", content=body, headers={"Content-Type": "application/json"})
     if joined.status_code != 200:

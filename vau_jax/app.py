@@ -2,9 +2,10 @@
 
     vau app --model=DIR [--port=7860] [--host=127.0.0.1] [--max_mb=500] [--max_seconds=1800]
 
-Drop a video in, choose the task, and see the text while it is written, then the answer, its place on the time line and
-frames of the interval. The page is for this machine alone unless --host says otherwise, and nothing is fetched from or
-sent to anywhere else. Uploaded files are removed after an hour, when there is no room for others, and at the end.
+Drop a video in, or take the example, choose the task, and see the text while it is written, then the answer, its place
+on the time line and frames of the interval; what was asked before stays in a list. The page is for this machine alone
+unless --host says otherwise, and nothing is fetched from or sent to anywhere else. Uploaded files are removed after an
+hour, when there is no room for others, and at the end.
 """
 
 import argparse
@@ -13,12 +14,15 @@ import queue
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -28,6 +32,7 @@ from vau_jax.ask import MOST_TEXT, Asker, Question, check
 from vau_jax.common.files import InputError
 from vau_jax.data.video.clips import VideoOptions
 from vau_jax.data.video.decoders import VideoError
+from vau_jax.datasets import synthetic
 from vau_jax.eval import gallery
 from vau_jax.tasks import TASKS
 from vau_jax.tasks.intervals import format_interval
@@ -47,7 +52,12 @@ FRAMES = 8  # number of frames shown of the interval
 BEAT = 0.2  # seconds between checks whether a client still waits
 TITLES = {task.title: task for task in sorted(TASKS.values(), key=lambda task: task.shuffles)}  # with options last
 
-Shown = tuple[str, str, list[tuple[np.ndarray, str]]]  # the text so far, the answer as HTML, frames with their times
+KEPT = 20  # answers in the list of a visit
+EXAMPLE = "example_fire.mp4"
+
+Entry = dict[str, Any]  # what the list keeps of an answer, as asked.html.jinja shows it
+# The text so far, the answer as HTML, frames with their times, the answers of this visit, and they as HTML.
+Shown = tuple[str, str, list[tuple[np.ndarray, str]], list[Entry], str]
 
 
 class _Stopped(Exception):  # noqa: N818 - nothing went wrong
@@ -93,11 +103,17 @@ class Model:
 
 
 def respond(
-    model: Model, uploads: Uploads, max_seconds: float, video: str | None, task: str, *texts: str | None
+    model: Model,
+    uploads: Uploads,
+    max_seconds: float,
+    asked: list[Entry],
+    video: str | None,
+    task: str,
+    *texts: str | None,
 ) -> Iterator[Shown]:
-    """What the page shows, again and again, from the press of the button on; a mistake is a plain message. `texts` are
-    the question and its options."""
-    asker = model.asker
+    """What the page shows, again and again, from the press of the button on; a mistake is a plain message. `asked` are
+    the answers of this visit so far, the newest first; `texts` are the question and its options."""
+    asker, listed = model.asker, gallery.render("asked.html.jinja", asked=asked)
     try:
         if not video:
             raise InputError("there is no video yet: drop a file into the box on the left")
@@ -111,24 +127,26 @@ def respond(
             )
         completion = ""
         for completion in model.streamed(question):
-            yield completion, "", []
+            yield completion, "", [], asked, listed
         answer = asker.read(completion, question)
         bars = []
         if TITLES[task].timed:
             interval = answer.interval
             text = f"Anomaly {format_interval(interval)}" if interval else answer.text.splitlines()[0]
             bars = [gallery.bar("predicted", text, duration)]
-        page = gallery.render(
-            "answer.html.jinja",
-            found=answer.text,
-            bars=bars,
-            duration=duration,
-            sections=gallery.sections(completion),
-        )
-        yield completion, page, _frames(asker, video, answer.interval, duration)
+        shown = {
+            "found": answer.text,
+            "bars": bars,
+            "duration": duration,
+            "sections": gallery.sections(completion),
+        }
+        asked = [{"video": Path(video).name, "task": task, "question": text_of(question), **shown}, *asked][:KEPT]
+        listed = gallery.render("asked.html.jinja", asked=asked)
+        page = gallery.render("answer.html.jinja", **shown)
+        yield completion, page, _frames(asker, video, answer.interval, duration), asked, listed
     except (InputError, VideoError) as error:
         problem = str(error).replace(str(video), Path(video).name) if video else str(error)
-        yield "", gallery.render("answer.html.jinja", problem=problem), []
+        yield "", gallery.render("answer.html.jinja", problem=problem), [], asked, listed
     finally:
         if video:
             uploads.mark_answered(Path(video))
@@ -147,13 +165,31 @@ def _frames(
     return [(frame, f"{time:.1f} s") for frame, time in zip(clip.frames, times, strict=True)]
 
 
-def build(model: Model, uploads: Uploads, max_seconds: float) -> gr.Blocks:
-    """The page."""
+def text_of(question: Question) -> str:
+    """The user's own words of a question."""
+    options = " ".join(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, question.options, strict=False))
+    return " ".join(part for part in (question.text, options) if part)
+
+
+def limits(asker: Asker, max_seconds: float, max_mb: int) -> str:
+    """What the page takes and what the model sees of it, in Markdown."""
+    options = asker.video_options
+    return (
+        f"Files up to {max_mb} MB and {max_seconds:.0f} s, removed after an hour. The model sees "
+        f"{options.fps:g} frames a second, {options.max_frames} at most, without sound, and writes up to "
+        f"{asker.max_new_tokens} tokens."
+    )
+
+
+def build(model: Model, uploads: Uploads, max_seconds: float, max_mb: int, example: Path) -> gr.Blocks:
+    """The page; `example` is a clip at hand."""
     with gr.Blocks(title="vau_jax", analytics_enabled=False) as page:
         gr.Markdown("# Ask about a video")
         with gr.Row():
             with gr.Column():
                 video = gr.Video(sources=["upload"], label="Video", height=320)
+                gr.Markdown(limits(model.asker, max_seconds, max_mb), elem_id="limits")
+                take = gr.Button("Use the example clip", size="sm")
                 task = gr.Radio(list(TITLES), value=next(iter(TITLES)), label="Task")
                 info = "needed with options; may be left empty otherwise"
                 text = gr.Textbox("", label="Question", info=info, max_length=MOST_TEXT)
@@ -166,11 +202,13 @@ def build(model: Model, uploads: Uploads, max_seconds: float) -> gr.Blocks:
                 written = gr.Textbox(label="What the model writes", lines=6, max_lines=20)
                 answer = gr.HTML(elem_id="answer")
                 frames = gr.Gallery(label="Frames", columns=4, object_fit="contain", height="auto", format="webp")
+                asked, listed = gr.State([]), gr.HTML(elem_id="asked")
+        take.click(lambda: str(example), None, video, queue=False, api_name=False)
         task.change(lambda title: gr.Group(visible=TITLES[title].shuffles), task, choices, queue=False, api_name=False)
         run = ask.click(
             partial(respond, model, uploads, max_seconds),
-            [video, task, text, *options],
-            [written, answer, frames],
+            [asked, video, task, text, *options],
+            [written, answer, frames, asked, listed],
             api_name=False,
         )
         stop.click(None, cancels=[run])
@@ -219,10 +257,12 @@ def main(args: argparse.Namespace) -> None:
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the files are removed
     with (
         open_folder(args.max_total_mb * 2**20) as uploads,
+        tempfile.TemporaryDirectory(prefix="vau_jax_example_") as folder,
         closing(Model(asker)) as model,
         suppress(KeyboardInterrupt),
     ):
-        page = build(model, uploads, args.max_seconds)
+        synthetic.write_example(Path(folder) / EXAMPLE)
+        page = build(model, uploads, args.max_seconds, args.max_mb, Path(folder) / EXAMPLE)
         try:
             with serve(page, uploads, args.host, args.port, args.max_mb, args.name) as address:
                 print(f"open {address}", flush=True)

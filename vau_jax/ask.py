@@ -23,6 +23,7 @@ from vau_jax import cli
 from vau_jax.common.files import InputError, read_json
 from vau_jax.data.pipeline import video_options
 from vau_jax.data.video import decode_worker
+from vau_jax.data.video.clips import VideoOptions
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.tasks import TASKS, parsing, prompts
 from vau_jax.tasks.base import Shown
@@ -54,10 +55,16 @@ class Asker:
         self.vlm.processor.read_video = self.decoders.read
         self.max_new_tokens = max_new_tokens or self.data.get("max_completion_tokens", 1024)
 
+    @property
+    def video_options(self) -> VideoOptions:
+        """How videos are sampled: as in the run's training, or as the model folder says."""
+        default = self.vlm.processor.video_options
+        return video_options(self.data, default) if self.data else default
+
     def complete(self, question: Question, watch: Callable[[str], None] | None = None) -> str:
         """The model's complete text; `watch` is called with the partial text while it grows. Raises InputError."""
         check(question)
-        sampled = asdict(video_options(self.data, self.vlm.processor.video_options)) if self.data else {}
+        sampled = asdict(self.video_options) if self.data else {}
         video = {"type": "video", "video": question.video, **sampled}
         text = {"type": "text", "text": _prompt(question, self.data)}
         batch = self.vlm.encode([[{"role": "user", "content": [video, text]}]])

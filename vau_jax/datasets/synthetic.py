@@ -421,6 +421,12 @@ def split_scenes(split: str, count: int, seed: int) -> list[Scene]:
     ]
 
 
+def write_example(path: Path, label: str = "Fire", seed: int = 8) -> None:
+    """Renders one clip of a class, with the camera still; by default a fire of 2 s in a clip of 5 s."""
+    scene = draw_scene(path.stem, seed, LAYOUTS["test"], label)
+    encode(path, frames(scene, shake=False), scene.fps)
+
+
 def _render(task: tuple[Scene, Path, bool]) -> None:
     scene, path, shake = task
     if not path.exists():

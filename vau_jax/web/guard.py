@@ -25,7 +25,7 @@ from vau_jax.web.uploads import Uploads
 
 UPLOAD = "/gradio_api/upload"
 READ = re.compile(
-    r"/(config|theme\.css|favicon\.ico|(assets|static|svelte)/.*|gradio_api/(queue/data|upload_progress))?"
+    r"/(config|theme\.css|favicon\.ico|(assets|static|svelte)/.*|gradio_api/(queue/data|upload_progress|heartbeat/\w+))?"
 )
 POSTED = re.compile(r"/gradio_api/(upload|queue/join|cancel|reset|run/predict)")  # run: what needs no queue
 FILE = "/gradio_api/file="
