@@ -22,6 +22,8 @@ LINE = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 
 @dataclass
 class Instruction:
+    """A line of a program in HLO: `name` = `shape` `kind`(`operands`), `rest`."""
+
     name: str
     shape: str
     kind: str

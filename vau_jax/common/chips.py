@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
+    """The peak rates of one chip."""
+
     flops: float  # bfloat16 operations a second, dense
     bandwidth: float  # bytes a second to and from its memory
     memory: float  # bytes

@@ -229,4 +229,5 @@ def mesh_of(array: Any) -> Mesh | None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on each device."""
     return NamedSharding(mesh, P())

@@ -100,6 +100,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def main() -> None:
+    """The process that renders: bounded in time and memory, it answers requests until its input ends."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default ends the process, whatever it is doing
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

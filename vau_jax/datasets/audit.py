@@ -11,6 +11,8 @@ Action = Literal["changed", "excluded", "flagged"]
 
 @dataclass(frozen=True)
 class AuditEntry:
+    """Something that was changed, excluded or flagged."""
+
     line: int  # number of the row in the file, 1 for the first after the header
     video: str
     action: Action

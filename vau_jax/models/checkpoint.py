@@ -235,6 +235,8 @@ class Adapter(NamedTuple):
 
 
 class ModelFiles(NamedTuple):
+    """Where a model's files are."""
+
     folder: Path  # config, tokenizer and processor files
     step_folder: Path | None  # the checkpoint that holds the weights; None: the folder's safetensors do
     adapter: Adapter | None = None

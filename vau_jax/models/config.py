@@ -35,6 +35,8 @@ class Motion:
 
 @dataclass(frozen=True)
 class VisionConfig:
+    """The sizes of a vision tower."""
+
     depth: int
     hidden_size: int
     intermediate_size: int
@@ -63,6 +65,8 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class QwenVLConfig:
+    """The sizes of a model, its tower's and its special tokens."""
+
     vision: VisionConfig | None  # None: a model of text alone
     model_type: str
     vocab_size: int

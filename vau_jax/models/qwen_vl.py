@@ -44,6 +44,8 @@ class Decoding(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
+    """One layer: attention and a gated feed-forward network, each after a norm and beside a residual."""
+
     config: QwenVLConfig
     dtype: Any
     attention: str

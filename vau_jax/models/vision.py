@@ -32,10 +32,13 @@ def normalise(patches: jax.Array, config: VisionConfig) -> jax.Array:
 
 
 def norm(config: VisionConfig, name: str) -> nn.Module:
+    """The norm of a tower's family: RMSNorm, or LayerNorm."""
     return RMSNorm(EPS, name=name) if config.gated else LayerNorm(EPS, name=name)
 
 
 class VisionAttention(nn.Module):
+    """Attention of patches to those of their window, or of their frame."""
+
     config: VisionConfig
     dtype: Any
     lora: LoRA | None
@@ -59,6 +62,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
+    """One block: attention and a feed-forward network, each after a norm and beside a residual."""
+
     config: VisionConfig
     dtype: Any
     lora: LoRA | None

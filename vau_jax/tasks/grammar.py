@@ -74,6 +74,7 @@ _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 def words(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
     return _WORD.findall(text.lower())
 
 

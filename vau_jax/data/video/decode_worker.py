@@ -111,6 +111,7 @@ def serve(requests: BinaryIO, answers: BinaryIO, seconds: float) -> None:
 
 
 def main() -> None:
+    """The process that decodes: bounded in time and memory, it answers requests until its input ends."""
     seconds, memory = float(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default ends the process, whatever it is doing
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))

@@ -49,6 +49,8 @@ class VideoError(Exception):
 
 
 class Picture(NamedTuple):
+    """A decoded frame."""
+
     number: int  # of the frame, in order of display
     image: np.ndarray  # uint8 [H, W, 3], upright
     corrupt: bool  # the decoder may have concealed damage in it
