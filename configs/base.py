@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     c.data.min_pixels = 0  # minimum pixels per frame; 0: the budget's
     c.data.max_pixels = 0  # maximum pixels per frame; 0: the budget's
     c.data.total_pixels = 0  # maximum pixels of all frames of a video, by pairs; 0: the budget's
-    c.data.cache = ""  # frame cache filled by data_prep/cache_frames.py; empty: decode videos every time
+    c.data.cache = ""  # frame cache filled by `vau data cache`; empty: decode videos every time
     c.data.augment = False  # random flip, shift and colour change
     c.data.section_weights = ConfigDict(prompts.SECTION_WEIGHTS)  # in the SFT loss; the end token has weight 1
     c.data.shuffle_options = True  # shuffle the options of a question anew each time

@@ -102,7 +102,7 @@ class FrameCache:
         self.readers: dict[Path, ArrayRecordReader] = {}
         self.lock = threading.Lock()
         if self.folder and not self.folder.is_dir():
-            raise InputError(f"frame cache {folder} does not exist: fill it with data_prep/cache_frames.py first")
+            raise InputError(f"frame cache {folder} does not exist: fill it with `vau data cache` first")
         self.contents: dict[Mark, str] = {}
         for shard, entries in shards(self.folder) if self.folder else ():
             self.places |= {entry.key: (shard, number, entry) for number, entry in enumerate(entries)}
@@ -110,7 +110,7 @@ class FrameCache:
         if self.places and not any(map(_is_current, self.places)):
             raise InputError(
                 f"frame cache {folder} was filled by another version, whose records are not found: call "
-                "data_prep/cache_frames.py again, which makes them anew"
+                "`vau data cache` again, which makes them anew"
             )
 
     def content(self, path: str | os.PathLike) -> tuple[str, Mark]:
