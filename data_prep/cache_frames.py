@@ -1,6 +1,6 @@
 """Decodes and resizes the videos of a config once, into ArrayRecord shards that training and evaluation read.
 
-    python -m vau_jax.data_prep.cache_frames --config=configs/X.py --workdir=FOLDER [--config.key=value]
+    vau data cache --config=configs/X.py --workdir=FOLDER [--config.key=value]
 
 Give FOLDER to them as --config.data.cache. Call it again to resume after a kill, to add videos, and to repair: records
 of videos that changed, and damaged ones, are rebuilt. The config's frames a second, pixel budgets and model decide

@@ -1,6 +1,6 @@
 """Reflection records for SFT: a first answer, a reflection on it, a revised reasoning, the answer.
 
-    python -m vau_jax.data_prep.reflection --config=configs/reflection.py --workdir=DIR --config.data.csv=... \
+    vau data reflection --workdir=DIR --config.data.csv=... \
         --config.data.videos=... [--config.student.checkpoint=RUN] \
         [--config.teacher.url=... --config.teacher.model=...]
 

@@ -1,8 +1,8 @@
 """Compiles a config's programs for a TPU pod, on a machine without one, and says whether and how fast they could run.
 
-    python launch/compile_check.py --config=configs/vau_r1_qa_rft.py --topology=v5e:4x4 --size=qwen2.5-vl-3b \
+    vau compile-check --config=configs/vau_r1_qa_rft.py --topology=v5e:4x4 --size=qwen2.5-vl-3b \
         [--config.mesh.tensor=4] [--prompt=4096] [--visual=3584] [--json=FILE] [--only=update]
-    python launch/compile_check.py --config=configs/vau_r1_qa_rft.py --topology=h100:8 --size=qwen2.5-vl-3b
+    vau compile-check --config=configs/vau_r1_qa_rft.py --topology=h100:8 --size=qwen2.5-vl-3b
 
 For each program: seconds to compile, bytes a chip (arguments, temporary, peak) against the chip's memory, operations,
 bytes to and from memory, collectives, the time that the slowest of them takes at least, and the MFU that this allows.

@@ -1,6 +1,6 @@
 """Runs the trials of a sweep and tabulates them.
 
-    python launch/sweep.py --config=configs/sweeps/X.py --workdir=DIR [--backend=local|xpk|slurm] [--jobs=N] [--dry-run]
+    vau sweep --config=configs/sweeps/X.py --workdir=DIR [--backend=local|xpk|slurm] [--jobs=N] [--dry-run]
 
 Each trial has a folder in DIR, named by the fields that distinguish it, with its output in log.txt. Finished trials are
 skipped, killed ones resume where their program can. DIR/sweep.md is the table, means over seeds; DIR/sweep.html a plot

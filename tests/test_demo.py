@@ -155,7 +155,9 @@ def test_a_second_call_skips_what_is_done(finished: tuple[Path, str]) -> None:
 def test_the_readmes_python_runs(finished: tuple[Path, str]) -> None:
     """The block under "In Python", on this run's folder."""
     workdir, _ = finished
-    block = re.search(r"## In Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    block = re.search(
+        r"## In Python\n\n```python\n(.*?)```", (ROOT / "vau_jax" / "README.md").read_text(), re.DOTALL
+    ).group(1)
     code = block.replace("runs/demo/", f"{workdir}/")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

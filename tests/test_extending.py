@@ -28,7 +28,7 @@ from vau_jax.train import loop, sft
 from vau_jax.train.update import STAGES
 from vau_jax.vlm import VideoLM
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[1] / "vau_jax" / "README.md").read_text()
 SECTION = README.split("## Extending")[1].split("\n## ")[0]
 PARTS = dict(re.findall(r"\*\*An? ([\w ]+)\*\*.*?```python\n(.*?)```", SECTION, re.DOTALL))
 DICTIONARIES = {"TASKS": TASKS, "DATASETS": DATASETS, "REWARDS": REWARDS, "STAGES": STAGES}

@@ -286,7 +286,7 @@ def overview(prefix: str = "") -> str:
             "",
             *lines,
             "",
-            "`vau COMMAND --help` explains one with all its options, `python -m vau_jax.COMMAND` is the same program.",
+            "`vau COMMAND --help` explains one, with all its options.",
             'Completion: source <(vau completion bash), or eval "$(vau completion zsh)" after compinit.',
         ]
     )

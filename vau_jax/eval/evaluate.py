@@ -1,6 +1,6 @@
 """Decodes a split and scores it.
 
-    python -m vau_jax.evaluate --config=configs/eval.py --workdir=DIR --config.checkpoint=RUN_OR_MODEL
+    vau evaluate --workdir=DIR --config.checkpoint=RUN_OR_MODEL
 
 Writes predictions.jsonl, one object an example, and metrics.json. A killed call resumes after the examples that are
 done. A video that cannot be read is a wrong answer, counted under "failed".

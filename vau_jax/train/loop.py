@@ -1,6 +1,6 @@
 """The one training loop, for SFT and RFT alike.
 
-    python -m vau_jax.train --config=configs/vau_r1_sft.py --workdir=DIR [--config.key=value]
+    vau train --config=configs/vau_r1_sft.py --workdir=DIR [--config.key=value]
 
 RFT adds one line to a step: it makes the batch by a rollout before the same update. A run that was killed resumes from
 its last checkpoint and ends with the same bits.
