@@ -248,7 +248,7 @@ def main(args: argparse.Namespace) -> None:
     if errors:
         print(f"{errors} errors, {len(found) - errors} warnings: mend the errors, and check again")
         raise SystemExit(1)
-    names = ",".join(f"'{task}'" for task in TASKS if counts[task] and TASKS[task].verifiable)
+    names = ",".join(f'"{task}"' for task in TASKS if counts[task] and TASKS[task].verifiable)
     training = ["--config=vau_r1_sft", "--workdir=runs/sft", "--config.model=MODEL", f"--config.data.csv={args.file}"]
     training += [f"--config.data.videos={args.videos}", f"--config.data.tasks=({names},)"]
     training += ["--config.data.style=direct"] * (not any(row.reasoning or row.description for row in rows))

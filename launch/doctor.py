@@ -25,7 +25,6 @@ from typing import NamedTuple
 import av
 import jax
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
 from vau_jax import cli
@@ -219,7 +218,6 @@ def checks(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Finding
 
 def main(args: argparse.Namespace) -> None:
     """The program: see its options in `vau_jax.cli`."""
-    logging.set_verbosity(logging.ERROR)  # orbax warns of files that parameters alone do not need
     errors = 0
     for name, check in checks(args):
         finding = check()

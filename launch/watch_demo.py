@@ -16,7 +16,6 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
-from absl import logging
 from ml_collections import ConfigDict
 
 from vau_jax.common import config_flags
@@ -67,7 +66,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     args, rest = parser.parse_known_args()
-    logging.set_verbosity(logging.ERROR)  # orbax warns of a file that parameters alone do not need
     config, _ = config_flags.read(["vau demo", *rest], "demo")
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())

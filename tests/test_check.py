@@ -161,7 +161,7 @@ def test_a_model_is_trained_on_ten_clips_with_times_and_classes_alone(
     assert code == 0 and "10 rows; usable for: grounding 10, classification 10" in lines
     following = shlex.split(lines[-1].removeprefix("next: "))
     assert following[1] == "train" and following[-1] == "--config.data.style=direct"
-    assert "--config.data.tasks=('grounding','classification',)" in following
+    assert '--config.data.tasks=("grounding","classification",)' in following
     config = small("vau_r1_sft", model_folder, tmp_path)
     config.data.csv, config.data.videos, config.data.tasks = str(path), str(tmp_path), ("grounding", "classification")
     config.data.style, config.steps, config.data.max_completion_tokens = "direct", 2, 64

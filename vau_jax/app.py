@@ -25,7 +25,6 @@ from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from vau_jax import cli
 from vau_jax.ask import MOST_TEXT, Asker, Question, check
@@ -251,7 +250,6 @@ def serve(
 
 def main(args: argparse.Namespace) -> None:
     """The program: see its options in `vau_jax.cli`."""
-    logging.set_verbosity(logging.ERROR)  # orbax warns of a file that parameters alone do not need
     asker = Asker(args.model, args.dtype, args.max_new_tokens)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the files are removed

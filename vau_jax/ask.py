@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from absl import logging
 from ml_collections import ConfigDict
 
 from vau_jax import cli
@@ -130,7 +129,6 @@ def main(args: argparse.Namespace) -> None:
     """The program: see its options in `vau_jax.cli`."""
     from vau_jax import ask_all  # noqa: PLC0415 - which reads this module in turn
 
-    logging.set_verbosity(logging.ERROR)  # orbax warns about a file that is not needed for parameters alone
     videos = ask_all.videos_of(args.video)
     questions = [Question(str(v), task, args.question, tuple(args.option)) for v in videos for task in args.task]
     for question in questions:  # before the model is loaded, which is slow

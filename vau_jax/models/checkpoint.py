@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,9 @@ from vau_jax.common.files import InputError, dump_json, read_json, short, write_
 from vau_jax.models import lora
 from vau_jax.models.lora import LoRA
 from vau_jax.types import Params, State
+
+# Parameters alone are restored without a file of orbax's that it then warns of.
+logging.getLogger("absl").addFilter(lambda record: "Metadata file does not exist" not in record.getMessage())
 
 MODEL_FOLDER = "model"  # config, tokenizer and processor files of the run's model, without weights
 CHECKPOINTS = "checkpoints"
