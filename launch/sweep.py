@@ -36,8 +36,10 @@ if not __package__:  # called by its path, sys.path has this file's folder inste
     sys.path.insert(0, str(ROOT))
 
 from vau_jax import cli  # noqa: E402
+from vau_jax.common import progress  # noqa: E402
 from vau_jax.common.config_flags import CONFIGS  # noqa: E402
 from vau_jax.common.files import InputError, dump_json, locked, read_json, write_text  # noqa: E402
+from vau_jax.common.progress import Progress  # noqa: E402
 from vau_jax.eval.report import escape, lookup, markdown, rows  # noqa: E402
 from vau_jax.train.loop import PREEMPTED  # noqa: E402
 
@@ -244,10 +246,13 @@ def run(config: str, workdir: Path, backend: str, at_once: int, dry_run: bool) -
 
 
 def _run(trials: list[Trial], workdir: Path, backend: str, at_once: int) -> int:
-    well = [True]
+    well = []
     if backend == "local":
+        shown = Progress("sweep", len(trials), "trial")
         with ThreadPoolExecutor(at_once) as pool:
-            well = list(pool.map(Trial.run, trials))
+            for succeeded in pool.map(Trial.run, trials):
+                well.append(succeeded)
+                shown.show(len(well), f"failed {well.count(False)}")
     else:
         write_text(workdir / "jobs.sh", jobs(trials, backend))
         print(
@@ -259,6 +264,7 @@ def _run(trials: list[Trial], workdir: Path, backend: str, at_once: int) -> int:
     write_text(workdir / "sweep.md", text + "\n")
     write_text(workdir / "sweep.html", plot(folders))
     print(text, flush=True)
+    print(progress.summary("", {"table": workdir / "sweep.md", "plot": workdir / "sweep.html"}), flush=True)
     return 0 if all(well) else 1
 
 

@@ -6,6 +6,7 @@ Writes EVALUATION/judged/NAME.json; with other judges' files beside it, also how
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     judge = Judge(Chat(config, folder / f"{config.name}.answers.jsonl"))
     read = [r for r in records if not r.failure]
     shown = Progress(config.name, len(read), "description")
-    answers = judge.marks([Subject.of_record(r) for r in read], shown.show)
+    answers = judge.marks([Subject.of_record(r) for r in read], lambda done: shown.show(done, partial(_spent, judge)))
     marked: dict[str, Marks | None] = {r.example: dict.fromkeys(AXES, 0.0) for r in records if r.failure}
     marked |= {r.example: given for r, (given, _) in zip(read, answers, strict=True)}
     given = [marks for marks in marked.values() if marks]
@@ -61,6 +62,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     shown = {key: value for key, value in result.items() if key != "marks"} | {"agreement": agreement(folder)}
     print(dump_json(shown, indent=1), flush=True)
     return result
+
+
+def _spent(judge: Judge) -> str:
+    return f"{judge.chat.tokens.total()} tokens, cost {judge.chat.cost:.2f}"
 
 
 def summary(config: ConfigDict, workdir: Path) -> str:

@@ -232,7 +232,7 @@ def build(
     for path, clip, error in _decoded(todo, sampling, decode, workers):
         done += 1
         counts["written" if clip else "failed"] += 1
-        show(done, "" if clip else f"{path.name}: {error}")
+        show(done, f"failed {counts['failed']}" + ("" if clip else f"  {path.name}: {error}"))
         if contents[path] is None:  # not there: nothing to remember it by
             continue
         shard = shard or _Shard(folder / f"frames-{next_number:05d}.arrayrecord", [])
