@@ -39,6 +39,7 @@ from vau_jax import cli
 from vau_jax.common import config_flags, sharding
 from vau_jax.common.chips import GIB, Chip, chip
 from vau_jax.common.files import InputError, dump_json, write_text
+from vau_jax.common.progress import Progress
 from vau_jax.launch import hlo
 from vau_jax.models import config as model_config
 from vau_jax.models import flops, hf, motion_prompt
@@ -443,7 +444,11 @@ def run(args: argparse.Namespace, config: ConfigDict) -> int:
     devices = chips_of(args.topology)
     known = chip(devices[0].device_kind)
     programs = Programs(config, sizes, sharding.make_mesh(config.mesh, devices), args.prompt, args.visual)
-    reports = [check(programs, p, known) for p in programs.all() if not args.only or p.name in args.only]
+    wanted = [program for program in programs.all() if not args.only or program.name in args.only]
+    reports, shown = [], Progress("compile", len(wanted), "program")
+    for program in wanted:
+        reports.append(check(programs, program, known))
+        shown.show(len(reports), program.name)
     print(
         f"{args.size or config.model}, {config.stage}, {args.topology}, mesh {dict(programs.mesh.shape)}, "
         f"{config.batch_size} prompts of {args.prompt} tokens, {programs.g} x {programs.c} completion tokens"

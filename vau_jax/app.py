@@ -45,7 +45,7 @@ try:
 
     from vau_jax.web.guard import Guard
 except ImportError as error:
-    raise SystemExit("the app needs gradio: bash launch/venv.sh app, in the repository") from error
+    raise SystemExit("the app needs gradio: pip install gradio, or in a checkout: bash launch/venv.sh app") from error
 
 FRAMES = 8  # number of frames shown of the interval
 BEAT = 0.2  # seconds between checks whether a client still waits

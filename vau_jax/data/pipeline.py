@@ -79,6 +79,8 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], Audit]:
 
     Raises InputError for a missing file or folder, an unknown task, and when no example is left.
     """
+    if not config.csv:
+        raise InputError("data.csv is not set: expected an annotation file (`vau data check` says what it needs)")
     check(config)
     folder = Path(config.videos)
     if not folder.is_dir():
@@ -112,8 +114,6 @@ DIFFICULTY_RANGES = {"memory": COUNT, "noise": NOT_NEGATIVE, "drop": SHARE}
 
 def check(config: ConfigDict) -> None:
     """Raises InputError for the first invalid setting of config.data."""
-    if not config.csv:
-        raise InputError("data.csv is not set: expected an annotation file (`vau data check` says what it needs)")
     unknown = [task for task in config.tasks if task not in TASKS]
     if unknown or not config.tasks:
         raise InputError(f"data.tasks={tuple(config.tasks)}: expected some of {', '.join(TASKS)}")

@@ -63,8 +63,6 @@ def check(config: ConfigDict) -> None:
     config is checked by the module that reads it.
     """
     c, limit = config, config.data.max_completion_tokens
-    if not (c.model or c.init_from):
-        raise InputError("model is not set: expected a Hugging Face folder, or in init_from an earlier run")
     check_choices(c, "", {"stage": tuple(update.STAGES), "dtype": tuple(DTYPES)})
     check_ranges(c, "", RANGES)
     check_ranges(c.checkpoint, "checkpoint.", {"every": COUNT, "keep": COUNT})
@@ -209,6 +207,8 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     """
     workdir = Path(workdir)
     check(config)
+    if not (config.model or config.init_from):
+        raise InputError("model is not set: expected a Hugging Face folder, or in init_from an earlier run")
     with _writing_to(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         with processes.exclusive(workdir):
