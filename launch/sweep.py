@@ -40,7 +40,7 @@ from vau_jax.common import progress  # noqa: E402
 from vau_jax.common.config_flags import CONFIGS  # noqa: E402
 from vau_jax.common.files import InputError, dump_json, locked, read_json, write_text  # noqa: E402
 from vau_jax.common.progress import Progress  # noqa: E402
-from vau_jax.eval.report import escape, lookup, markdown, rows  # noqa: E402
+from vau_jax.eval.tables import escape, lookup, markdown, rows  # noqa: E402
 from vau_jax.train.loop import PREEMPTED  # noqa: E402
 
 
@@ -175,7 +175,7 @@ def _text(value: Any, workdir: Path) -> str:
 
 def table(folders: Sequence[tuple[str, Path]]) -> str:
     """Of (group, folder) pairs: a row for every group and evaluation, mean ± standard deviation (ddof 1) over its
-    folders of each number of `report.rows`, and how many folders there are."""
+    folders of each number of `tables.rows`, and how many folders there are."""
     groups: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     every = rows()
     for group, folder in folders:
@@ -195,7 +195,7 @@ def table(folders: Sequence[tuple[str, Path]]) -> str:
 
 
 def plot(folders: Sequence[tuple[str, Path]]) -> str:
-    """A page with a chart of each number of `report.rows`: a point a trial, its group along the axis, a colour for each
+    """A page with a chart of each number of `tables.rows`: a point a trial, its group along the axis, a colour for each
     evaluation."""
     points: defaultdict[tuple[str, str], tuple[list[str], list[float], list[str]]] = defaultdict(lambda: ([], [], []))
     for group, folder in folders:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from vau_jax.common import config_flags
 from vau_jax.common.files import InputError
-from vau_jax.eval import evaluate, gallery, report, watch
+from vau_jax.eval import evaluate, gallery, report, tables, watch
 from vau_jax.launch import demo
 from vau_jax.models import checkpoint
 
@@ -58,7 +58,7 @@ def ask(config: ConfigDict, workdir: Path, stage: str, step: int, asked: Path) -
 def page(folders: Sequence[Path], strips: gallery.Strips, stamp: str) -> str:
     """The report of the checkpoints asked so far and of the runs' curves."""
     there = [folder for folder in folders if folder.is_dir()]
-    return report.page(there, report.evaluations(there[:1]), CLIPS, strips, stamp)
+    return report.page(there, tables.evaluations(there[:1]), CLIPS, strips, stamp)
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ def test_the_report_shows_table_curves_and_examples(finished: tuple[Path, str]) 
     text = (workdir / "report.html").read_text()
     assert re.search(r"QA accuracy +\| \d\.\d\d \[", out)
     assert "Grounding mIoU" in text and "constant guess" in text and "rft blind" in text
-    assert all(f">{title}<" in text for title in ("Reward", "Loss", "Reflection", "Classes: rft"))
+    assert all(f">{title}<" in text for title in ("Reward", "Loss", "Corrected by reflection", "Confusion matrices"))
     assert (
         text.count('<li class="card"') == 3 * 24
         and text.count('<div class="answer"') == 3 * 24 * 3

@@ -18,7 +18,7 @@ from tests import records, video_files
 from tests.reports import ASKED, HOSTILE, RECORDS, evaluation, record
 from vau_jax.common import files
 from vau_jax.common.files import InputError
-from vau_jax.eval import charts, gallery, report
+from vau_jax.eval import charts, gallery, report, tables
 from vau_jax.eval.records import load
 from vau_jax.rl.judge import AXES
 
@@ -98,47 +98,57 @@ LABEL = "<a href='javascript:window.hacked=5'>run</a> <b>x</b><br>&lt;i&gt; http
 
 
 def test_labels_in_charts_are_never_links_or_markup(browser: Browser, tmp_path: Path) -> None:
-    """Names of runs, and of classes in metrics.json, stand as they are, on axes, in legends, and under the pointer."""
+    """Names of runs stand as they are, in legends and under the pointer."""
     name = LABEL.replace("/", "\u2215")  # no folder has a slash in its name
     for run in (name, "other"):
         (tmp_path / run).mkdir()
         (tmp_path / run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n')
-    written = evaluation(tmp_path / "eval", RECORDS, "e", tmp_path) / "metrics.json"
-    result = json.loads(written.read_text())
-    result["tasks"]["classification"]["confusion"] = {"labels": [LABEL, "B"], "counts": [[1, 2, 0], [0, 3, 0]]}
-    written.write_text(json.dumps(result))
     report.write([tmp_path], tmp_path / "report.html")
     page = browser.new_page()
     page.goto(f"file://{tmp_path}/report.html")
-    for title, text in (("Loss", name), ("Classes: e", LABEL)):
-        place = page.locator(f"[aria-label='{title}'][data-chart]")
-        place.scroll_into_view_if_needed()
-        drag = place.locator(".nsewdrag").first
-        drag.wait_for(state="attached")
-        box = drag.bounding_box()
-        page.mouse.move(box["x"] + box["width"] / 6, box["y"] + box["height"] / 4)
-        page.evaluate(
-            "() => Plotly.Fx.hover(document.querySelector('[data-chart]'), [{curveNumber: 0, pointNumber: 0}])"
-        )
-        place.locator(".hoverlayer text").first.wait_for(state="attached")
-        assert any(text in found for found in place.locator(".hoverlayer text").all_text_contents())
-        assert any(text == found for found in place.locator("text").all_text_contents())
-        assert place.locator("a, [style*=bold]").count() == 0
+    place = page.locator("[aria-label='Loss'][data-chart]")
+    place.scroll_into_view_if_needed()
+    place.locator(".nsewdrag").first.wait_for(state="attached")
+    page.evaluate("() => Plotly.Fx.hover(document.querySelector('[data-chart]'), [{curveNumber: 0, pointNumber: 0}])")
+    place.locator(".hoverlayer text").first.wait_for(state="attached")
+    assert any(name in found for found in place.locator(".hoverlayer text").all_text_contents())
+    assert any(name == found for found in place.locator("text").all_text_contents())
+    assert place.locator("a, [style*=bold]").count() == 0
     page.close()
 
 
 def test_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 2.0}\n')
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": null}\n'
+    )
     report.write([tmp_path], tmp_path / "report.html")
     data = re.search(r'id="chart-data">(.*?)</script>', (tmp_path / "report.html").read_text(), re.DOTALL).group(1)
-    assert json.loads(data, parse_constant=pytest.fail)[0]["data"][0]["y"] == [None, 2.0]
+    assert json.loads(data, parse_constant=pytest.fail)[0]["data"][0]["y"] == [None, 2.0, None]
 
 
 def test_the_table_says_what_the_metrics_say(page: Page) -> None:
     rows = {r.split("\t")[0]: r.split("\t")[1:] for r in page.locator("table").first.inner_text().splitlines()}
-    assert rows["QA accuracy"][0].startswith("0.50 [") and rows["QA accuracy"][1].startswith("1.00 [")
-    assert rows["Grounding mIoU"][0].startswith("0.57 [")  # 1 and 1/7
+    assert rows["QA accuracy"][1].startswith("0.50 [") and rows["QA accuracy"][0].startswith("1.00 [")
+    assert rows["Grounding mIoU"][1].startswith("0.57 [")  # 1 and 1/7
+
+
+def test_tables_of_the_page_begin_with_the_newest_and_the_printed_one_with_the_oldest(
+    page: Page, folder: Path, tmp_path: Path
+) -> None:
+    for table in ("results", "made"):
+        text = page.locator(f"section[aria-labelledby={table}] table").first.inner_text()
+        assert text.index("second") < text.index("first")
+    printed = report.write([folder], tmp_path / "report.html").splitlines()[0]
+    assert printed.index("first") < printed.index("second")
+
+
+def test_evaluations_are_in_the_order_of_their_own_times(folder: Path, tmp_path: Path) -> None:
+    """Those of their files change when a folder is copied."""
+    for name, when in (("b", "2026-01-02 00:00:00 UTC"), ("a", "2026-01-01 00:00:00 UTC")):
+        path = evaluation(tmp_path / name, RECORDS[:1], name, folder) / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"about": {"time": when}}))
+    assert [result["name"] for result in tables.evaluations([tmp_path])] == ["a", "b"]
 
 
 def test_scores_by_source_are_folded(page: Page) -> None:
@@ -146,7 +156,7 @@ def test_scores_by_source_are_folded(page: Page) -> None:
     assert not folded.locator("table").is_visible()
     folded.locator("summary").click()
     rows = [row.split("\t") for row in folded.locator("table").inner_text().splitlines()[1:]]
-    assert [(row[0], row[1][:4], row[2][:4]) for row in rows] == [("msad", "1.00", "1.00"), ("ucf", "0.00", "-")]
+    assert [(row[0], row[1][:4], row[2][:4]) for row in rows] == [("msad", "1.00", "1.00"), ("ucf", "-", "0.00")]
 
 
 def test_marks_of_judges_stand_in_a_table(page: Page) -> None:
@@ -160,9 +170,9 @@ def test_marks_of_earlier_answers_are_said(folder: Path, tmp_path: Path) -> None
     marked = shutil.copytree(folder / "eval" / "b", tmp_path / "b")
     path, answers = marked / "judged" / "strict.json", marked / "predictions.jsonl"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"predictions": files.content_hash(answers)}))
-    assert report.judged(report.evaluations([marked]))[0][1] == f"second, strict ({HOSTILE})"
+    assert tables.judged(tables.evaluations([marked]))[0][1] == f"second, strict ({HOSTILE})"
     answers.write_text("")
-    assert report.judged(report.evaluations([marked]))[0][1] == f"second, strict ({HOSTILE}), of earlier answers"
+    assert tables.judged(tables.evaluations([marked]))[0][1] == f"second, strict ({HOSTILE}), of earlier answers"
 
 
 def test_the_page_shows_the_weights_of_the_total(folder: Path) -> None:
@@ -192,6 +202,28 @@ def test_filters_and_order(page: Page) -> None:
     assert shown(page) == ["v0.mp4/qa"]
 
 
+def test_cards_are_filtered_by_what_changed(browser: Browser, folder: Path, tmp_path: Path) -> None:
+    """From the evaluation before, and from the first."""
+    answers = {"first": "BBBCC", "second": "BBCBC", "third": "BCBBC"}  # B is right
+    for name, letters in answers.items():
+        found = [record(i, "qa", letter, "B") for i, letter in enumerate(letters)]
+        evaluation(tmp_path / name, found, name, folder)
+    report.write([tmp_path], tmp_path / "report.html")
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path}/report.html")
+    fitting = {}
+    for change in page.locator("[name=change] option").all_text_contents()[1:]:
+        page.select_option("[name=change]", change)
+        fitting[change] = [name[:2] for name in shown(page)]
+    assert fitting == {
+        "fixed": ["v2"],
+        "broken": ["v1"],
+        "fixed since the first": ["v3"],
+        "broken since the first": ["v1"],
+    }
+    page.close()
+
+
 def test_a_card_has_frames_a_time_line_and_folded_sections(page: Page) -> None:
     page.select_option("[name=task]", "grounding")
     card = page.locator(".card:visible").nth(1)
@@ -211,7 +243,7 @@ def test_a_card_has_frames_a_time_line_and_folded_sections(page: Page) -> None:
 
 def test_keys_reach_everything(page: Page) -> None:
     page.locator("[name=task]").focus()
-    for name in ("class", "outcome", "order"):
+    for name in ("class", "outcome", "change", "order"):
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.name") == name
     page.keyboard.press("Tab")
@@ -222,7 +254,7 @@ def test_keys_reach_everything(page: Page) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, 360])
 def test_contrast_and_names_meet_aa(page: Page, scheme: str, width: int) -> None:
     """axe-core's rules for WCAG 2.1 A and AA; no scrolling sideways on a phone."""
     page.emulate_media(color_scheme=scheme)
@@ -240,8 +272,13 @@ def test_curves_of_all_runs_share_a_chart(folder: Path) -> None:
     loss = next(chart for chart in charts if chart["title"] == "Loss")
     assert [line["name"] for line in loss["data"]] == ["rft", "sft"]
     assert len({line["line"]["color"] for line in loss["data"]}) == 2
-    titles = [chart["title"] for chart in charts]
-    assert sum(t.startswith("Classes: ") for t in titles) == sum(t.startswith("Times: ") for t in titles) == 2
+    assert sum(chart["title"].startswith("Times: ") for chart in charts) == 2
+
+
+def test_a_run_has_one_colour_in_all_charts() -> None:
+    drawn = charts.curves({"a": [{"step": 1, "loss": 1.0}], "b": [{"step": 1, "loss": 1.0, "reward": 1.0}]})
+    colours = {line["line"]["color"] for chart in drawn for line in chart["data"] if line["name"] == "b"}
+    assert [chart["title"] for chart in drawn] == ["Reward", "Loss"] and len(colours) == 1
 
 
 def test_a_curve_is_smoothed_with_its_values_behind_it(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -251,15 +288,15 @@ def test_a_curve_is_smoothed_with_its_values_behind_it(tmp_path: Path, rng: np.r
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     raw, smooth = charts.curves({"run": report.read_metrics(tmp_path / "run")})[0]["data"]
     assert raw["showlegend"] is False and raw["opacity"] < 1 and raw["line"] == smooth["line"]
-    known = [i for i in range(120) if i != 50]
-    assert raw["y"] == [values[i] for i in known] and len(smooth["y"]) == 119
-    near = [values[i] for i in known[56:65]]  # the four before, itself, and the four after
-    assert smooth["y"][60] == pytest.approx(sum(near) / 9, rel=1e-5)
+    assert raw["y"] == values and raw["x"] == list(range(120)) and smooth["y"][50] is None
+    assert smooth["y"][60] == pytest.approx(sum(values[56:65]) / 9, rel=1e-5)
+    assert smooth["y"][52] == pytest.approx(sum(v for v in values[48:57] if v is not None) / 8, rel=1e-5)
+    assert sum(line.get("showlegend", True) for line in (raw, smooth)) == 1
 
 
 def test_missing_values_stay_missing_in_a_smoothed_curve_and_count_nowhere() -> None:
     assert charts.moving_mean([1.0, None, 4.0, 5.0], 1) == [1.0, None, 4.5, 4.5]
-    assert charts.moving_mean([1.0, None], 0) == [1.0, None]
+    assert charts.moving_mean([1e30, 1.0, 1.0, 2.0, 3.0], 1)[3] == 2.0  # no trace of what is far away
 
 
 def test_an_example_is_one_card_with_what_changed(tmp_path: Path) -> None:
@@ -267,8 +304,8 @@ def test_an_example_is_one_card_with_what_changed(tmp_path: Path) -> None:
     after = [record(0, "grounding", "[2.0, 6.0]", "Anomaly [2.0, 6.0]"), record(0, "qa", "C", "B")]
     found = [gallery.card([("rft", new), ("sft", old)]) for new, old in zip(after, before, strict=True)]
     assert [[a.evaluation for a in card.answers] for card in found] == [["rft", "sft"]] * 2
-    assert [card.answers[0].change for card in found] == ["0.14 → 1.00", "right → wrong"]
-    assert "improved" in found[0].states and "worsened" in found[1].states
+    assert [card.answers[0].change for card in found] == ["wrong → right, tIoU 0.14 → 1.00", "right → wrong"]
+    assert [card.changes for card in found] == [("fixed",), ("broken",)]
     assert found[0].gain == pytest.approx(6 / 7) and found[1].gain == -1
     bars = [(bar.kind, bar.name, bar.text) for bar in found[0].bars]
     assert bars == [
@@ -277,6 +314,29 @@ def test_an_example_is_one_card_with_what_changed(tmp_path: Path) -> None:
         ("predicted", "sft", "5.0 to 9.0 s"),
         ("draft", "draft", "2.0 to 6.0 s"),
     ]
+
+
+def test_a_gain_that_makes_no_answer_right_is_an_improvement() -> None:
+    before, after = (record(0, "grounding", f"[{start}, {start + 4}]", "Anomaly") for start in (5.5, 5.0))
+    card = gallery.card([("rft", after), ("sft", before)])
+    assert card.changes == ("improved",) and card.answers[0].change == "tIoU 0.07 → 0.14"
+
+
+def test_an_example_with_another_question_or_truth_has_a_card_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """As two data sets may use the same id."""
+    one = record(0, "qa", "B", "B")
+    evaluation(tmp_path / "a", [one], "a", folder)
+    evaluation(tmp_path / "b", [replace(one, question="another?")], "b", folder)
+    evaluation(tmp_path / "c", [replace(one, target="C")], "c", folder)
+    evaluation(tmp_path / "d", [one], "d", folder)
+    report.write([tmp_path], tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text().count('<li class="card"') == 3
+
+
+def test_all_intervals_of_an_answer_are_drawn() -> None:
+    bar = gallery.bar("true", "Anomaly [1.0, 2.0], [5.0, 20.0]", 10.0)
+    assert bar.spans == [(10.0, 10.0), (50.0, 50.0)] and bar.text == "1.0 to 2.0 s, 5.0 to 10.0 s"
+    assert gallery.bar("true", "Normal", 10.0).spans == []
 
 
 def test_the_page_begins_with_the_newest_evaluation(page: Page) -> None:
@@ -292,39 +352,90 @@ def test_the_page_begins_with_the_newest_evaluation(page: Page) -> None:
 def test_a_change_is_from_the_evaluation_before_of_the_same_annotations(folder: Path, tmp_path: Path) -> None:
     for name, found in (("a", RECORDS), ("b", RECORDS[:3])):
         evaluation(tmp_path / name, found, name, folder)
-    found = report.newest(report.evaluations([tmp_path]))
+    found = tables.newest(tables.evaluations([tmp_path]))
     assert found["name"] == "b" and found["before"] == "a"
     assert next(n for n in found["numbers"] if n["title"] == "QA accuracy")["change"] == "+0.50"
-    assert report.newest([]) == {}
+    assert tables.newest([]) == {}
 
 
-def test_tables_are_copied_as_markdown_and_csv(browser: Browser, folder: Path, tmp_path: Path) -> None:
-    """From a file, as a spreadsheet and a README take them; no text becomes a formula."""
-    found = evaluation(tmp_path / "a", RECORDS, '=1+"2", |x|', folder)
+def copied(page: Page, kind: str, table: int = 0) -> str:
+    page.evaluate("document.querySelectorAll('[role=status]').forEach(e => e.textContent = '')")
+    page.get_by_role("button", name=f"Copy as {kind}").nth(table).click()
+    page.locator("[role=status]", has_text="copied").first.wait_for()
+    return page.evaluate("navigator.clipboard.readText()")
+
+
+@pytest.fixture
+def copying(browser: Browser, folder: Path, tmp_path: Path) -> Iterator[Page]:
+    """The page of an evaluation whose name would like to be more than a cell, where the clipboard can be read."""
+    found = evaluation(tmp_path / "a", RECORDS, '=1+"2", |x|\ny', folder)
     report.write([found], tmp_path / "report.html")
     context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
     page = context.new_page()
     page.goto(f"file://{tmp_path}/report.html")
-    texts = {}
-    for kind in ("Markdown", "CSV"):
-        button = page.get_by_role("button", name=f"Copy as {kind}").first
-        button.click()
-        page.locator("[role=status]", has_text="copied").first.wait_for()
-        texts[kind] = page.evaluate("navigator.clipboard.readText()")
-    head, *rows = csv.reader(io.StringIO(texts["CSV"]))
-    assert head == ["", """'=1+"2", |x|""", "constant guess", "n"]
-    assert rows[0][0] == "QA accuracy" and rows[0][1].startswith("0.50 [")
-    lines = texts["Markdown"].splitlines()
-    assert lines[0] == r'|  | =1+"2", \|x\| | constant guess | n |' and set(lines[1]) == set("| -")
-    assert {line.replace(r"\|", "").count("|") for line in lines} == {5}
+    yield page
     context.close()
 
 
-def test_a_confusion_matrix_shows_counts_and_shares(folder: Path) -> None:
-    text = (folder / "report.html").read_text()
-    drawn = json.loads(re.search(r'id="chart-data">(.*?)</script>', text, re.DOTALL).group(1))
-    (heat,) = next(chart for chart in drawn if chart["title"] == "Classes: second")["data"]
-    assert heat["colorscale"] == "Cividis" and {t for row in heat["text"] for t in row} == {"", "1<br>100%"}
+def test_a_table_is_copied_as_markdown(copying: Page) -> None:
+    lines = copied(copying, "Markdown").splitlines()
+    assert lines[0] == r'|  | =1+"2", \|x\| y | constant guess | n |' and set(lines[1]) == set("| -")
+    assert {line.replace(r"\|", "").count("|") for line in lines} == {5}
+
+
+def test_a_table_is_copied_as_csv_without_formulas(copying: Page) -> None:
+    text = copied(copying, "CSV")
+    head, *rows = csv.reader(io.StringIO(text))
+    assert head == ["", """'=1+"2", |x| y""", "constant guess", "n"] and text.endswith("\r\n")
+    assert rows[0][0] == "QA accuracy" and rows[0][1].startswith("0.50 [")
+
+
+FORMULAS = ("=1", "+1+cmd|' /C calc'!A0", "-2+3+cmd|' /C calc'!A0", "@SUM(1)", "-1-1", "-A1")
+NUMBERS = ("-0.02", "-0.02 [-0.03, 0.01]", "-", "+0.10", "1.5")
+
+
+def test_cells_that_a_spreadsheet_would_compute_are_marked_as_text(page: Page) -> None:
+    cells = page.evaluate("cells => formats.csv([cells])", [*FORMULAS, *NUMBERS])
+    assert next(csv.reader(io.StringIO(cells))) == [*(f"'{formula}" for formula in FORMULAS), *NUMBERS]
+
+
+def test_a_table_is_copied_where_there_is_no_clipboard(copying: Page) -> None:
+    copying.evaluate("Object.defineProperty(navigator, 'writable', {}); navigator.clipboard.writeText = undefined")
+    copying.evaluate("Object.defineProperty(window, 'isSecureContext', {value: false})")
+    assert copied(copying, "CSV").startswith(",")
+
+
+def test_every_table_can_be_copied(page: Page) -> None:
+    assert page.locator("table").count() * 2 == page.locator("[data-copy]").count()
+
+
+def test_a_confusion_matrix_shows_counts_and_shares_of_the_true_class(
+    browser: Browser, folder: Path, tmp_path: Path
+) -> None:
+    path = evaluation(tmp_path / "a", RECORDS, "a", folder) / "metrics.json"
+    result = json.loads(path.read_text())
+    result["tasks"]["classification"]["confusion"] = {"labels": [LABEL, "B"], "counts": [[3, 1, 0], [0, 0, 0]]}
+    path.write_text(json.dumps(result))
+    report.write([tmp_path], tmp_path / "report.html")
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path}/report.html")
+    rows = page.evaluate("cellsOf(document.querySelector('.matrix'))")
+    assert rows[0] == ["true \\ predicted", LABEL, "B", "unreadable"]
+    assert rows[1:] == [[LABEL, "3 75%", "1 25%", "0 0%"], ["B", "0 0%", "0 0%", "0 0%"]]
+    page.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_shades_differ_in_lightness_and_their_text_is_readable(theme: str) -> None:
+    """To be read without telling colours apart; WCAG AA asks for a contrast of 4.5."""
+
+    def lightness(colour: str) -> float:
+        return charts.luminance([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) + 0.05
+
+    pairs = [(lightness(back), lightness(text)) for back, text in charts.shades(theme)]
+    assert all(max(pair) / min(pair) >= 4.5 for pair in pairs)
+    steps = np.diff([back for back, _ in pairs])
+    assert len(pairs) == 11 and (np.all(steps > 0) or np.all(steps < 0))
 
 
 def test_evaluations_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
@@ -356,7 +467,7 @@ def test_large_evaluations_stay_small(tmp_path: Path) -> None:
 def test_differences_between_two_evaluations(folder: Path, tmp_path: Path) -> None:
     better = [replace(r, scores=[1.0]) for r in RECORDS]
     other = evaluation(tmp_path / "c", better[1:], "c", folder)
-    lines = report.compare(folder / "eval" / "a", other).splitlines()
+    lines = tables.compare(folder / "eval" / "a", other).splitlines()
     table = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:5]}
     assert table["qa"][:3] == ["0.000", "1.000", "+1.000"] and table["qa"][-1] == "1"
     assert table["grounding"][:3] == ["0.571", "1.000", "+0.429"]
@@ -366,7 +477,7 @@ def test_differences_between_two_evaluations(folder: Path, tmp_path: Path) -> No
 def test_a_failed_video_is_wrong_in_differences_and_cards(folder: Path, tmp_path: Path) -> None:
     failed = [record(*asked, failure="moov atom not found", **changed) for asked, changed in ASKED]
     other = evaluation(tmp_path / "c", failed, "c", folder)
-    lines = report.compare(folder / "eval" / "a", other).splitlines()
+    lines = tables.compare(folder / "eval" / "a", other).splitlines()
     table = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:5]}
     assert [row[1] for row in table.values()] == ["0.000"] * 3 and [row[-1] for row in table.values()] == ["2"] * 3
     assert lines[-1] == "Videos that failed, whose score is 0: 0 in A, 6 in B."
@@ -384,14 +495,14 @@ def test_a_failed_description_is_wrong_too() -> None:
 
 def test_numbers_of_examples_are_each_evaluations_own(page: Page) -> None:
     rows = {r.split("\t")[0]: r.split("\t")[1:] for r in page.locator("table").first.inner_text().splitlines()}
-    assert rows["QA accuracy"][-1] == "2, 1"
+    assert rows["QA accuracy"][-1] == "1, 2"
 
 
 def test_records_that_share_a_name_are_refused(folder: Path, tmp_path: Path) -> None:
     """As evaluations had them of several questions about one video."""
     other = evaluation(tmp_path / "c", [*RECORDS, replace(RECORDS[0], question="another")], "c", folder)
     with pytest.raises(InputError, match=r"1 ids more than once, v0\.mp4/qa first"):
-        report.compare(folder / "eval" / "a", other)
+        tables.compare(folder / "eval" / "a", other)
 
 
 def test_runs_of_the_same_name_are_named_by_more_of_their_paths() -> None:
@@ -406,13 +517,13 @@ def test_what_cannot_be_reported_is_said(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(InputError, match=r"must end in \.html"):
         report.write([folder], tmp_path / "report.md")
     with pytest.raises(InputError, match=r"no predictions\.jsonl"):
-        report.compare(tmp_path, folder / "eval" / "a")
+        tables.compare(tmp_path, folder / "eval" / "a")
     (tmp_path / "metrics.json").write_text('{"name": "old"}')
     with pytest.raises(InputError, match="written by another version"):
         report.write([tmp_path], tmp_path / "report.html")
     (tmp_path / "predictions.jsonl").write_text('{"old": 1}\n')
     with pytest.raises(InputError, match="evaluate again"):
-        report.compare(tmp_path, folder / "eval" / "a")
+        tables.compare(tmp_path, folder / "eval" / "a")
 
 
 def test_sections_of_broken_completions_are_all_there() -> None:

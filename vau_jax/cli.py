@@ -95,6 +95,7 @@ def report(parser: Parser) -> None:
         "--watch", action="store_true", help="serve the page, of runs that still go on, to this machine"
     )
     parser.add_argument("--port", type=at_least(0), default=0, help="of --watch; 0: any free one")
+    parser.add_argument("--every", type=at_least(1), default=10, help="of --watch: seconds between looks at the files")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="folders of two evaluations")
 
 

@@ -26,16 +26,17 @@ FRAMES = 6  # of a strip
 HEIGHT = 64  # of a strip, in pixels
 GAP = 2  # between its frames
 SECONDS = 30.0  # to decode one
+INTERVAL = re.compile(r"\[(-?[\d.]+), (-?[\d.]+)\]")  # as tasks write it
+CHANGES = ("fixed", "broken", "improved", "worsened", "fixed since the first", "broken since the first")
 
 
 @dataclass(frozen=True)
 class Bar:
-    """An interval on the time line of a video."""
+    """The intervals of an answer on the time line of a video."""
 
     kind: str  # true, predicted or draft: its colour
     name: str
-    left: float  # percent of the video's length
-    width: float
+    spans: list[tuple[float, float]]  # left end and width of each part, in percent of the video's length
     text: str
 
 
@@ -60,7 +61,8 @@ class Card:
     example: str
     task: str
     label: str  # the true class
-    states: tuple[str, ...]  # of the newest answer, with "improved" or "worsened" where its score changed
+    states: tuple[str, ...]  # of the newest answer
+    changes: tuple[str, ...]  # of CHANGES: from the answer before, and, of three or more answers, from the first
     score: float  # of the newest answer
     gain: float  # from the first answer to the newest
     scored: bool  # whether scores between 0 and 1 occur, and are shown
@@ -88,15 +90,16 @@ def choose(items: Sequence[Any], most: int) -> list[Any]:
 
 def card(named: Sequence[tuple[str, Record]], strip: str = "") -> Card:
     """A card of (evaluation, record) pairs of the same example, the newest first."""
-    (_, newest), before = named[0], [record for _, record in named[1:]]
-    pairs = zip(named, [*before, None], strict=True)
-    answers = [_answer(evaluation, record, old) for (evaluation, record), old in pairs]
-    moved = answers[0].score - answers[1].score if before else 0.0
+    found = [record for _, record in named]
+    pairs = zip(named, [*found[1:], None], strict=True)
+    answers = [_answer(evaluation, record, before) for (evaluation, record), before in pairs]
+    newest = found[0]
     return Card(
         example=newest.example,
         task=newest.task,
         label=newest.anomaly_class or "unknown",
-        states=answers[0].states + ("improved",) * (moved > 0) + ("worsened",) * (moved < 0),
+        states=answers[0].states,
+        changes=_changes(found),
         score=answers[0].score,
         gain=answers[0].score - answers[-1].score,
         scored=TASKS[newest.task].timed,
@@ -127,17 +130,38 @@ def _score(record: Record) -> float:
     return record.scores[0] if record.scores else 0.0
 
 
+def _right(record: Record) -> bool:
+    task = TASKS[record.task]
+    return task.verifiable and not record.failure and task.is_right(record)
+
+
+def _changes(found: Sequence[Record]) -> tuple[str, ...]:
+    """Of the records of an example, the newest first: those of CHANGES that hold."""
+    right, scores = [_right(record) for record in found], [_score(record) for record in found]
+    changes = []
+    if len(found) > 1 and right[0] != right[1]:
+        changes.append("fixed" if right[0] else "broken")
+    elif len(found) > 1 and scores[0] != scores[1]:
+        changes.append("improved" if scores[0] > scores[1] else "worsened")
+    if len(found) > 2 and right[0] != right[-1]:
+        changes.append("fixed since the first" if right[0] else "broken since the first")
+    return tuple(changes)
+
+
 def _change(before: Record, after: Record) -> str:
-    """What changed from one evaluation to the next."""
-    if before.scores and after.scores and _score(before) != _score(after):
-        if TASKS[after.task].timed:
-            return f"{_score(before):.2f} → {_score(after):.2f}"
-        return f"{_states(before)[0]} → {_states(after)[0]}"
-    return "same answer" if before.predictions[0] == after.predictions[0] else "another answer"
+    """What changed from one evaluation to the next: `wrong → right, tIoU 0.31 → 0.78`."""
+    parts = []
+    if _right(before) != _right(after):
+        parts.append("wrong → right" if _right(after) else "right → wrong")
+    if TASKS[after.task].timed and _score(before) != _score(after):
+        parts.append(f"tIoU {_score(before):.2f} → {_score(after):.2f}")
+    if not parts and (before.predictions[0] or after.predictions[0]):
+        parts.append("same answer" if before.predictions[0] == after.predictions[0] else "another answer")
+    return ", ".join(parts)
 
 
 def _bars(named: Sequence[tuple[str, Record]]) -> list[Bar]:
-    """The true interval, that of each evaluation, and the draft of the newest."""
+    """The true intervals, those of each evaluation, and the draft of the newest."""
     bars = []
     for number, (evaluation, record) in enumerate(named):
         if record.duration:
@@ -155,7 +179,7 @@ def _states(record: Record) -> tuple[str, ...]:
         return "wrong", "failed"
     if not task.verifiable:
         return ("described",)
-    states = ["right" if task.is_right(record) else "wrong"]
+    states = ["right" if _right(record) else "wrong"]
     if record.draft_scores:
         gain = record.scores[0] - record.draft_scores[0]
         states += ["corrected"] * (gain > 0) + ["broken"] * (gain < 0)
@@ -178,13 +202,12 @@ def sections(text: str) -> list[tuple[str, str]]:
 
 
 def bar(kind: str, text: str, duration: float, name: str = "") -> Bar:
-    """`Anomaly [2.0, 6.0]` as a bar; anything else has no width. Its name is its kind if not given."""
-    interval = re.search(r"\[(-?[\d.]+), (-?[\d.]+)\]", text)
-    if not interval:
-        return Bar(kind, name or kind, 0.0, 0.0, text or "no interval")
-    start, end = (min(max(0.0, float(t)), duration) for t in interval.groups())
-    left, width = 100 * start / duration, 100 * (end - start) / duration
-    return Bar(kind, name or kind, round(left, 2), round(width, 2), f"{start:.1f} to {end:.1f} s")
+    """`Anomaly [2.0, 6.0], [7.0, 8.0]` as a bar of two spans; other text has none. Its name is its kind if not
+    given."""
+    intervals = [[min(max(0.0, float(t)), duration) for t in found.groups()] for found in INTERVAL.finditer(text)]
+    spans = [(round(100 * start / duration, 2), round(100 * (end - start) / duration, 2)) for start, end in intervals]
+    times = ", ".join(f"{start:.1f} to {end:.1f} s" for start, end in intervals)
+    return Bar(kind, name or kind, spans, times or text or "no interval")
 
 
 # --- Frames -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from pathlib import Path
 from vau_jax.common.files import InputError
 
 HOST = "127.0.0.1"
-EVERY = 5.0  # seconds between looks at the files
 WATCHED = ("metrics.jsonl", "metrics.json", "predictions.jsonl", "judged/*.json")
 
 
@@ -36,11 +35,12 @@ class Pages:
         try:
             html = self.make(stamp)
         except InputError as error:
-            if self.html:
-                print(f"the page stays as it was: {error}", file=sys.stderr, flush=True)
-                return
-            raise
-        self.seen, self.stamp, self.html = now, stamp, html
+            if not self.html:
+                raise
+            print(f"the page stays as it was: {error}", file=sys.stderr, flush=True)
+        else:
+            self.stamp, self.html = stamp, html
+        self.seen = now
 
 
 @contextmanager
@@ -86,13 +86,14 @@ def serving(pages: Pages, port: int) -> Iterator[str]:
         thread.join()
 
 
-def follow(pages: Pages, port: int) -> None:
-    """Serves the page and keeps it new until SIGINT or SIGTERM."""
+def follow(pages: Pages, port: int, every: float) -> None:
+    """Serves the page until SIGINT or SIGTERM, and looks for changed files `every` so many seconds."""
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    pages.refresh()
-    with serving(pages, port) as address, suppress(KeyboardInterrupt):
-        print(f"open {address} (Ctrl-C ends)", flush=True)
-        while not ended.wait(EVERY):
-            with suppress(FileNotFoundError):  # an evaluation that is replaced while it is read
-                pages.refresh()
+    with suppress(KeyboardInterrupt):
+        pages.refresh()
+        with serving(pages, port) as address:
+            print(f"open {address} (Ctrl-C ends)", flush=True)
+            while not ended.wait(every):
+                with suppress(FileNotFoundError):  # an evaluation that is replaced while it is read
+                    pages.refresh()

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vau_jax.tasks.charts import Chart, Matrix
 from vau_jax.tasks.columns import Column, Columns, Values
 from vau_jax.tasks.example import Annotation, Example, Interval
 from vau_jax.tasks.grammar import PLAIN_ORDER, REFLECTION_ORDER
@@ -241,8 +242,12 @@ class Task(ABC):
         task."""
         return f"{text}\n{prompt}" if text else prompt
 
-    def charts(self, result: Mapping[str, Any], records: Sequence[Record]) -> list[dict[str, Any]]:
+    def charts(self, result: Mapping[str, Any], records: Sequence[Record]) -> list[Chart]:
         """Charts of an evaluation for the report: title, data and layout of each in Plotly's format."""
+        return []
+
+    def matrices(self, result: Mapping[str, Any]) -> list[Matrix]:
+        """Confusion matrices of an evaluation for the report."""
         return []
 
     def is_right(self, record: Record) -> bool:

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from vau_jax.common.files import InputError
-from vau_jax.tasks import charts, statistics
+from vau_jax.tasks import statistics
 from vau_jax.tasks.base import ReportRow, Task, stripped
-from vau_jax.tasks.charts import Chart
+from vau_jax.tasks.charts import Matrix
 from vau_jax.tasks.columns import Column, Columns, Values
 from vau_jax.tasks.example import Annotation, Example
 from vau_jax.tasks.grammar import STATES
@@ -155,29 +155,11 @@ class Classification(Task):
 
     # --- Display ---
 
-    def charts(self, result: Mapping[str, Any], records: Sequence[Record]) -> list[Chart]:
-        """The confusion matrix: shares of each true class."""
+    def matrices(self, result: Mapping[str, Any]) -> list[Matrix]:
         confusion = result["tasks"].get(self.name, {}).get("confusion")
         if not confusion or not confusion["labels"]:
             return []
-        names = [charts.label(name) for name in confusion["labels"]]
-        heat = {
-            "type": "heatmap",
-            "z": [[c / max(1, sum(row)) for c in row] for row in confusion["counts"]],
-            "x": [*names, "unreadable"],
-            "y": names,
-            "text": [[f"{int(c)}<br>{c / sum(row):.0%}" if c else "" for c in row] for row in confusion["counts"]],
-            "texttemplate": "%{text}",
-            "colorscale": "Cividis",  # read the same by people who see colours differently
-            "zmin": 0,
-            "zmax": 1,
-            "hovertemplate": "true %{y}, predicted %{x}: %{text}<extra></extra>",
-            "colorbar": {"title": {"text": "share"}, "tickformat": ".0%"},
-        }
-        axis = {"type": "category", "automargin": True}  # else names like dates or numbers become such
-        layout = {"yaxis": {**axis, "autorange": "reversed", "title": {"text": "true"}}}
-        layout["xaxis"] = {**axis, "title": {"text": "predicted"}}
-        return [charts.chart(f"Classes: {result['name']}", [heat], **layout)]
+        return [Matrix(result["name"], confusion["labels"], confusion["counts"])]
 
     def show(self, values: Mapping[str, Any], choices: Sequence[str]) -> str | None:
         return choices[values["label"]] if values["label"] >= 0 else None

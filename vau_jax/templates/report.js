@@ -11,7 +11,7 @@ function drawCharts() {
     const axis = (own) => ({ gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, ...own });
     Plotly.react(place, chart.data, {
       margin: { l: 50, r: 10, t: 10, b: 45 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      font: { color: text }, hoverlabel: { namelength: -1 }, legend: { orientation: "h", y: 1.15 }, showlegend: true, ...chart.layout,
+      font: { color: text }, hoverlabel: { namelength: -1 }, legend: { orientation: "h", y: 1.02, yanchor: "bottom" }, showlegend: true, ...chart.layout,
       xaxis: axis(chart.layout.xaxis), yaxis: axis(chart.layout.yaxis),
     }, { responsive: true, displayModeBar: false });
   };
@@ -41,7 +41,7 @@ if (form) {
     let count = 0;
     for (const card of cards) {
       const fits = ["task", "class"].every((name) => !wanted[name] || card.dataset[name] === wanted[name])
-        && (!wanted.outcome || card.dataset.outcome.split(" ").includes(wanted.outcome));
+        && ["outcome", "change"].every((name) => !wanted[name] || card.dataset[name].split("|").includes(wanted[name]));
       card.hidden = !fits;
       count += fits;
     }
@@ -57,15 +57,16 @@ if (form) {
   show(); // a browser may keep the choices when it loads the page again
 }
 
-const cellsOf = (table) => [...table.rows].map((row) => [...row.cells].map((cell) => cell.textContent.trim()));
+const cellsOf = (table) => [...table.rows].map((row) => [...row.cells].map((cell) => cell.textContent.trim().replace(/\s+/g, " ")));
 const formats = {
   markdown: (rows) => {
     const lines = rows.map((row) => `| ${row.map((text) => text.replace(/[\\`*_{}[\]<>#|]/g, "\\$&")).join(" | ")} |`);
     return [lines[0], `|${" --- |".repeat(rows[0].length)}`, ...lines.slice(1)].join("\n") + "\n";
   },
-  csv: (rows) => rows.map((row) => row.map((text) => {
-    const safe = /^[=+@\t]|^-(?![\d.]|$)/.test(text) ? `'${text}` : text; // no formula for a spreadsheet
-    return /[",\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+  csv: (rows) => rows.map((row) => row.map((text) => { // RFC 4180
+    const formula = /^[=+@-]/.test(text) && !/^[+-]?[\d.]*( \[[-\d., ]+\])?$/.test(text); // to a spreadsheet
+    const safe = formula ? `'${text}` : text;
+    return /[",]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
   }).join(",")).join("\r\n") + "\r\n",
 };
 async function copy(text) {
@@ -93,16 +94,38 @@ for (const button of document.querySelectorAll("[data-copy]")) {
   });
 }
 
-const stamp = document.body.dataset.stamp;
-if (stamp) { // the page of a run that goes on: loaded again when there is a newer one, with the choices made
-  const kept = JSON.parse(sessionStorage.getItem("choices") || "{}");
-  for (const [name, value] of Object.entries(kept)) if (form && form.elements[name]) form.elements[name].value = value;
+// The page of a run that goes on is loaded again when there is a newer one: with the choices made, what was unfolded, and
+// whatever stood at the top of the window.
+const anchors = () => [...document.querySelectorAll("h2, h3, .card")];
+const nameOf = (place) => place.id || place.dataset.name || place.textContent;
+function keep() {
+  const top = anchors().find((place) => place.getBoundingClientRect().bottom > 0);
+  sessionStorage.setItem("kept", JSON.stringify({
+    choices: form ? Object.fromEntries(new FormData(form)) : {},
+    open: [...document.querySelectorAll("details[open]")].map((details) => details.dataset.key),
+    top: top && scrollY ? [nameOf(top), top.getBoundingClientRect().top] : null,
+  }));
+}
+function restore() {
+  const { choices = {}, open = [], top } = JSON.parse(sessionStorage.getItem("kept") || "{}");
+  for (const [name, value] of Object.entries(choices)) if (form && form.elements[name]) form.elements[name].value = value;
   if (form) form.dispatchEvent(new Event("change"));
+  for (const details of document.querySelectorAll("details")) details.open = open.includes(details.dataset.key);
+  const place = top && anchors().find((one) => nameOf(one) === top[0]);
+  if (!place) return;
+  const move = () => scrollBy(0, place.getBoundingClientRect().top - top[1]);
+  move();
+  requestAnimationFrame(move); // cards near the window have got their heights
+}
+const { stamp } = document.body.dataset;
+if (stamp) {
+  history.scrollRestoration = "manual";
+  restore();
   setInterval(async () => {
     try {
       if (await (await fetch("/stamp")).text() === stamp) return;
     } catch { return; } // the server has ended: the page stays
-    if (form) sessionStorage.setItem("choices", JSON.stringify(Object.fromEntries(new FormData(form))));
+    keep();
     location.reload();
   }, 2000);
 }
