@@ -89,6 +89,19 @@ def test_config_prints_what_differs_from_base() -> None:
     assert len(whole) == len(dict(config_flags.fields(config_flags.read(["vau", "--config=base"])[0]))) + 1
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"set -o pipefail; {sys.executable} -m vau_jax.completion zsh | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("#")
+
+
+def test_ctrl_c_is_one_line() -> None:
+    code = "import os, signal; from vau_jax import cli; cli.call = lambda words: os.kill(os.getpid(), signal.SIGINT)"
+    command = [sys.executable, "-c", f"{code}; cli.main()"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted: the same command goes on with what is not done\n")
+
+
 MISTAKES = {
     "trian": "vau trian is no command: did you mean vau train?",
     "data audi": "did you mean vau data audit?",

@@ -9,6 +9,8 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -298,7 +300,17 @@ def overview(prefix: str = "") -> str:
 
 def main(name: str = "") -> None:
     """Runs this process's command line: of `vau`, or of the program that is `vau NAME`."""
-    exit_on_input_error(lambda: call([*name.split(), *sys.argv[1:]]))
+    try:
+        exit_on_input_error(lambda: call([*name.split(), *sys.argv[1:]]))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with what is not done", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout, select.POLLERR)
+        if not output.poll(0):  # another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what reads it, such as head, has seen enough
 
 
 def call(words: Sequence[str]) -> None:
