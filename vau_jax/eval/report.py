@@ -97,9 +97,10 @@ def policy(*scripts: str, live: bool = False) -> str:
     from its own server alone. Plotly writes styles, which can then show only pictures that the page has."""
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts if script]
     allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    server = "'self'" if live else "'none'"
     return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
-        f"connect-src {chr(39)}{'self' if live else 'none'}{chr(39)}; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; connect-src {server}; "
+        "base-uri 'none'; form-action 'none'"
     )
 
 
