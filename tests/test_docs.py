@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 HIDDEN = ("app", "web")  # see launch/docs.sh
 
 
+@pytest.mark.long
 def test_the_reference_is_made_without_warnings_of_every_module(tmp_path: Path) -> None:
     env = {**os.environ, "VENV": sys.prefix, "EXTRA": "test"}
     command = ["bash", "launch/docs.sh", str(tmp_path)]

@@ -228,6 +228,7 @@ def test_rft_samples_with_the_prompt_that_it_trains(model_folder: Path, dataset:
     assert step["motion/m"] != pytest.approx(0.8916, abs=1e-6)
 
 
+@pytest.mark.long
 def test_with_adapters_alone_the_numbers_are_among_them(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     c = small("srvau_r1_sft", model_folder, dataset)
     c.lora.rank = 2

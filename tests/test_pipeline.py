@@ -121,8 +121,10 @@ def counts(host: HostBatch, config: ConfigDict) -> dict[str, int]:
     return pipeline.summed(pipeline.problem_counts(item, config) for item in host.examples)
 
 
-@pytest.mark.parametrize("window", [1, 3])
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(
+    ("processes", "window"),
+    [(2, 1), *(pytest.param(*more, marks=pytest.mark.long) for more in ((2, 3), (4, 1), (4, 3)))],
+)
 def test_processes_share_the_batches_of_one(
     config: ConfigDict, processor: Processor, processes: int, window: int
 ) -> None:

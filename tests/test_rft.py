@@ -147,7 +147,7 @@ def test_an_update_that_is_not_finite_can_be_left_out(rolled: tuple[loop.Run, Tr
     assert not np.array_equal(before.params["decoder"]["norm"]["weight"], state.params["decoder"]["norm"]["weight"])
 
 
-@pytest.mark.parametrize(("loss_type", "parts"), [("grpo", 4), ("dapo", 2)])
+@pytest.mark.parametrize(("loss_type", "parts"), [("grpo", 4), pytest.param("dapo", 2, marks=pytest.mark.long)])
 def test_parts_of_a_batch_give_the_same_update(loss_type: str, parts: int, rolled: tuple[loop.Run, TrainBatch]) -> None:
     """4 x 1 and 2 x 2 as 1 x 4: every metric, and every gradient (one step of SGD with rate 1) to 1e-5."""
     t, batch = rolled

@@ -24,6 +24,7 @@ from vau_jax.types import State
 from vau_jax.vlm import VideoLM
 
 ALIKE = ("vau_r1_qa_rft", "vau_r1_tag_rft", "vau_r1_cls_rft")  # vau_r1_multi_rft with one task
+ALIKE += ("vau_r1_multi_rft", "srvau_r1_sft")  # the other stage of a paper whose first or second stage is trained here
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_the_wheel_has_one_package_and_everything_in_it(wheel: Path) -> None:
         f.relative_to(ROOT) for folder in ("configs", "data_prep", "launch") for f in (ROOT / folder).rglob("*.py")
     ]
     assert [str(file) for file in wanted if f"vau_jax/{file}" not in names] == []
-    own = [file.relative_to(ROOT) for file in (ROOT / "vau_jax").rglob("*.*") if "__pycache__" not in file.parts]
+    own = [file.relative_to(ROOT) for file in (ROOT / "vau_jax").rglob("*.*") if file.suffix not in (".md", ".pyc")]
     assert [str(file) for file in own if str(file) not in names] == []
 
 
