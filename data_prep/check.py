@@ -253,7 +253,8 @@ def main(args: argparse.Namespace) -> None:
     training += [f"--config.data.videos={args.videos}", f"--config.data.tasks=({names},)"]
     training += ["--config.data.style=direct"] * (not any(row.reasoning or row.description for row in rows))
     training += [f"--config.data.source={args.source}"] * (args.source != "auto")
-    print(progress.summary("nothing to mend", {}, [("vau", "train", *training)]))
+    title = f"no errors, {len(found)} warnings" if found else "nothing to mend"
+    print(progress.summary(title, {}, [("vau", "train", *training)]))
 
 
 if __name__ == "__main__":

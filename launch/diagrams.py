@@ -57,7 +57,7 @@ def page(width: int, height: int, title: str, description: str, body: Sequence[s
 
 
 def box(x: float, y: float, width: float, title: str, *lines: str) -> str:
-    """A box with a title and quiet lines below it, 24 + 18 pixels a line high."""
+    """A box with a title and quiet lines below it; it is 30 pixels high, and 17 more for each line."""
     height = 30 + 17 * len(lines)
     texts = [f'<text class="strong" x="{x + 10}" y="{y + 20}">{escape(title)}</text>']
     texts += [
@@ -167,11 +167,11 @@ def packed(prompt: int = 8, generations: int = 3, length: int = 4) -> str:
 
 
 SHOWN = (  # parameters of the diagram: what they are, a name, and a shape that any small mesh divides
-    ("attention, in", "decoder/layers/self_attn/q_proj/kernel", (2, 8, 8)),
-    ("attention, out", "decoder/layers/self_attn/o_proj/kernel", (2, 8, 8)),
+    ("attention, in", "decoder/layers/q_proj/kernel", (2, 8, 8)),
+    ("attention, out", "decoder/layers/o_proj/kernel", (2, 8, 8)),
     ("feed-forward, in", "decoder/layers/mlp/up_proj/kernel", (2, 8, 8)),
     ("feed-forward, out", "decoder/layers/mlp/down_proj/kernel", (2, 8, 8)),
-    ("embedding", "decoder/embed_tokens/embedding", (8, 8)),
+    ("embedding", "embed_tokens/embedding", (8, 8)),
     ("output head", "lm_head", (8, 8)),
     ("vision, in", "visual/blocks/attn/qkv/kernel", (2, 8, 8)),
     ("norms, biases", "decoder/layers/input_layernorm/weight", (2, 8)),
@@ -242,8 +242,9 @@ def picture(evaluation: Path) -> Image.Image:
         left, scale = 90, (WIDTH - 90) / 100
         draw.text((0, y), kind, QUIET, font)
         draw.rectangle((left, y, WIDTH, y + 18), "#eef0f2")
-        draw.rectangle((left + scale * bar.left, y, left + scale * (bar.left + bar.width), y + 18), COLOURS[kind])
-        draw.text((left + scale * bar.left + 6, y), bar.text, "white", font)
+        for start, width in bar.spans:
+            draw.rectangle((left + scale * start, y, left + scale * (start + width), y + 18), COLOURS[kind])
+        draw.text((left + scale * bar.spans[0][0] + 6, y), bar.text, "white", font)
     for number, (tag, words) in enumerate(sections):
         y = height + 98 + 24 * number
         draw.text((0, y), tag, QUIET, font)

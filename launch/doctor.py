@@ -94,7 +94,7 @@ def devices() -> Finding:
     text = f"{len(found)} x {found[0].device_kind} ({found[0].platform}){memory}"
     for pattern, (name, extra) in PLATFORMS.items():
         if (there := glob(pattern)) and found[0].platform != name:
-            remedy = f"{there[0]} exists, but JAX does not use it: pip install 'vau_jax[{extra}]', unset JAX_PLATFORMS"
+            remedy = f"{there[0]} exists, but JAX does not use it: pip install 'jax[{extra}]', unset JAX_PLATFORMS"
             return Finding("error", text, remedy)
     cores = len(os.sched_getaffinity(0))
     return Finding("ok", f"{text}, {cores} CPU cores")
@@ -122,7 +122,7 @@ def decoders() -> Finding:
 
 
 def _encode(path: Path, encoder: str, options: dict[str, str]) -> None:
-    """Writes 16 frames of a moving pattern."""
+    """Writes 16 frames that grow brighter."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(encoder, rate=Fraction(8), options=options)
         stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"

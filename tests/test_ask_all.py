@@ -78,11 +78,14 @@ def test_a_second_call_asks_only_what_is_new(
     assert "Answers about 4 videos" in (out / ask_all.PAGE).read_text()
 
 
-def test_what_is_no_folder_of_answers_is_left_alone(model_folder: Path, videos: Path, tmp_path: Path) -> None:
-    (tmp_path / ask_all.ANSWERS).write_text('{"mine": 1}\n')
+@pytest.mark.parametrize("mine", ['{"mine": 1}\n', '{"mine": 1}\n{"mine": 2}'], ids=["lines", "no end of the last"])
+def test_what_is_no_folder_of_answers_is_left_alone(
+    mine: str, model_folder: Path, videos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ask_all.ANSWERS).write_text(mine)
     with pytest.raises(InputError, match="holds something else than answers"):
         call(model_folder, videos, tmp_path, "--task=ground")
-    assert (tmp_path / ask_all.ANSWERS).read_text() == '{"mine": 1}\n'
+    assert (tmp_path / ask_all.ANSWERS).read_text() == mine
 
 
 @pytest.mark.parametrize("place", ["none", "empty"])

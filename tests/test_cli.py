@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import os
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -87,6 +88,15 @@ def test_config_prints_what_differs_from_base() -> None:
     assert lines[-1].endswith("fields differ from configs/base.py") and len(lines) < 12
     whole = said("config", "vau_r1_qa_rft").splitlines()
     assert len(whole) == len(dict(config_flags.fields(config_flags.read(["vau", "--config=base"])[0]))) + 1
+
+
+@pytest.mark.parametrize("first", ["vau_jax", "jax"])
+def test_a_machine_without_an_accelerator_hears_nothing_of_libtpu(first: str) -> None:
+    """Where it is installed, to compile for absent TPUs; in any order of imports."""
+    code = f"import {first}, vau_jax, jax; print(jax.devices()[0].platform)"
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stderr == "" or done.stdout.strip() != "cpu"
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

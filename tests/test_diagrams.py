@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser
 
+from tests import reports, video_files
 from tests.records import record
 from vau_jax.common.files import InputError
 from vau_jax.launch import diagrams
+from vau_jax.models import config, hf
 
 ROOT = Path(__file__).parents[1]
 DRAWN = ("data", "packed", "mesh")
@@ -51,6 +53,24 @@ def test_texts_stay_inside_of_their_boxes_and_of_the_page(name: str, browser: Br
     )
     assert outside == []
     page.close()
+
+
+def test_the_mesh_shows_parameters_that_a_model_has(model_folder: Path) -> None:
+    names = hf.parameter_shapes(config.load(model_folder))
+    tied = {"lm_head"}  # of models that do not share it with the embedding
+    assert [name for _, name, _ in diagrams.SHOWN if name not in names and name not in tied] == []
+
+
+def test_the_picture_shows_frames_and_intervals(tmp_path: Path) -> None:
+    """Of an example whose draft reflection corrected: its frames, then a bar for each interval, in their colours."""
+    video_files.write(tmp_path / "v0.mp4", count=40)
+    found = reports.record(0, "grounding", "[2.0, 6.0]", "Anomaly [2.0, 7.0]")
+    reports.evaluation(tmp_path / "eval", [found], "e", tmp_path)
+    image = np.asarray(diagrams.picture(tmp_path / "eval"))
+    assert image.shape[1:] == (diagrams.WIDTH, 3)
+    for colour in diagrams.COLOURS.values():
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (image == wanted).all(-1).sum() > 1000, colour
 
 
 def test_a_picture_needs_an_example_that_reflection_corrected(tmp_path: Path) -> None:

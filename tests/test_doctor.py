@@ -32,7 +32,7 @@ def test_an_accelerator_that_jax_does_not_use_is_an_error(tmp_path: Path, monkey
     assert doctor.devices().state == "ok"
     monkeypatch.setattr(doctor, "PLATFORMS", {f"{tmp_path}/nvidia[0-9]*": ("gpu", "cuda12")})
     finding = doctor.devices()
-    assert finding.state == "error" and "pip install 'vau_jax[cuda12]'" in finding.remedy
+    assert finding.state == "error" and "pip install 'jax[cuda12]'" in finding.remedy
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_error() -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")  # TPUs, GPUs, GPUs under WSL
-if find_spec("libtpu") and not any(map(glob, ACCELERATORS)):
+if "JAX_PLATFORMS" not in os.environ and find_spec("libtpu") and not any(map(glob, ACCELERATORS)):
     # libtpu, where it is installed to compile for absent TPUs, would log errors when JAX looks for devices.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # imported before, it has read the environment
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
 class _Checkout:

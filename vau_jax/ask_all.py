@@ -93,11 +93,11 @@ def _fingerprint(settings: list[Any], question: Question) -> str:
 def _known(path: Path, keys: Sequence[str]) -> dict[str, Answered]:
     """The answers of earlier calls to the same questions. The file keeps those of others too, but no half line."""
     lines = [line for line in read_lines(path) if line.endswith("\n")] if path.exists() else []
-    write_text(path, "".join(lines))
     try:
         records = [Answered(**json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} holds something else than answers ({error}): choose another --out") from error
+    write_text(path, "".join(lines))
     return {record.fingerprint: record for record in records if record.fingerprint in keys}
 
 
