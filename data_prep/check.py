@@ -15,19 +15,14 @@ import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from vau_jax import cli
 from vau_jax.common import files, progress
 from vau_jax.common.files import InputError
-from vau_jax.common.progress import Progress
-from vau_jax.data.video.clips import Probe
-from vau_jax.data.video.decode_worker import DecoderPool
-from vau_jax.data.video.decoders import VideoError
 from vau_jax.data.video.listing import videos_below
-from vau_jax.data_prep.vau_bench import TOLERANCE
+from vau_jax.data_prep.vau_bench import TOLERANCE, probe_all
 from vau_jax.datasets import vau_bench
 from vau_jax.datasets.audit import Audit
 from vau_jax.datasets.vau_bench import Row
@@ -72,17 +67,11 @@ Description     what happens, in words of your own
 A field that you do not have: leave out all its columns."""
 REMEDIES = (  # beginnings of what the reader says -> what to do
     ("times are not numbers", "write seconds such as 12.5, and 0 and 0 where nothing happens"),
-    (
-        "abnormal, interval not known",
-        "write when it begins and ends, in seconds; grounding leaves the row out",
-    ),
+    ("abnormal, interval not known", "write when it begins and ends, in seconds; grounding leaves the row out"),
     ("interval is empty, reversed", "the end must be after the start; both are seconds from the start of the video"),
     ("interval lies beyond", "times are seconds, not milliseconds or frame numbers"),
     ("a normal video has an interval", "write 0 and 0, or another class than Normal"),
-    (
-        "times read as MMSS",
-        "minutes and seconds as digits; if these are seconds: --source=msad",
-    ),
+    ("times read as MMSS", "minutes and seconds as digits; if these are seconds: --source=msad"),
     ("no question text", "write a question and four options, or leave out the columns for questions"),
     ("an option is empty", "write four options"),
     ("correct option is not a letter", "write A, B, C or D"),
@@ -96,6 +85,7 @@ REMEDIES = (  # beginnings of what the reader says -> what to do
     ("the video's name", "write a path relative to the folder of videos"),
     ("a row before has this video", "two rows of a video are right only where they ask different questions"),
 )
+ABSENT, UNREADABLE = "no such video", "the video cannot be read"  # such a row serves no task
 PASSED_OVER = ("key object", "reasoning", "description")  # what is noted about them changes nothing for these tasks
 
 
@@ -112,10 +102,9 @@ class Problem(NamedTuple):
 def problems(rows: Sequence[Row], audit: Audit, folder: Path, probe: bool) -> list[Problem]:
     """Everything to mend, in the order of the rows."""
     found = [*of_texts(audit), *of_intervals(rows)]
-    there = {str(path.relative_to(folder.resolve())) for path in videos_below(folder)}
-    found += missing(rows, there, folder)
+    found += missing(rows, folder)
     if probe:
-        found += unreadable([row for row in rows if row.video in there], folder)
+        found += unreadable([row for row in rows if (folder / row.video).is_file()], folder)
     return sorted(found, key=lambda problem: problem.line)
 
 
@@ -153,52 +142,39 @@ def _told(row: Row) -> str:
     return str(row.interval) if row.interval == "normal" else f"{list(row.interval)}"
 
 
-def missing(rows: Sequence[Row], there: set[str], folder: Path) -> Iterator[Problem]:
+def missing(rows: Sequence[Row], folder: Path) -> Iterator[Problem]:
     """Rows whose video is not in the folder, with the nearest name that is."""
     by_name = defaultdict(list)
-    for name in sorted(there):
-        by_name[Path(name).name.casefold()].append(name)
+    for path in videos_below(folder):
+        by_name[path.name.casefold()].append(path.relative_to(folder.resolve()))
     for row in rows:
-        if row.video in there or (folder / row.video).is_file():
+        if (folder / row.video).is_file():
             continue
         wanted = Path(row.video).name.casefold()
         near = by_name.get(wanted) or [
             name for match in difflib.get_close_matches(wanted, by_name, n=1) for name in by_name[match]
         ]
         remedy = f"did you mean {near[0]}?" if near else f"there is no such file in {folder}, nor one of a like name"
-        yield Problem(row.line, row.video, "error", "no such video", remedy)
+        yield Problem(row.line, row.video, "error", ABSENT, remedy)
 
 
 def unreadable(rows: Sequence[Row], folder: Path, workers: int = 2) -> Iterator[Problem]:
     """Rows whose video cannot be decoded, or ends before the interval does."""
-    names = list(dict.fromkeys(row.video for row in rows))
-    pool, shown = DecoderPool(workers), Progress("videos", len(names), "video")
-
-    def one(name: str) -> Probe | VideoError:
-        try:
-            return pool.probe(folder / name)
-        except VideoError as error:
-            return error
-
-    probes: dict[str, Probe | VideoError] = {}
-    with ThreadPoolExecutor(workers) as threads:
-        for name, result in zip(names, threads.map(one, names), strict=True):
-            probes[name] = result
-            shown.show(len(probes))
-    pool.close()
+    probes, unread = probe_all(list(dict.fromkeys(folder / row.video for row in rows)), workers)
     for row in rows:
-        result = probes[row.video]
-        if isinstance(result, VideoError):
+        path = folder / row.video
+        if path in unread:
             remedy = "copy it again, or write it anew: ffmpeg -i OLD -c:v libx264 NEW.mp4"
-            yield Problem(row.line, row.video, "error", f"the video cannot be read: {result}", remedy)
-        elif isinstance(row.interval, tuple) and row.interval[1] > result.duration + TOLERANCE:
-            text = f"the interval {list(row.interval)} reaches beyond the end of the video, {result.duration:.1f} s"
+            yield Problem(row.line, row.video, "error", f"{UNREADABLE}: {unread[path]}", remedy)
+        elif isinstance(row.interval, tuple) and row.interval[1] > probes[path].duration + TOLERANCE:
+            seconds = probes[path].duration
+            text = f"the interval {list(row.interval)} reaches beyond the end of the video, {seconds:.1f} s"
             yield Problem(row.line, row.video, "error", text, "times are seconds from the start of the video")
 
 
 def usable(rows: Sequence[Row], found: Sequence[Problem]) -> Counter[str]:
     """How many rows each task can use."""
-    lost = {p.line for p in found if p.text == "no such video" or p.text.startswith("the video cannot be read")}
+    lost = {problem.line for problem in found if problem.text.startswith((ABSENT, UNREADABLE))}
     return Counter(task for row in rows if row.line not in lost for task in row.tasks)
 
 
@@ -231,9 +207,8 @@ def main(args: argparse.Namespace) -> None:
     if args.template:
         write_template(args.template)
         print(EXPLAINED)
-        print(
-            progress.summary("", {"table": args.template}, [("vau", "data", "check", args.template, "VIDEOS")]).strip()
-        )
+        following = ("vau", "data", "check", args.template, "VIDEOS")
+        print(progress.summary("", {"table": args.template}, [following]))
         return
     if not (args.file and args.videos):
         raise InputError("give FILE and the folder VIDEOS, or --template=NEW.csv for a table to begin with")

@@ -176,7 +176,8 @@ def _joined(
     named = {path for path in paths.values() if path}
     surplus = [path for by_name in listed.values() for same in by_name.values() for path in same if path not in named]
     findings.surplus = sorted(str(path.relative_to(root)) for path in surplus)
-    probes = _probes(sorted(named), workers, findings)
+    probes, unreadable = probe_all(sorted(named), workers)
+    findings.unreadable = {str(path): str(error) for path, error in unreadable.items()}
     return {
         split: [_with_video(row, paths.get((row.source, row.video)), probes, root, findings) for row in rows]
         for split, rows in splits.items()
@@ -208,10 +209,11 @@ def _find(row: Row, by_name: dict[str, list[Path]], findings: Findings) -> Path 
     return same[0]
 
 
-def _probes(paths: list[Path], workers: int, findings: Findings) -> dict[Path, Probe]:
-    """The probe of each file; unreadable ones are noted."""
-    pool, probes = DecoderPool(workers), {}
-    progress = Progress("videos", len(paths), "video")
+def probe_all(paths: Sequence[Path], workers: int) -> tuple[dict[Path, Probe], dict[Path, VideoError]]:
+    """The probe of each file, and why there is none of those that cannot be read."""
+    probes: dict[Path, Probe] = {}
+    unreadable: dict[Path, VideoError] = {}
+    pool, shown = DecoderPool(workers), Progress("videos", len(paths), "video")
 
     def one(path: Path) -> Probe | VideoError:
         try:
@@ -224,9 +226,10 @@ def _probes(paths: list[Path], workers: int, findings: Findings) -> dict[Path, P
             if isinstance(result, Probe):
                 probes[path] = result
             else:
-                findings.unreadable[str(path)] = str(result)
-            progress.show(number, f"unreadable {len(findings.unreadable)}")
-    return probes
+                unreadable[path] = result
+            shown.show(number, f"unreadable {len(unreadable)}")
+    pool.close()
+    return probes, unreadable
 
 
 def _with_video(row: Row, path: Path | None, probes: dict[Path, Probe], root: Path, findings: Findings) -> Row:

@@ -116,9 +116,9 @@ def decoders() -> Finding:
                 faults.append(f"{name} ({short(error)})")
         pool.close()
     text = f"PyAV {version('av')} reads {', '.join(read) or 'nothing'}"
-    return (
-        Finding("error", text, f"cannot read {', '.join(faults)}: install av again") if faults else Finding("ok", text)
-    )
+    if faults:
+        return Finding("error", text, f"cannot read {', '.join(faults)}: install av again")
+    return Finding("ok", text)
 
 
 def _encode(path: Path, encoder: str, options: dict[str, str]) -> None:

@@ -37,7 +37,7 @@ if not __package__:  # called by its path, sys.path has this file's folder inste
 
 from vau_jax import cli  # noqa: E402
 from vau_jax.common import progress  # noqa: E402
-from vau_jax.common.config_flags import CONFIGS  # noqa: E402
+from vau_jax.common.config_help import CONFIGS  # noqa: E402
 from vau_jax.common.files import InputError, dump_json, locked, read_json, write_text  # noqa: E402
 from vau_jax.common.progress import Progress  # noqa: E402
 from vau_jax.eval.tables import escape, lookup, markdown, rows  # noqa: E402

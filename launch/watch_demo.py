@@ -73,11 +73,12 @@ def main() -> None:
     demo.use_compiled(config, args.folder)
     with tempfile.TemporaryDirectory(prefix="vau_watch_") as asked:
         folders = [Path(asked), *(args.folder / stage for stage in config.stages)]
-        pages = watch.Pages(folders, partial(page, folders, {}), "<p>Nothing has been trained yet.</p>")
+        pages = watch.Pages(folders, partial(page, folders, {}))
+        pages.refresh()
         with watch.serving(pages, 0) as address:
             print(f"watch: open {address}", flush=True)
             while not ended.wait(EVERY):
-                with suppress(InputError, FileNotFoundError):  # no run yet, or a checkpoint that was replaced meanwhile
+                with suppress(InputError, FileNotFoundError):  # a checkpoint that was replaced meanwhile
                     pages.refresh()
                     for stage, step in pending(args.folder, config.stages, Path(asked)):
                         ask(config, args.folder, stage, step, Path(asked))

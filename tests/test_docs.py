@@ -17,11 +17,8 @@ def test_the_reference_is_made_without_warnings_of_every_module(tmp_path: Path) 
     command = ["bash", "launch/docs.sh", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
-    files = [
-        file
-        for file in (ROOT / "vau_jax").rglob("*.py")
-        if file.relative_to(ROOT / "vau_jax").parts[0].removesuffix(".py") not in HIDDEN
-    ]
+    own = ROOT / "vau_jax"
+    files = [f for f in own.rglob("*.py") if f.relative_to(own).parts[0].removesuffix(".py") not in HIDDEN]
     files += [file for folder in ("configs", "data_prep", "launch") for file in (ROOT / folder).rglob("*.py")]
     for file in files:
         parts = file.relative_to(ROOT).with_suffix("").parts

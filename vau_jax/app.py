@@ -27,14 +27,13 @@ from typing import Any
 import numpy as np
 
 from vau_jax import cli
-from vau_jax.ask import MOST_TEXT, Asker, Question, check
+from vau_jax.ask import MOST_TEXT, Asker, Question, check, shown
 from vau_jax.common.files import InputError
 from vau_jax.data.video.clips import VideoOptions
 from vau_jax.data.video.decoders import VideoError
 from vau_jax.datasets import synthetic
 from vau_jax.eval import gallery
 from vau_jax.tasks import TASKS
-from vau_jax.tasks.intervals import format_interval
 from vau_jax.web.uploads import Uploads, open_folder
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -128,20 +127,10 @@ def respond(
         for completion in model.streamed(question):
             yield completion, "", [], asked, listed
         answer = asker.read(completion, question)
-        bars = []
-        if TITLES[task].timed:
-            interval = answer.interval
-            text = f"Anomaly {format_interval(interval)}" if interval else answer.text.splitlines()[0]
-            bars = [gallery.bar("predicted", text, duration)]
-        shown = {
-            "found": answer.text,
-            "bars": bars,
-            "duration": duration,
-            "sections": gallery.sections(completion),
-        }
-        asked = [{"video": Path(video).name, "task": task, "question": text_of(question), **shown}, *asked][:KEPT]
+        told = shown(answer.text, answer.interval, completion, question.task, duration)
+        asked = [{"video": Path(video).name, "task": task, "question": text_of(question), **told}, *asked][:KEPT]
         listed = gallery.render("asked.html.jinja", asked=asked)
-        page = gallery.render("answer.html.jinja", **shown)
+        page = gallery.render("answer.html.jinja", **told)
         yield completion, page, _frames(asker, video, answer.interval, duration), asked, listed
     except (InputError, VideoError) as error:
         problem = str(error).replace(str(video), Path(video).name) if video else str(error)

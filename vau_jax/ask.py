@@ -12,9 +12,10 @@ answers.jsonl and report.html: see `vau_jax.ask_all`.
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -24,9 +25,11 @@ from vau_jax.data.pipeline import video_options
 from vau_jax.data.video import decode_worker
 from vau_jax.data.video.clips import VideoOptions
 from vau_jax.data.video.decode_worker import DecoderPool
+from vau_jax.eval import gallery
 from vau_jax.tasks import TASKS, parsing, prompts
 from vau_jax.tasks.base import Shown
 from vau_jax.tasks.example import Example
+from vau_jax.tasks.intervals import format_interval
 from vau_jax.vlm import VideoLM
 
 COMMANDS = {task.command: task for task in TASKS.values()}
@@ -73,6 +76,13 @@ class Asker:
     def read(self, completion: str, question: Question) -> Shown:
         """The answer that a completion holds."""
         return read(completion, question, self.data.get("style") in prompts.WITH_DRAFT)
+
+
+def shown(answer: str, interval: Sequence[float] | None, completion: str, task: str, seconds: float) -> dict[str, Any]:
+    """What pages show of an answer about a video of so many seconds: it, a bar of its interval, the model's text."""
+    text = f"Anomaly {format_interval(interval)}" if interval else answer.partition("\n")[0]
+    bars = [gallery.bar("predicted", text, seconds)] if COMMANDS[task].timed and seconds else []
+    return {"found": answer, "bars": bars, "duration": seconds, "sections": gallery.sections(completion)}
 
 
 def check(question: Question) -> None:

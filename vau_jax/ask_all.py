@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vau_jax.ask import COMMANDS, Asker, Question
+from vau_jax.ask import COMMANDS, Asker, Question, shown
 from vau_jax.common import progress
 from vau_jax.common.files import InputError, dump_json, locked, read_lines, write_text
 from vau_jax.common.progress import Progress
@@ -21,7 +21,6 @@ from vau_jax.data.video.decoders import VideoError
 from vau_jax.data.video.listing import videos_below
 from vau_jax.eval import gallery
 from vau_jax.models import checkpoint
-from vau_jax.tasks.intervals import format_interval
 
 ANSWERS, PAGE = "answers.jsonl", "report.html"
 
@@ -72,13 +71,13 @@ def ask_all(
         known = _known(out / ANSWERS, keys)
         todo = [(key, question) for key, question in zip(keys, questions, strict=True) if key not in known]
         asker = Asker(model, dtype, max_new_tokens) if todo else None
-        shown = Progress("ask", len(questions), "question", start=len(known))
+        line = Progress("ask", len(questions), "question", start=len(known))
         with (out / ANSWERS).open("a", encoding="utf-8") as file:
             for key, question in todo:
                 known[key] = _ask(asker, question, key)
                 file.write(dump_json(vars(known[key])) + "\n")
                 file.flush()
-                shown.show(len(known), partial(_headline, known))
+                line.show(len(known), partial(_headline, known))
         answers = [known[key] for key in keys]
         write_text(out / PAGE, page(model, answers))
     return answers
@@ -110,9 +109,11 @@ def _ask(asker: Asker, question: Question, key: str) -> Answered:
         completion = asker.complete(question)
     except (InputError, VideoError) as error:
         return Answered(**asked, answer="", interval=None, completion="", seconds=None, failure=str(error))
-    shown = asker.read(completion, question)
-    interval = list(shown.interval) if shown.interval else None
-    return Answered(**asked, answer=shown.text, interval=interval, completion=completion, seconds=seconds, failure=None)
+    answer = asker.read(completion, question)
+    interval = list(answer.interval) if answer.interval else None
+    return Answered(
+        **asked, answer=answer.text, interval=interval, completion=completion, seconds=seconds, failure=None
+    )
 
 
 def _headline(known: dict[str, Answered]) -> str:
@@ -131,7 +132,7 @@ def page(model: str, answers: Sequence[Answered]) -> str:
         by_video[answered.video].append(answered)
     pictures = gallery.strips([Path(video) for video in by_video])
     cards = [
-        {"name": Path(video).name, "path": video, "strip": strip, "answers": [_shown(answered) for answered in group]}
+        {"name": Path(video).name, "path": video, "strip": strip, "answers": list(map(_of_page, group))}
         for (video, group), strip in zip(by_video.items(), pictures, strict=True)
     ]
     strips = {f"strip{number}": card["strip"] for number, card in enumerate(cards) if card["strip"]}
@@ -139,22 +140,10 @@ def page(model: str, answers: Sequence[Answered]) -> str:
     return gallery.render("answers.html.jinja", model=model, cards=cards, strips=strips, failed=failed)
 
 
-def _shown(answered: Answered) -> dict[str, Any]:
+def _of_page(a: Answered) -> dict[str, Any]:
     """What the page says of an answer."""
-    task, seconds = COMMANDS[answered.task], answered.seconds or 0.0
-    bars = []
-    if task.timed and seconds:
-        text = f"Anomaly {format_interval(answered.interval)}" if answered.interval else answered.answer.splitlines()[0]
-        bars = [gallery.bar("predicted", text, seconds)]
-    return {
-        "title": task.title,
-        "question": answered.question,
-        "answer": answered.answer,
-        "failure": answered.failure,
-        "bars": bars,
-        "seconds": seconds,
-        "sections": gallery.sections(answered.completion),
-    }
+    asked = {"title": COMMANDS[a.task].title, "question": a.question, "failure": a.failure}
+    return asked | shown(a.answer, a.interval, a.completion, a.task, a.seconds or 0.0)
 
 
 def summary(answers: Sequence[Answered], out: Path) -> str:

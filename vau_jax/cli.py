@@ -46,13 +46,10 @@ class Command:
     config: str = ""  # default of --config; empty: it must be given
     flags: tuple[str, ...] = ("config", "workdir", "distributed")  # those that it takes, besides the config's fields
 
-    @property
-    def file(self) -> Path:
-        return Path(importlib.util.find_spec(self.module).origin)
-
     def description(self) -> str:
-        """The module's docstring."""
-        return ast.get_docstring(ast.parse(self.file.read_text(encoding="utf-8"))) or ""
+        """The module's docstring, without importing it."""
+        file = Path(importlib.util.find_spec(self.module).origin)
+        return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
 
 
 # --- Options of programs, in the order of COMMANDS ---
@@ -236,23 +233,18 @@ def fill(parser: Parser, name: str, with_fields: bool = False) -> Parser:
     if command.fields and with_fields:
         if "config" in command.flags:
             default = f" (default: {command.config})" if command.config else ""
-            names = sorted(path.stem for path in _configs().glob("[a-z]*.py"))
             text = f"a config: its path or name, with :arg where it takes one{default}"
-            parser.add_argument("--config", metavar="CONFIG", choices=names, help=text)
+            parser.add_argument("--config", metavar="CONFIG", choices=config_help.known(), help=text)
         if "workdir" in command.flags:
             parser.add_argument("--workdir", metavar="DIR", help="where everything is written")
         if "distributed" in command.flags:
             parser.add_argument("--distributed", action="store_true", help="one of several processes of this run")
         parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} [--config.FIELD=VALUE ...]"
         group = parser.add_argument_group(f"fields of the config, with defaults from configs/{command.fields}.py")
-        for field in config_help.fields(_configs() / f"{command.fields}.py"):
+        for field in config_help.fields(config_help.CONFIGS / f"{command.fields}.py"):
             text = f"{field.comment} (default: {field.default})".strip()
             group.add_argument(f"--config.{field.name}", metavar="VALUE", help=text.replace("%", "%%"))
     return parser
-
-
-def _configs() -> Path:
-    return Path(importlib.util.find_spec("vau_jax.configs").origin).parent
 
 
 def parser_of(name: str, with_fields: bool = False) -> Parser:

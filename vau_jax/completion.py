@@ -1,7 +1,6 @@
-"""Completion of the command `vau` for bash and zsh, with every option and every field of a config.
+"""Completion of the command `vau` in bash and zsh, with every option and every field of a config.
 
-source <(vau completion bash)       # in ~/.bashrc
-eval "$(vau completion zsh)"        # in ~/.zshrc, after compinit
+In ~/.bashrc: `source <(vau completion bash)`. In ~/.zshrc, after compinit: `eval "$(vau completion zsh)"`.
 """
 
 import argparse

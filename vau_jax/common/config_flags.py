@@ -16,10 +16,8 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 from ml_collections import config_flags as ml_config_flags
 
-from vau_jax import configs
+from vau_jax.common.config_help import CONFIGS, known
 from vau_jax.common.files import InputError, exit_on_input_error
-
-CONFIGS = Path(configs.__file__).parent
 
 # XLA for TPU would cut products with split weights into pieces, one for each chip's part, and add each to a sum in
 # memory. With a whole prompt on a chip that costs three times the traffic of gathering the weights first.
@@ -63,11 +61,6 @@ def read(arguments: Sequence[str], config: str = "") -> tuple[ConfigDict, flags.
     result = values["config"].value
     _check_values(dict(fields(result)))
     return result, values
-
-
-def known() -> list[str]:
-    """The names of the package's configs."""
-    return sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
 
 
 def find(name: str) -> Path:

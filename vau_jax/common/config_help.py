@@ -1,10 +1,13 @@
-"""The fields of a config with their defaults and comments, read from the text of its file: no import, so that help is
-immediate. Each assignment of `configs/base.py` stands on one line, with its comment."""
+"""The package's configs, and the fields of one with their defaults and comments, read from the text of its file: it is
+not imported, so that help is immediate. Each assignment of `configs/base.py` stands on one line, with its comment."""
 
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+from vau_jax import configs
+
+CONFIGS = Path(configs.__file__).parent
 ASSIGNMENT = re.compile(r"    c(?:\.(\S+))? = (.*?)(?:  # (.*))?")
 CALL = re.compile(r"(?:(\w+)\.)?(endpoint|get_config)\(\)")
 INHERITED = re.compile(r"train\.(\S+)")  # `train` is base's config
@@ -16,6 +19,11 @@ class Field(NamedTuple):
     name: str  # such as optim.lr
     default: str  # as Python code
     comment: str  # empty: none
+
+
+def known() -> list[str]:
+    """The names of the package's configs."""
+    return sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
 
 
 def fields(path: Path, function: str = "get_config") -> list[Field]:

@@ -27,15 +27,8 @@ CURVES = {  # title: a number of metrics.jsonl
     "Length of completions, tokens": "length/mean",
     "Seconds a step": "seconds/step",
 }
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#6e6e6e",
-)  # Okabe and Ito: told apart by all
+# By Okabe and Ito: told apart with any colour vision.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6e6e6e")
 WINDOWS = 30  # a curve is smoothed over a 30th of its values to each side
 SCALES = {  # colours of the shares 0 and 1: one hue, whose lightness says it all, so that all see the same order
     "light": ("#e3eefa", "#08306b"),

@@ -16,17 +16,16 @@ WATCHED = ("metrics.jsonl", "metrics.json", "predictions.jsonl", "judged/*.json"
 
 
 class Pages:
-    """The newest page, and its stamp; `make(stamp)` makes one, and raises InputError while there is nothing to show:
-    until then it is `before`, which loads itself again."""
+    """The newest page of what is in `folders`, and its stamp; `make(stamp)` makes one, or raises InputError."""
 
-    def __init__(self, folders: Sequence[Path], make: Callable[[str], str], before: str = "") -> None:
+    def __init__(self, folders: Sequence[Path], make: Callable[[str], str]) -> None:
         self.folders, self.make = folders, make
-        self.before = f'<!doctype html><meta http-equiv="refresh" content="2"><title>vau_jax</title>{before}'
         self.seen: dict[Path, tuple[int, int]] | None = None
         self.stamp, self.html = "0", ""
 
     def refresh(self) -> None:
-        """Makes the page again if a file has changed."""
+        """Makes the page again if a file has changed. What cannot be shown raises InputError where there was no page
+        yet; later it is said, and the page stays."""
         files = sorted({path for f in self.folders for name in WATCHED for path in f.rglob(name)})
         now = {path: (stat.st_size, stat.st_mtime_ns) for path in files if (stat := path.stat())}
         if now == self.seen:
@@ -53,7 +52,7 @@ def serving(pages: Pages, port: int) -> Iterator[str]:
             if self.headers.get("Host") not in own:  # a page elsewhere whose name leads here
                 self._send(HTTPStatus.FORBIDDEN, "text/plain", "this page is for this machine alone")
             elif self.path == "/":
-                self._send(HTTPStatus.OK, "text/html", pages.html or pages.before)
+                self._send(HTTPStatus.OK, "text/html", pages.html)
             elif self.path == "/stamp":
                 self._send(HTTPStatus.OK, "text/plain", pages.stamp)
             else:
