@@ -4,6 +4,7 @@ the models' texts in sections."""
 import base64
 import io
 import re
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from vau_jax.common.progress import Progress
 from vau_jax.data.video.clips import VideoOptions
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
@@ -239,8 +241,11 @@ def strips(paths: Sequence[Path], known: Strips | None = None, workers: int = 2)
             return None
 
     todo = [key for key in dict.fromkeys(keys) if key not in known]
+    shown = Progress("frames of the page", len(todo), "video", file=sys.stderr)  # the output is a table
     with ThreadPoolExecutor(workers) as threads:
-        known |= zip(todo, threads.map(strip, todo), strict=True)
+        for number, (key, made) in enumerate(zip(todo, threads.map(strip, todo), strict=True), start=1):
+            known[key] = made
+            shown.show(number)
     pool.close()
     return [known[key] for key in keys]
 
