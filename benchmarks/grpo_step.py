@@ -79,7 +79,7 @@ def make_config(args: argparse.Namespace, model: Path, data: Path) -> ConfigDict
     c = vau_r1_multi_rft.get_config()
     c.model, c.dtype, c.batch_size, c.steps = str(model), args.dtype, args.prompts, args.steps + args.warmup
     c.data.csv, c.data.videos, c.data.tasks = str(data / "rows.jsonl"), str(data / "videos"), ("qa",)
-    c.data.source, c.data.wording = "msad", "short"
+    c.data.time_rules, c.data.wording = "msad", "short"
     c.data.min_frames = c.data.max_frames = args.frames
     c.data.min_pixels = c.data.max_pixels = args.side**2
     c.data.total_pixels = args.frames * args.side**2

@@ -8,7 +8,7 @@ from vau_jax.tasks import TASKS, prompts
 def get_config() -> ConfigDict:
     """The defaults: VAU-R1's settings where the papers state them."""
     c = ConfigDict()
-    c.format = 2  # version of these fields; runs of an earlier one resume with the defaults of what they lack
+    c.format = 3  # version of these fields; runs of an earlier one resume with the defaults of what they lack
     c.stage = "sft"  # sft: learn the right completions; rft: GRPO on sampled completions
     c.model = ""  # Hugging Face folder: config, tokenizer, safetensors
     c.init_from = ""  # model folder or earlier run (its last checkpoint at this moment) to start from; empty: model
@@ -52,21 +52,23 @@ def get_config() -> ConfigDict:
     c.data.dataset = "vau_bench"  # format of data.csv: vau_bench, vau_bench_tfds, array_record, video_qa
     c.data.split = "train"  # split of a TFDS dataset; other formats have one file per split
     c.data.csv = ""  # annotation file; its format is data.dataset
-    c.data.videos = ""  # folder of the video files that the annotations name
+    c.data.videos = ""  # folder of the video files that the annotations name, or one that `vau data join` wrote
     c.data.reflection = ""  # JSONL of reflection records; empty: reasoning from the annotations
-    c.data.source = "auto"  # time format of VAU-Bench: msad, ucf, ecva, or auto by file name
+    c.data.sources = ()  # use only the videos of these data sets: msad, ucf, ecva; (): all
+    c.data.time_rules = "auto"  # rules for times in VAU-Bench's tables: msad, ucf, ecva, or auto by file name
     c.data.protocol = "clean"  # clean: annotation errors corrected or excluded; paper: the published denominators
     c.data.tasks = ("qa", "grounding", "classification")  # tasks asked of each video; also: description
     c.data.task_weights = ConfigDict({task: 1.0 for task in TASKS})  # sampling weight of each task
     c.data.style = "think"  # completion format: direct (not in rft), think, two_pass (no reflection), reflection
     c.data.wording = "full"  # prompts: full explains the answer format, short is the question only
-    c.data.templates = ""  # JSON file that replaces prompt texts, see data_prep/README.md
+    c.data.templates = ""  # prompts: a JSON file, or a folder of VAU-R1's code; see data_prep/README.md
+    c.data.share = 1.0  # use only this share of the examples, whatever their order; a larger one contains it
     c.data.max_examples = 0  # use only the first examples; 0: all
     c.data.fps = 2.0  # video frames sampled per second
     c.data.min_frames = 4  # minimum number of frames per video
     c.data.max_frames = 768  # maximum number of frames per video
-    c.data.budget = "vau_r1"  # pixel limits: vau_r1 (3584 tokens a video) or the model folder's; fields below override
-    c.data.min_pixels = 0  # minimum pixels per frame; 0: the budget's
+    c.data.budget = "vau_r1"  # pixel limits: vau_r1 (3584 tokens a video), vau_r1_qa, vau_r1_eval, or model: its own
+    c.data.min_pixels = 0  # minimum pixels per frame, in place of the budget's; 0: the budget's
     c.data.max_pixels = 0  # maximum pixels per frame; 0: the budget's
     c.data.total_pixels = 0  # maximum pixels of all frames of a video, by pairs; 0: the budget's
     c.data.cache = ""  # frame cache filled by `vau data cache`; empty: decode videos every time

@@ -227,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
     training = ["--config=vau_r1_sft", "--workdir=runs/sft", "--config.model=MODEL", f"--config.data.csv={args.file}"]
     training += [f"--config.data.videos={args.videos}", f"--config.data.tasks=({names},)"]
     training += ["--config.data.style=direct"] * (not any(row.reasoning or row.description for row in rows))
-    training += [f"--config.data.source={args.source}"] * (args.source != "auto")
+    training += [f"--config.data.time_rules={args.source}"] * (args.source != "auto")
     title = f"no errors, {len(found)} warnings" if found else "nothing to mend"
     print(progress.summary(title, {}, [("vau", "train", *training)]))
 

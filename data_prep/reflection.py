@@ -201,7 +201,7 @@ def _examples(config: ConfigDict) -> list[Example]:
     elif config.student.checkpoint or config.student.url or config.teacher.frames:
         raise InputError("a student, and a teacher with frames, must see the videos: set config.data.videos")
     else:
-        rows, audit = vau_bench.load(config.data.csv, config.data.source, config.data.protocol)
+        rows, audit = vau_bench.load(config.data.csv, config.data.time_rules, config.data.protocol)
         examples = vau_bench.examples_of(rows, config.data.tasks, Path(), audit)[: config.data.max_examples or None]
     print(audit.table(), flush=True)
     return examples

@@ -13,7 +13,7 @@ left out. A row without a usable video stays, so that it is counted; training an
 import argparse
 import hashlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -252,7 +252,7 @@ def main(args: argparse.Namespace) -> None:
     if args.command == "data audit":
         print(audit(args.files, args.source, args.protocol, args.rows))
         return
-    folders = _folders(args.videos)
+    folders = {source: own[-1] for source, own in folders_of(args.videos).items()}
     given = {split: getattr(args, split) for split in SPLITS}
     workers = args.workers or os.cpu_count()
     result = import_splits(args.out, given, folders, args.seed, workers, args.array_record)
@@ -261,14 +261,15 @@ def main(args: argparse.Namespace) -> None:
         print(f"use with --config.data.videos={common_folder(list(folders.values()))}")
 
 
-def _folders(given: list[str]) -> dict[str, Path]:
-    folders = {}
+def folders_of(given: Sequence[str]) -> dict[str, list[Path]]:
+    """`SOURCE=DIR` by source, a source as often as it has folders. Raises InputError."""
+    folders: dict[str, list[Path]] = defaultdict(list)
     for item in given:
         source, separator, folder = item.partition("=")
         if not separator or source not in vau_bench.SOURCES:
             raise InputError(f"--videos {item}: expected SOURCE=DIR with SOURCE one of {', '.join(vau_bench.SOURCES)}")
-        folders[source] = Path(folder)
-    return folders
+        folders[source].append(Path(folder))
+    return dict(folders)
 
 
 if __name__ == "__main__":

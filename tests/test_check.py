@@ -98,7 +98,7 @@ def test_names_of_digits_are_said_to_be_read_as_minutes_and_seconds(
     assert code == 0 and "no errors, 1 warnings" in lines
     assert any("times read as MMSS: (100.0, 130.0) is (60.0, 90.0) s" in line for line in lines)
     code, lines = checked(path, tmp_path, capsys, "--no-probe", "--source=msad")
-    assert code == 0 and "--config.data.source=msad" in lines[-1] and "nothing to mend" in lines
+    assert code == 0 and "--config.data.time_rules=msad" in lines[-1] and "nothing to mend" in lines
 
 
 @pytest.mark.parametrize(

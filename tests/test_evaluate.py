@@ -116,12 +116,13 @@ def save(run: Path, step: int, vlm: VideoLM) -> None:
 def test_an_evaluation_inside_its_run_is_resumed(
     inside: str, tiny: ConfigDict, trained: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (trained / "config.json").write_text("the run's own")
+    own = '{"data": {"style": "think"}}'
+    (trained / "config.json").write_text(own)
     tiny.checkpoint = str(trained)
     evaluate.run(tiny, trained / inside)
     evaluate.run(tiny, trained / inside)
     assert "evaluated already" in capsys.readouterr().out
-    assert (trained / "config.json").read_text() == "the run's own"
+    assert (trained / "config.json").read_text() == own
 
 
 def test_damaged_results_are_rebuilt(tiny: ConfigDict, trained: Path, tmp_path: Path) -> None:

@@ -47,6 +47,27 @@ def test_greedy_equals_transformers_for_128_tokens(tmp_path: Path, seed: int) ->
     assert ours.tokens[0, 0][ours.mask[0, 0]].tolist() == expected
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("penalty", [1.05, 1.8, 0.8])
+def test_a_repetition_penalty_is_that_of_transformers(tmp_path: Path, family: str, penalty: float) -> None:
+    """Tokens of the prompt and of the completion so far are less likely, or with less than 1 more."""
+    folder = make_model(tmp_path / "model", False, family, seed=3)
+    vlm, rng = VideoLM.load(folder), np.random.default_rng(3)
+    n = vlm.processor.factor
+    batch, given = oracle.conversation_inputs(vlm, [ask(video(rng, 4, 2 * n, 3 * n))])
+    length = int(np.asarray(batch.mask).sum())
+    given = {
+        k: v[:, :length] if k in ("input_ids", "attention_mask", "mm_token_type_ids") else v for k, v in given.items()
+    }
+    options = {"max_new_tokens": 48, "min_new_tokens": 48, "do_sample": False, "repetition_penalty": penalty}
+    pads = [[token] for token in vlm.processor.config.never_sampled]
+    expected = oracle.load(folder).generate(**given, **options, bad_words_ids=pads)[0, length:].tolist()
+    ours = vlm.generate(batch, max_new_tokens=48, min_new_tokens=48, temperature=0.0, repetition_penalty=penalty)
+    plain = vlm.generate(batch, max_new_tokens=48, min_new_tokens=48, temperature=0.0)
+    assert ours.tokens[0, 0].tolist() == expected
+    assert penalty == 1.05 or ours.tokens[0, 0].tolist() != plain.tokens[0, 0].tolist()
+
+
 @pytest.fixture(scope="module")
 def batch(vlm: VideoLM) -> Batch:
     rng = np.random.default_rng(1)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tests.records import record
 from vau_jax.datasets.vau_bench import LABELS, load
 from vau_jax.eval import metrics
 from vau_jax.eval.scores import score
-from vau_jax.tasks import TASKS, grounding, parsing, statistics
+from vau_jax.tasks import TASKS, grounding, parsing, qa, statistics
 from vau_jax.tasks.intervals import temporal_iou
 from vau_jax.tasks.record import Record
 
@@ -230,15 +231,27 @@ def test_the_paired_p_value_is_that_of_scipys_permutation_test(rng: np.random.Ge
     assert metrics.paired(a, b)["p"] == pytest.approx(exact.pvalue, abs=0.01)
 
 
-def test_the_papers_grounding_is_over_readable_answers() -> None:
-    """By hand: [4, 8] beside [2, 6] is 2 of 6; "?" is left out, and in the clean protocol 0."""
-    texts = ["[2.0, 6.0]", "[4.0, 8.0]", "?"]
-    final = parsing.parse([grounded(t).completions[0] for t in texts], "grounding", "lenient").final
-    target = parsing.targets([("grounding", None, "Fire", (2.0, 6.0))] * 3)
-    paper, clean = (grounding.TASK.metrics(final, target, [], protocol) for protocol in ("paper", "clean"))
-    assert paper["mIoU"]["n"] == 2 and paper["mIoU"]["value"] == pytest.approx((1 + 1 / 3) / 2)
-    assert clean["mIoU"]["n"] == 3 and clean["mIoU"]["value"] == pytest.approx((1 + 1 / 3) / 3)
+def test_in_the_papers_grounding_only_absent_predictions_drop_out() -> None:
+    """By hand: [4, 8] beside [2, 6] is 2 of 6; "?" counts 0, as their evaluator reads it as (0, 0); the video that
+    failed is left out, and in the clean protocol 0."""
+    texts = ["[2.0, 6.0]", "[4.0, 8.0]", "?", ""]
+    records = [replace(grounded(text), failure=None if text else "damaged") for text in texts]
+    final = parsing.parse([r.completions[0] * (not r.failure) for r in records], "grounding", "lenient").final
+    target = parsing.targets([("grounding", None, "Fire", (2.0, 6.0))] * 4)
+    paper, clean = (grounding.TASK.metrics(final, target, records, protocol) for protocol in ("paper", "clean"))
+    assert paper["mIoU"]["n"] == 3 and paper["mIoU"]["value"] == pytest.approx((1 + 1 / 3) / 3)
+    assert clean["mIoU"]["n"] == 4 and clean["mIoU"]["value"] == pytest.approx((1 + 1 / 3) / 4)
     assert (clean["start_error"]["value"], clean["end_error"]["value"], clean["start_error"]["n"]) == (1.0, 1.0, 2)
+
+
+def test_in_the_papers_qa_unreadable_answers_and_failed_videos_leave_the_denominator() -> None:
+    texts = ["<answer>A</answer>", "<answer>B</answer>", "no letter", ""]
+    records = [replace(grounded(text), task="qa", failure=None if text else "damaged") for text in texts]
+    final = parsing.parse(texts, "qa", "lenient").final
+    target = parsing.targets([("qa", "A", None, None)] * 4)
+    paper, clean = (qa.TASK.metrics(final, target, records, protocol)["accuracy"] for protocol in ("paper", "clean"))
+    assert (paper["n"], paper["value"]) == (2, 0.5)
+    assert (clean["n"], clean["value"]) == (4, 0.25)
 
 
 def test_majority_is_the_commonest_answer() -> None:

@@ -20,12 +20,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vau_jax import cli
-from vau_jax.common.files import InputError, read_json
+from vau_jax.common.files import InputError
 from vau_jax.data.pipeline import video_options
 from vau_jax.data.video import decode_worker
 from vau_jax.data.video.clips import VideoOptions
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.eval import gallery
+from vau_jax.models import checkpoint
 from vau_jax.tasks import TASKS, parsing, prompts
 from vau_jax.tasks.base import Shown
 from vau_jax.tasks.example import Example
@@ -51,7 +52,7 @@ class Asker:
 
     def __init__(self, model: str, dtype: str = "bfloat16", max_new_tokens: int = 0) -> None:
         """`max_new_tokens` 0 is the run's own, or 1024. Raises InputError."""
-        self.data = _run_settings(Path(model))
+        self.data = ConfigDict(checkpoint.data_settings(model))
         self.vlm = VideoLM.load(model, dtype)
         self.decoders = DecoderPool(1, self.data.get("video_seconds", decode_worker.SECONDS))
         self.vlm.processor.read_video = self.decoders.read
@@ -102,14 +103,6 @@ def check(question: Question) -> None:
         raise InputError(f"the question contains an invalid character: {error.reason}") from error
     if not os.path.isfile(question.video):
         raise InputError(f"video {question.video} does not exist: give a video file")
-
-
-def _run_settings(model: Path) -> ConfigDict:
-    """config.data of the run whose workdir or checkpoint `model` is; empty for a model folder."""
-    for folder in (model, model.parent.parent):
-        if (folder / "config.json").is_file() and (folder / "model").is_dir():
-            return ConfigDict(read_json(folder / "config.json")["data"])
-    return ConfigDict()
 
 
 def example_of(question: Question) -> Example:

@@ -133,6 +133,16 @@ def import_splits(parser: Parser) -> None:
     parser.add_argument("--array_record", action="store_true", help="write the splits as ArrayRecord files too")
 
 
+def join(parser: Parser) -> None:
+    parser.add_argument(
+        "--annotations", nargs="+", required=True, type=Path, metavar="PATH", help="CSV files, or folders of them"
+    )
+    text = "folders of videos as they were unpacked, with SOURCE msad, ucf or ecva; a source may have several"
+    parser.add_argument("--videos", nargs="+", default=[], metavar="SOURCE=DIR", help=text)
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write")
+    parser.add_argument("--workers", type=at_least(1), default=0, help="processes that read videos; 0: one a core")
+
+
 def random_model(parser: Parser) -> None:
     parser.add_argument("--size", required=True, help="a published model, such as qwen2.5-vl-3b")
     parser.add_argument("--out", required=True, help="the folder to write")
@@ -204,6 +214,7 @@ COMMANDS = {
     "config": Command("vau_jax.show_config", "print a config, and what it changes", show_config, "base", flags=()),
     "data check": Command("vau_jax.data_prep.check", "what to mend in your own table and its videos", check),
     "data audit": Command("vau_jax.data_prep.vau_bench", "what is irregular in annotation files", audit),
+    "data join": Command("vau_jax.data_prep.join", "annotations as published, and where their videos are", join),
     "data import": Command("vau_jax.data_prep.vau_bench", "corrected annotations joined with videos", import_splits),
     "data cache": Command("vau_jax.data_prep.cache_frames", "decode the videos of a config once", fields="base"),
     "data reflection": Command(

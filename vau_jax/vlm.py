@@ -199,15 +199,17 @@ class VideoLM:
         seed: int = 0,
         min_new_tokens: int = 0,
         stop_strings: Sequence[str] = (),
+        repetition_penalty: float = 1.0,
         watch: Callable[[Generated], None] | None = None,
     ) -> Generated:
         """Samples `num_generations` completions a prompt, all from one prefill; temperature 0 is greedy.
 
-        top_p in (0, 1] and top_k (0: off) restrict each token's distribution, and the log-probabilities with it. A
-        completion ends with one of the folder's end tokens, with the token that completes one of `stop_strings`, or
-        after `max_new_tokens`; no end token is sampled among the first `min_new_tokens`. What ends it belongs to it (an
-        end token is left out of the text). Decoding stops when all completions have ended. `watch` sees what there is
-        so far every few tokens, for texts that are shown while they are written; what it raises ends the decoding.
+        top_p in (0, 1] and top_k (0: off) restrict each token's distribution and the log-probabilities with it; so does
+        `repetition_penalty`, transformers' own. A completion ends with one of the folder's end tokens, with the token
+        that completes one of `stop_strings`, or after `max_new_tokens`; no end token is sampled among the first
+        `min_new_tokens`. What ends it belongs to it (an end token is left out of the text). Decoding stops when all
+        completions have ended. `watch` sees what there is so far every few tokens, for texts that are shown while they
+        are written; what it raises ends the decoding.
         Raises InputError for options out of their range; a temperature above 0 is at least 0.01.
         """
 
@@ -232,6 +234,7 @@ class VideoLM:
             greedy=temperature == 0,
             top_p=top_p,
             top_k=top_k,
+            repetition_penalty=repetition_penalty,
             watch=watch and (lambda sampled: watch(read(sampled))),
         )
         return read(out)

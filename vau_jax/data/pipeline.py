@@ -20,14 +20,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax.common.checks import COUNT, NOT_NEGATIVE, SHARE, check_choices, check_ranges
-from vau_jax.common.files import InputError, check_range
-from vau_jax.data.processor import Encoded, Processor, Shape
+from vau_jax.common.files import InputError, check_range, content_hash
+from vau_jax.data.processor import Encoded, Message, Processor, Shape, Visual
 from vau_jax.data.video import clips
 from vau_jax.data.video.clips import Clip, VideoOptions
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
 from vau_jax.data.video.frame_cache import FrameCache
-from vau_jax.datasets import DATASETS, reflections
+from vau_jax.datasets import DATASETS, reflections, vau_bench, video_table
 from vau_jax.datasets.audit import Audit
 from vau_jax.tasks import TASKS, parsing, prompts
 from vau_jax.tasks.columns import Columns
@@ -44,6 +44,8 @@ class Prompt(NamedTuple):
 
     prompt: str
     encoded: Encoded
+    messages: list[Message]
+    visuals: list[Visual]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Loaded:
     cached: bool = False  # the frames came from the cache
     seconds: float = 0.0  # length of the clip
     variants: dict[str, Prompt] = field(default_factory=dict)  # other prompts, by the level of difficulty they are for
+    messages: list[Message] = field(default_factory=list)  # the prompt as chat messages, to go on from
+    visuals: list[Visual] = field(default_factory=list)  # of its videos
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], Audit]:
     if not folder.is_dir():
         raise InputError(f"video folder {folder} does not exist (config.data.videos)")
     examples, audit = DATASETS[config.dataset](config)
-    examples = _with_media(examples, audit)
+    examples = _with_media(_chosen(examples, config, audit), audit)
     if config.reflection:
         examples = reflections.attach(examples, reflections.load(config.reflection), audit)
     if not examples:
@@ -97,8 +101,22 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], Audit]:
     return examples[: config.max_examples or None], audit
 
 
+def _chosen(examples: Sequence[Example], config: ConfigDict, audit: Audit) -> list[Example]:
+    """The examples of config.sources, and of these the share config.share. Which belong to a share depends on their ids
+    alone, so that a larger share contains a smaller one."""
+    known = [e for e in examples if not config.sources or e.meta.get("source") in config.sources]
+    if len(known) < len(examples):
+        reason = f"of another data set than data.sources={tuple(config.sources)}: {len(examples) - len(known)} examples"
+        audit.note(0, "", "flagged", "row", reason)
+    if config.share == 1:
+        return known
+    digests = [hashlib.sha256(example.id.encode()).digest() for example in known]
+    return [e for e, digest in zip(known, digests, strict=True) if int.from_bytes(digest[:4]) < config.share * 2**32]
+
+
 RANGES = {
     "fps": (1e-3, 1e3),
+    "share": (1e-6, 1.0),
     "min_frames": COUNT,
     "max_frames": COUNT,
     "min_pixels": NOT_NEGATIVE,
@@ -119,11 +137,13 @@ def check(config: ConfigDict) -> None:
         raise InputError(f"data.tasks={tuple(config.tasks)}: expected some of {', '.join(TASKS)}")
     choices = {
         "dataset": tuple(DATASETS),
-        "style": prompts.STYLES,
-        "wording": prompts.WORDINGS,
+        "style": (*prompts.STYLES, ""),  # "" in evaluations, until the run's own is known
+        "wording": (*prompts.WORDINGS, ""),
         "budget": tuple(clips.BUDGETS),
     }
     check_choices(config, "data.", choices)
+    if unknown := [source for source in config.sources if source not in vau_bench.SOURCES]:
+        raise InputError(f"data.sources has {unknown[0]!r}: expected some of {', '.join(vau_bench.SOURCES)}")
     check_ranges(config, "data.", RANGES)
     check_ranges(config.difficulty, "data.difficulty.", DIFFICULTY_RANGES)
     for task, weight in config.task_weights.items():
@@ -147,6 +167,16 @@ def _with_media(examples: Sequence[Example], audit: Audit) -> list[Example]:
     return usable
 
 
+def input_hashes(config: ConfigDict) -> dict[str, str]:
+    """Hashes of the files of text that a config.data names, by the field that names them; loading reports a missing
+    one."""
+    table = Path(config.videos) / video_table.TABLE
+    named = {name: [Path(config[name])] for name in ("csv", "reflection") if config[name]}
+    named |= {"templates": prompts.template_files(config.templates), "videos": [table]}
+    hashes = {name: [content_hash(path) for path in paths if path.exists()] for name, paths in named.items()}
+    return {f"data.{name}": " ".join(found) for name, found in hashes.items() if found}
+
+
 def video_options(config: ConfigDict, default: VideoOptions) -> VideoOptions:
     """The sampling that config.data asks for: its own numbers, then its budget's, then `default`, the model's."""
     names = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
@@ -166,23 +196,26 @@ class Loader:
     cache: FrameCache
     augment: bool
     blind: bool = False
+    text: str = ""  # asked of every example instead of its task's prompt
 
     def __post_init__(self) -> None:
         self.templates = prompts.load_templates(self.config.templates)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Loaded:
         videos, cached, failure = self._clips(example)
-        example = self._shuffled(example, rng)
+        example = in_order(example, rng, self.config.shuffle_options)
         if self.augment and not failure:
             videos = [augment(clip, rng) for clip in videos]
         if self.blind:
             videos = [replace(clip, frames=np.full_like(clip.frames, GREY)) for clip in videos]
-        prompt, encoded = self._prompt(example, videos)
+        asked = self._prompt(example, videos)
         tokens, weights = self._target(example)
         return Loaded(
             example=example,
-            prompt=prompt,
-            encoded=encoded,
+            prompt=asked.prompt,
+            encoded=asked.encoded,
+            messages=asked.messages,
+            visuals=asked.visuals,
             target_tokens=tokens,
             target_weights=weights * (failure is None),
             failure=str(failure) if failure else None,
@@ -193,21 +226,14 @@ class Loader:
             variants=self._variants(example, videos, rng) if self.config.difficulty.enabled else {},
         )
 
-    def _shuffled(self, example: Example, rng: np.random.Generator) -> Example:
-        """The example with its choices in another order, for tasks where the order has no meaning."""
-        task = TASKS[example.task]
-        # Four numbers are drawn also where nothing is shuffled, so that augmentation does not depend on the task.
-        count = len(example.choices) if task.shuffles else 4
-        order = tuple(rng.permutation(count)) if self.config.shuffle_options else tuple(range(count))
-        shift = example.rotation % max(1, len(order))
-        return task.shuffled(example, order[shift:] + order[:shift])
-
     def _prompt(self, example: Example, videos: Sequence[Clip], hint: str = "") -> Prompt:
         c = self.config
-        text = prompts.question(example, c.style, c.wording, self.templates) + hint
-        content = [*[{"type": "video"}] * len(videos), {"type": "text", "text": text}]
-        prompt = self.processor.chat_text([{"role": "user", "content": content}])
-        return Prompt(prompt, self.processor.encode_text(prompt, [self.processor.encode_clip(clip) for clip in videos]))
+        text = (self.text or prompts.question(example, c.style, c.wording, self.templates)) + hint
+        shown, said = [{"type": "video"}] * len(videos), [{"type": "text", "text": text}]
+        content = said + shown if self.templates.text_first else shown + said
+        messages, visuals = [{"role": "user", "content": content}], [self.processor.encode_clip(c) for c in videos]
+        prompt = self.processor.chat_text(messages)
+        return Prompt(prompt, self.processor.encode_text(prompt, visuals), messages, visuals)
 
     def _variants(self, example: Example, videos: Sequence[Clip], rng: np.random.Generator) -> dict[str, Prompt]:
         """Prompts for examples on which the policy is good, and for those on which it fails; see rl/difficulty.py."""
@@ -244,6 +270,22 @@ class Loader:
         ]
         tokens = [*encoded["input_ids"], self.processor.end_tokens[0]]
         return np.asarray(tokens, np.int32), np.asarray([*weights, 1.0], np.float32)
+
+
+def in_order(example: Example, rng: np.random.Generator, shuffle: bool) -> Example:
+    """The example with its choices in the order in which they are shown: another one with `shuffle`, for tasks where
+    the order has no meaning."""
+    task = TASKS[example.task]
+    # Four numbers are drawn also where nothing is shuffled, so that augmentation does not depend on the task.
+    count = len(example.choices) if task.shuffles else 4
+    order = tuple(rng.permutation(count)) if shuffle else tuple(range(count))
+    shift = example.rotation % max(1, len(order))
+    return task.shuffled(example, order[shift:] + order[:shift])
+
+
+def rng_of(example: Example, seed: int) -> np.random.Generator:
+    """The randomness of an example in an evaluation, from the seed and the example's id alone."""
+    return np.random.default_rng([seed, *hashlib.sha256(example.id.encode()).digest()])
 
 
 def augment(clip: Clip, rng: np.random.Generator) -> Clip:
@@ -451,15 +493,21 @@ def train_iterator(
 
 
 def eval_batches(
-    examples: list[Example], processor: Processor, config: ConfigDict, batch_size: int, seed: int, blind: bool
+    examples: list[Example],
+    processor: Processor,
+    config: ConfigDict,
+    batch_size: int,
+    seed: int,
+    blind: bool,
+    text: str = "",
 ) -> grain.DatasetIterator:
     """All examples once, in order, the last batch filled up with its last example. The order of options depends on the
-    seed and the example's id alone.
+    seed and the example's id alone. `text` is asked instead of the tasks' prompts.
     """
-    loader = make_loader(processor, config, augment=False, blind=blind)
+    loader = make_loader(processor, config, augment=False, blind=blind, text=text)
 
     def load(example: Example) -> Loaded:
-        return loader(example, np.random.default_rng([seed, *hashlib.sha256(example.id.encode()).digest()]))
+        return loader(example, rng_of(example, seed))
 
     padded = examples + examples[-1:] * (-len(examples) % batch_size)  # one shape, one program
     batches = grain.MapDataset.source(padded).map(load).batch(batch_size, batch_fn=Collator(processor, config))
@@ -488,10 +536,10 @@ def sampling_keys(items: Sequence[Loaded], seed: int) -> jax.Array:
     return keys_of(jax.random.key(seed), draw_numbers(items))
 
 
-def make_loader(processor: Processor, config: ConfigDict, augment: bool, blind: bool = False) -> Loader:
+def make_loader(processor: Processor, config: ConfigDict, augment: bool, blind: bool = False, text: str = "") -> Loader:
     """A loader that decodes videos that are not in config.cache in config.workers processes."""
     cache = FrameCache(config.cache, DecoderPool(config.workers, config.video_seconds).read)
-    return Loader(processor, config, cache, augment, blind)
+    return Loader(processor, config, cache, augment, blind, text)
 
 
 def _ahead(

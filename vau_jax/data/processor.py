@@ -274,6 +274,13 @@ class Processor:
             raise InputError(f"{self.folder} names no end token (generation_config.json or tokenizer_config.json)")
         return (last,)
 
+    @property
+    def repetition_penalty(self) -> float:
+        """That of generation_config.json, with which transformers decodes by itself; 1 without."""
+        path = self.folder / "generation_config.json"
+        fields = Fields(read_json(path, FILE_BYTES) if path.is_file() else {}, str(path))
+        return fields.number("repetition_penalty", 0.01, 100.0, 1.0)
+
     @cached_property
     def token_bytes(self) -> list[bytes]:
         """The bytes of each token id; ids without a token have none."""

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from vau_jax.common.files import InputError, dump_json
-from vau_jax.datasets import tables
+from vau_jax.datasets import tables, video_table
 from vau_jax.datasets.audit import Action, Audit, AuditEntry
 from vau_jax.tasks import TASKS
 from vau_jax.tasks.classification import LABELS
@@ -87,10 +87,11 @@ class Row:
     key_object: str
     description: str
     reasoning: dict[str, str]  # section title -> text; the titles present among SECTIONS
-    duration: float | None = None  # of the video file, in seconds, where data_prep.vau_bench has read it
+    duration: float | None = None  # of the video file, in seconds, where `vau data join` or `import` has read it
     fps: float | None = None  # its frames a second, likewise
     width: int | None = None  # upright, in pixels
     height: int | None = None
+    file: str = ""  # in the folder of videos; empty: named as the video
     line: int = 0  # of the file it was read from, 1 for the first row
 
     @property
@@ -195,8 +196,24 @@ def read(config: ConfigDict) -> tuple[list[Example], Audit]:
 
     Rows that differ in their question alone share the other tasks, which are asked once.
     """
-    rows, audit = load(config.csv, config.source, config.protocol)
-    return examples_of(rows, config.tasks, Path(config.videos), audit), audit
+    rows, audit = load(config.csv, config.time_rules, config.protocol)
+    folder = Path(config.videos)
+    return examples_of(with_files(rows, folder), config.tasks, folder, audit), audit
+
+
+def with_files(rows: Iterable[Row], folder: Path) -> list[Row]:
+    """The rows with what the table of a folder that `vau data join` wrote says of their videos."""
+    table = video_table.load(folder)
+    found = ((row, table.get(key_of(row))) for row in rows)
+    return [
+        replace(row, file=v.file, duration=v.seconds, fps=v.fps, width=v.width, height=v.height) if v else row
+        for row, v in found
+    ]
+
+
+def key_of(row: Row) -> video_table.Key:
+    """A row's place in the table of a joined folder."""
+    return row.source, plain_name(row.video).lower()
 
 
 def examples_of(rows: Iterable[Row], tasks: Sequence[str], folder: Path, audit: Audit) -> list[Example]:
@@ -223,7 +240,13 @@ def example_of(row: Row, name: str, folder: Path = Path()) -> Example | None:
     digest = hashlib.sha256(dump_json(task.identity(known)).encode()).hexdigest()[:10]
     choices = task.choices(known)
     return Example(
-        f"{row.video}/{name}/{digest}", name, (folder / row.video,), row.question, choices, truth, meta_of(row)
+        f"{row.video}/{name}/{digest}",
+        name,
+        (folder / (row.file or row.video),),
+        row.question,
+        choices,
+        truth,
+        meta_of(row),
     )
 
 
@@ -245,7 +268,7 @@ def annotation_of(row: Row) -> Annotation:
 
 def meta_of(row: Row) -> dict[str, Any]:
     """`Example.meta` of a row: everything except question and answer; the options, for other tasks too."""
-    asked = ("question", "answer", "interval")
+    asked = ("question", "answer", "interval", "file")
     return {name: value for name, value in vars(row).items() if name not in asked} | {"options": list(row.options)}
 
 
@@ -282,7 +305,7 @@ def shuffle_options(row: Row, order: Sequence[int]) -> Row:
 
 def to_json(row: Row) -> dict[str, Any]:
     """A row as JSON values; `load` reads a JSONL of them. An interval is [start, end], "normal" or null."""
-    record = {key: value for key, value in vars(row).items() if key != "line"}
+    record = {key: value for key, value in vars(row).items() if key not in ("line", "file")}
     return {**record, "options": list(row.options), "reasoning": dict(row.reasoning)}
 
 

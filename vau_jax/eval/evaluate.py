@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax.common import processes, progress, sharding
 from vau_jax.common.about import about
-from vau_jax.common.files import InputError, check_range, content_hash, dump_json, read_json, read_lines, write_text
+from vau_jax.common.files import InputError, check_range, dump_json, read_json, read_lines, write_text
 from vau_jax.common.progress import Progress
 from vau_jax.data import pipeline
 from vau_jax.datasets.audit import Audit
-from vau_jax.eval import scores
-from vau_jax.eval.records import of_line, of_loaded, to_line
+from vau_jax.eval import answers, scores
+from vau_jax.eval.records import of_line, to_line
 from vau_jax.models import checkpoint
 from vau_jax.rl import sampling
 from vau_jax.tasks import TASKS, rewards
@@ -42,7 +41,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
     Raises InputError where another evaluation, or a run, is in `workdir`.
     """
-    workdir = Path(workdir)
+    workdir, config = Path(workdir), as_trained(config)
     check(config)
     examples, audit = pipeline.load_examples(config.data)
     rotated = [e for e in examples if TASKS[e.task].shuffles]
@@ -62,12 +61,16 @@ def _run(config: ConfigDict, workdir: Path, examples: list[Example], audit: Audi
     if isinstance(known, dict) and known.get("fingerprint") == fingerprint:
         print(f"{config.name}: evaluated already ({workdir})", flush=True)
         return known
+    trained = _trained(config)
+    if trained.get("style", config.data.style) != config.data.style:
+        print(f"{config.name}: asks in style {config.data.style} a run trained in {trained['style']}", flush=True)
     predictions = predict(config, workdir, examples, fingerprint)
     result = {
         "fingerprint": fingerprint,
         "name": config.name,
         "checkpoint": str(config.checkpoint),
         "blind": config.blind,
+        "trained": trained,
         "about": about(),
         "settings": json.loads(config.to_json_best_effort()),
         "protocol": config.data.protocol,
@@ -88,6 +91,23 @@ def summary(config: ConfigDict, workdir: Path) -> str:
     return progress.summary(f"{config.name}: evaluated", places, [("vau", "report", workdir)])
 
 
+ASKED = {"style": "think", "wording": "full", "templates": ""}  # fields of data, and what a model folder gets
+
+
+def as_trained(config: ConfigDict) -> ConfigDict:
+    """The config with the style, wording and templates that its run was trained with, where it gives none."""
+    config, trained = ConfigDict(config.to_dict()), _trained(config)
+    for name, plain in ASKED.items():
+        config.data[name] = config.data[name] or trained.get(name, plain)
+    return config
+
+
+def _trained(config: ConfigDict) -> dict[str, Any]:
+    """Of config.data of the run that is evaluated the fields of ASKED; empty for a model folder and an endpoint."""
+    data = checkpoint.data_settings(config.checkpoint) if config.checkpoint else {}
+    return {name: data[name] for name in ASKED if name in data}
+
+
 def check(config: ConfigDict) -> None:
     """Raises InputError for invalid settings of an evaluation."""
     pipeline.check(config.data)
@@ -99,7 +119,23 @@ def check(config: ConfigDict) -> None:
         raise InputError("an evaluation is one process's, on its host's devices: leave out --distributed (ALONE=1)")
     if config.samples > 1 and config.temperature == 0:
         raise InputError(f"samples={config.samples} at temperature=0 would all be alike: set temperature above 0")
-    sampling.check(max_new_tokens=config.data.max_completion_tokens, temperature=config.temperature or 1.0)
+    sampling.check(
+        max_new_tokens=config.data.max_completion_tokens,
+        temperature=config.temperature or 1.0,
+        repetition_penalty=config.repetition_penalty or 1.0,
+    )
+    if config.description_turns not in (1, 2):
+        raise InputError(f"description_turns={config.description_turns}: expected 1, or 2 as VAU-Eval is published")
+    if config.description_turns == 2 and config.samples > 1:
+        raise InputError(f"samples={config.samples} with description_turns=2: expected 1")
+    if bool(config.checkpoint) == bool(config.endpoint.url):
+        raise InputError(
+            f"checkpoint={config.checkpoint!r}, endpoint.url={config.endpoint.url!r}: expected one of them, a run or "
+            "model folder, or the address of a chat endpoint"
+        )
+    if config.endpoint.url and config.samples > 1:
+        raise InputError(f"samples={config.samples} with an endpoint: expected 1")
+    check_range("endpoint.frames", config.endpoint.frames, 1)
     if unknown := [name for name, weight in config.rewards.items() if weight and name not in rewards.REWARDS]:
         raise InputError(
             f"rewards.{unknown[0]}={config.rewards[unknown[0]]} cannot be part of an evaluation's total: expected some "
@@ -112,13 +148,12 @@ def _fingerprint(config: ConfigDict, videos: Iterable[Path]) -> str:
 
     Text files are hashed by content, videos (possibly hundreds of gigabytes) by size and time.
     """
-    texts = [config.data[name] for name in ("csv", "reflection", "templates") if config.data[name]]
     files = [(path.name, stat.st_size, stat.st_mtime_ns) for path in videos for stat in [path.stat()]]
     known = [
         json.loads(config.to_json_best_effort()),
-        [content_hash(path) for path in texts],
+        pipeline.input_hashes(config.data),
         sorted(files),
-        checkpoint.contents(config.checkpoint),
+        checkpoint.contents(config.checkpoint) if config.checkpoint else {},
     ]
     return hashlib.sha256(dump_json(known, sort_keys=True).encode()).hexdigest()
 
@@ -134,18 +169,23 @@ def predict(config: ConfigDict, workdir: Path, examples: list[Example], fingerpr
     records = _finished(path, fingerprint)
     keys = [(example.id, example.rotation) for example in examples]
     todo = [example for example, key in zip(examples, keys, strict=True) if key not in records]
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_divisible(config.batch_size, mesh)
-    vlm = VideoLM.load(config.checkpoint, config.dtype, mesh) if todo else None
     shown = Progress(config.name, len(examples), "example", start=len(records))
     with path.open("a", encoding="utf-8") as file:
-        for record in _answers(todo, vlm, config) if vlm else ():
+        for record in _answers(todo, config, workdir) if todo else ():
             if _key(record) not in records:  # the last example fills up the last batch
                 records[_key(record)] = record
                 file.write(to_line(record, fingerprint))
                 file.flush()
                 shown.show(len(records), partial(headline, records.values()))
     return [records[key] for key in keys]
+
+
+def _answers(examples: list[Example], config: ConfigDict, workdir: Path) -> Iterator[Record]:
+    if config.endpoint.url:
+        return answers.by_endpoint(examples, config, workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_divisible(config.batch_size, mesh)
+    return answers.by_model(examples, VideoLM.load(config.checkpoint, config.dtype, mesh), config)
 
 
 def headline(records: Collection[Record]) -> str:
@@ -168,25 +208,3 @@ def _finished(path: Path, fingerprint: str) -> dict[Key, Record]:
     kept = {line: record for line in lines if (record := of_line(line, fingerprint))}
     write_text(path, "".join(kept))
     return {_key(record): record for record in kept.values()}
-
-
-def _answers(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Iterator[Record]:
-    """Decodes in padded batches, greedily at temperature 0."""
-    batches = pipeline.eval_batches(
-        examples, vlm.processor, config.data, config.batch_size, seed=config.seed, blind=config.blind
-    )
-    for host in batches:
-        out = sampling.sample(
-            vlm.variables,
-            jax.device_put(host.batch, sharding.examples(vlm.model.mesh)),
-            pipeline.sampling_keys(host.examples, config.seed),
-            config.temperature or 1.0,
-            model=vlm.model,
-            num_generations=config.samples,
-            max_new_tokens=config.data.max_completion_tokens,
-            end_tokens=vlm.processor.end_tokens,
-            greedy=config.temperature == 0,
-        )
-        texts = vlm.processor.decode_completions(np.asarray(out.tokens), np.asarray(out.mask))
-        for item, completions in zip(host.examples, texts, strict=True):
-            yield of_loaded(item, completions, config.data.style)

@@ -376,6 +376,14 @@ def find_model(path: str | os.PathLike) -> ModelFiles:
     return ModelFiles(path, None)
 
 
+def data_settings(path: str | os.PathLike) -> dict[str, Any]:
+    """config.data of the run whose workdir or checkpoint `path` is; empty for a model folder."""
+    for folder in (Path(path), Path(path).parent.parent):
+        if (folder / "config.json").is_file() and (folder / MODEL_FOLDER).is_dir():
+            return read_json(folder / "config.json")["data"]
+    return {}
+
+
 def _is_step(path: Path) -> bool:
     return path.parent.name == CHECKPOINTS and path.name.isdigit()
 

@@ -26,6 +26,7 @@ DRAW_BLOCK = 128  # tokens
 UNIFORM_STEP = 2.0**-23  # between the random numbers of float32
 FIRST_CACHE = 128  # completion tokens that the cache has room for at first
 WATCH_EVERY = 8  # tokens
+LEAST_PENALTY = 0.01  # of repetition, where 1 is none
 LEAST_TEMPERATURE, LEAST_TOP_P = 0.01, 1e-6  # below, logits exceed the range of float32, and masses its resolution
 SHRINK = 4  # the batch shrinks when it has this many times the rows that it needs
 
@@ -49,6 +50,7 @@ class DynamicArgs(NamedTuple):
     temperature: jax.Array
     min_new_tokens: jax.Array
     stop_table: Array | None
+    penalty: jax.Array | None = None  # None: no repetition penalty
 
 
 class _Prompts(NamedTuple):
@@ -70,6 +72,7 @@ class _Loop(NamedTuple):
     mask: jax.Array  # bool [B, G, C]
     done: jax.Array  # bool [B, G]
     stop_state: jax.Array  # int32 [B, G]: how much of a stop string has been read
+    seen: jax.Array | None  # bool [B, G, V]: tokens of prompt and completion, for the repetition penalty
 
 
 def restrict(scores: jax.Array, top_p: float, top_k: int) -> jax.Array:
@@ -84,6 +87,12 @@ def restrict(scores: jax.Array, top_p: float, top_k: int) -> jax.Array:
         last = jnp.minimum(last, ordered[..., :1])  # the best one stays, however its mass is rounded
         scores = jnp.where(scores < last, -jnp.inf, scores)
     return scores
+
+
+def penalised(scores: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Logits [..., V] with those of `seen` tokens divided by `penalty` where positive, else multiplied by it
+    (CTRL, arXiv 1909.05858; transformers' repetition_penalty)."""
+    return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def draw(keys: jax.Array, scores: jax.Array) -> jax.Array:
@@ -125,8 +134,10 @@ def check(
     top_k: int = 0,
     min_new_tokens: int = 0,
     num_generations: int = 1,
+    repetition_penalty: float = 1.0,
 ) -> None:
     """Raises InputError for an invalid option of `sample`, under its name after `prefix`."""
+    check_range(f"{prefix}repetition_penalty", repetition_penalty, LEAST_PENALTY, 1 / LEAST_PENALTY)
     check_range(f"{prefix}temperature", temperature, LEAST_TEMPERATURE)
     check_range(f"{prefix}top_p", top_p, LEAST_TOP_P, 1.0)
     check_range(f"{prefix}top_k", top_k, 0)
@@ -150,6 +161,7 @@ def sample(
     greedy: bool = False,
     top_p: float = 1.0,
     top_k: int = 0,
+    repetition_penalty: float = 1.0,
     watch: Callable[[Sampled], None] | None = None,
 ) -> Sampled:
     """Draws G = num_generations completions of at most C = max_new_tokens tokens for each prompt.
@@ -158,7 +170,8 @@ def sample(
     the token that completes a stop string of `stop_table` (see stop_strings.py); that token belongs to it. Token t of
     completion n (of all B * G) is drawn with fold_in(fold_in(key, n), t); where `key` is an array [B], a key for each
     prompt, n counts the prompt's own completions. The log-probabilities are those of the distribution drawn from,
-    filters included; greedy ones are those at temperature 1.
+    filters included; greedy ones are those at temperature 1. A `repetition_penalty` other than 1 makes tokens of the
+    prompt and of the completion so far less likely (above 1), or more.
 
     `watch` is called with what there is so far every WATCH_EVERY tokens; an exception that it raises ends the sampling.
     Raises InputError for options out of their range (see `check`).
@@ -170,11 +183,13 @@ def sample(
         top_k=top_k,
         min_new_tokens=min_new_tokens,
         num_generations=num_generations,
+        repetition_penalty=repetition_penalty,
     )
     static = StaticArgs(model, end_tokens, greedy, top_p, top_k, sharding.mesh_of(batch.tokens))
     variables = decode_weights(variables, model.dtype, static.mesh)
     key = _for_completions(key, num_generations) if key.ndim else key
-    dynamic = DynamicArgs(key, jnp.float32(temperature), jnp.int32(min_new_tokens), stop_table)
+    penalty = None if repetition_penalty == 1 else jnp.float32(repetition_penalty)
+    dynamic = DynamicArgs(key, jnp.float32(temperature), jnp.int32(min_new_tokens), stop_table, penalty)
     size = num_generations, max_new_tokens, min(FIRST_CACHE, max_new_tokens)
     loop, prompts = _start(variables, batch, dynamic, static=static, size=size)
     whole = None  # completions that ended before the batch shrank
@@ -321,9 +336,17 @@ def _start(
         mask=jnp.zeros((b, g, c), bool),
         done=jnp.zeros((b, g), bool),
         stop_state=jnp.zeros((b, g), jnp.int32),
+        seen=None if dynamic.penalty is None else _seen(batch, static.model.head(variables).shape[0], g),
     )
     first = jnp.broadcast_to(logprobs.last_token(hidden, batch.mask)[:, None], (b, g, hidden.shape[-1]))
     return _add(loop, first, variables, dynamic, static), _Prompts(prompt, replace(batch, vision=None))
+
+
+def _seen(batch: Batch, vocabulary: int, generations: int) -> jax.Array:
+    """bool [B, G, V]: which tokens a prompt has."""
+    rows = jnp.arange(batch.tokens.shape[0])[:, None]
+    seen = jnp.zeros((batch.tokens.shape[0], vocabulary), bool).at[rows, batch.tokens].max(batch.mask)
+    return jnp.broadcast_to(seen[:, None], (seen.shape[0], generations, vocabulary))
 
 
 @partial(jax.jit, static_argnames=("static",), donate_argnames=("loop",))
@@ -378,6 +401,7 @@ def _add(loop: _Loop, hidden: jax.Array, variables: Variables, dynamic: DynamicA
         mask=jax.lax.dynamic_update_slice(loop.mask, alive[..., None], at),
         done=done if table is None else done | (state == len(table) - 1),
         stop_state=state,
+        seen=None if loop.seen is None else loop.seen | jax.nn.one_hot(token, loop.seen.shape[-1], dtype=bool),
     )
 
 
@@ -389,6 +413,8 @@ def _pick(
     head = static.model.head(variables)
     temperature = 1.0 if static.greedy else dynamic.temperature
     scores = logprobs.sampling_logits(hidden, head, temperature, config.never_sampled)  # [B, G, V]
+    if loop.seen is not None:
+        scores = penalised(scores, loop.seen, dynamic.penalty)
     ends = jnp.asarray(static.end_tokens, jnp.int32)
     scores = scores.at[..., ends].add(jnp.where(loop.step < dynamic.min_new_tokens, -jnp.inf, 0.0))
     if static.greedy:
@@ -435,7 +461,8 @@ def _resize(
             return jnp.take_along_axis(x, index, axis=axis + 1)
 
         own = KVCache(rows(loop.own.k, 1), rows(loop.own.v, 1))
-        rest = {name: rows(value, 0) for name, value in loop._asdict().items() if name not in ("step", "own")}
+        rest = {name: value for name, value in loop._asdict().items() if name not in ("step", "own")}
+        rest = jax.tree.map(lambda x: rows(x, 0), rest)
         loop = _Loop(step=loop.step, own=own, **rest)
         cache = jax.tree.map(lambda x: jnp.take(x, chosen, axis=1), prompts.cache)
         prompts = _Prompts(_pin(cache, mesh), jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), prompts.batch))

@@ -16,7 +16,7 @@ from vau_jax.tasks.columns import Column, Columns, Values
 from vau_jax.tasks.example import Annotation, Example, Interval
 from vau_jax.tasks.grammar import STATES
 from vau_jax.tasks.intervals import MAX_INTERVALS, format_interval, temporal_iou
-from vau_jax.tasks.record import Record
+from vau_jax.tasks.record import Record, seen
 
 THRESHOLDS = (0.3, 0.5, 0.7)  # of temporal IoU, for recall
 LARGEST = float(np.finfo(np.float32).max)  # seconds: a number beyond it cannot be read
@@ -211,12 +211,12 @@ class Grounding(Task):
         error of start and end in seconds where both intervals exist.
 
         A normal video is a false alarm unless the answer is "no anomaly": an unreadable answer is a false alarm too.
-        With protocol "paper" unreadable answers are left out of IoU and recall.
+        With protocol "paper" videos that failed are left out of IoU and recall; an unreadable answer counts 0.
         """
         count, answered = np.asarray(target.interval_count), np.asarray(final.interval_count)
         intervals, truth = np.asarray(final.intervals, np.float64), np.asarray(target.intervals, np.float64)
         iou = np.where(answered > 0, temporal_iou(intervals, truth), 0.0)
-        iou = iou[(count > 0) & ((answered != UNKNOWN) | (protocol == "clean"))]
+        iou = iou[(count > 0) & (np.ones(len(count), bool) if protocol == "clean" else seen(records))]
         both = (count > 0) & (answered > 0)
         errors = np.abs(_hull(intervals[both], answered[both]) - _hull(truth[both], count[both]))
         return {

@@ -14,7 +14,7 @@ from vau_jax.tasks.base import LETTERS, ReportRow, Shown, Task, stripped
 from vau_jax.tasks.columns import Column, Columns, Values
 from vau_jax.tasks.example import Annotation, Example, with_choices
 from vau_jax.tasks.grammar import SO, STATES
-from vau_jax.tasks.record import Record
+from vau_jax.tasks.record import Record, seen
 
 
 class QuestionAnswering(Task):
@@ -120,9 +120,11 @@ class QuestionAnswering(Task):
         return (answers.choice == target.choice) & (answers.choice >= 0)
 
     def metrics(self, final: Columns, target: Columns, records: Sequence[Record], protocol: str) -> dict[str, Any]:
-        """Accuracy over all rows; an unreadable answer is wrong, and counted."""
+        """Accuracy over all rows; an unreadable answer is wrong, and counted. With protocol "paper", videos that failed
+        and unreadable answers are left out."""
         choice, truth = np.asarray(final.choice), np.asarray(target.choice)
-        return {"accuracy": statistics.estimate(choice == truth), "unparsed": int((choice < 0).sum())}
+        right = (choice == truth) if protocol == "clean" else (choice == truth)[(choice >= 0) & seen(records)]
+        return {"accuracy": statistics.estimate(right), "unparsed": int((choice < 0).sum())}
 
     def baselines(self, target: Columns, records: Sequence[Record]) -> dict[str, Any]:
         return {"majority_letter": statistics.majority(np.asarray(target.choice))}

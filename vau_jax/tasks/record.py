@@ -1,8 +1,10 @@
 """An evaluated example: the content of a line of predictions.jsonl, from which tasks compute metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from vau_jax.tasks.columns import Values
 
@@ -39,3 +41,8 @@ class Record:
     draft_scores: list[float]  # task scores of the drafts
     reflect_words: list[int]  # words of the reflection; empty without reflection
     rewards: Mapping[str, list[float]]  # each built-in reward, by the strict rule
+
+
+def seen(records: Sequence[Record]) -> np.ndarray:
+    """bool [N]: whether the video of each record could be read."""
+    return np.asarray([record.failure is None for record in records], bool)

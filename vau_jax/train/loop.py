@@ -26,7 +26,7 @@ from vau_jax.common.about import about
 from vau_jax.common.checks import COUNT, check_choices, check_ranges
 from vau_jax.common.chips import chip
 from vau_jax.common.fields import Fields
-from vau_jax.common.files import InputError, check_range, content_hash, dump_json, read_json, short, write_text
+from vau_jax.common.files import InputError, check_range, dump_json, read_json, short, write_text
 from vau_jax.common.metric_writer import RunLog
 from vau_jax.common.processes import Rows
 from vau_jax.data import pipeline
@@ -68,6 +68,8 @@ def check(config: ConfigDict) -> None:
     check_ranges(c.checkpoint, "checkpoint.", {"every": COUNT, "keep": COUNT})
     check_range("data.max_completion_tokens", limit, 1)
     pipeline.check(c.data)
+    if not (c.data.style and c.data.wording):
+        raise InputError(f"data.style={c.data.style!r}, data.wording={c.data.wording!r}: a training run needs both")
     optim.check(c.optim)
     lora.check(c.lora)
     motion_prompt.check(c.motion)
@@ -339,6 +341,7 @@ def _describe(run: Run, workdir: Path, source: checkpoint.Source) -> None:
 
 
 REMOVED = ("data.threads", "rollout.reward_threads")  # fields of earlier versions that changed no result
+RENAMED = {"data.source": "data.time_rules"}  # earlier name -> today's
 MAY_CHANGE = (
     "format",
     "steps",
@@ -375,7 +378,7 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
         raise InputError(
             f"{path} has format {version}, of a later version: this one resumes runs up to {config.format}"
         )
-    stored = _flat(fields.raw)
+    stored = {RENAMED.get(name, name): value for name, value in _flat(fields.raw).items()}
     new = _flat(json.loads(config.to_json_best_effort()))
     # A field that the run's config lacks had its default.
     old = _flat(json.loads(base.get_config().to_json_best_effort())) | stored
@@ -400,16 +403,13 @@ def inputs(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     path, old = workdir / checkpoint.INPUTS, None
     if path.exists() and checkpoint.steps(workdir):
         old = Fields(read_json(path), str(path))
-    data = {}
-    for name in ("csv", "reflection", "templates"):
-        file = config.data[name]
-        if file and Path(file).exists():  # loading reports a missing file
-            data[f"data.{name}"] = content_hash(file)
-            if old and old.object("data").text(f"data.{name}", "") != data[f"data.{name}"]:
-                raise InputError(
-                    f"{file} (data.{name}) has changed since the run in {workdir} began: put it back as it was, or "
-                    "choose another --workdir"
-                )
+    data = pipeline.input_hashes(config.data)
+    for name, found in data.items() if old else ():
+        if old.object("data").text(name, "") != found:
+            raise InputError(
+                f"{config.data[name.removeprefix('data.')]} ({name}) has changed since the run in {workdir} began: put "
+                "it back as it was, or choose another --workdir"
+            )
     if old:
         known = checkpoint.read_source(old.object("source"))
         source = known._replace(path=checkpoint.find_source(known, workdir))

@@ -52,9 +52,12 @@ class VideoOptions:
         return options
 
 
-BUDGETS = {  # pixel budgets by name, as items; VAU-R1 trains with the second (arXiv 2505.23504)
+BUDGETS = {  # pixel budgets by name, as items
     "model": {},  # the model folder's own
+    # VAU-R1 (arXiv 2505.23504; its code at 845c33b): in training, in evaluation of questions and of other tasks
     "vau_r1": {"min_pixels": 16 * 28 * 28, "total_pixels": 3584 * 28 * 28},
+    "vau_r1_qa": {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28, "total_pixels": 115200 * 28 * 28},
+    "vau_r1_eval": {"min_pixels": 256 * 28 * 28, "max_pixels": 768 * 28 * 28, "total_pixels": 115200 * 28 * 28},
 }
 
 
