@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     c.init_from = ""  # model folder or earlier run (its last checkpoint at this moment) to start from; empty: model
     c.seed = 0  # seed of data order, augmentation and sampling
     c.steps = 1000  # number of updates
+    c.epochs = 0.0  # passes over the examples, which set steps; 0: steps as given
     c.batch_size = 8  # prompts per update, over all devices
     c.micro_batches = 1  # gradient accumulation: parts of a batch; less memory, the same result
     c.skip_nonfinite = False  # skip an update whose loss or gradient is not finite; False: stop the run
@@ -113,6 +114,7 @@ def get_config() -> ConfigDict:
     c.rollout.reward_seconds = 60.0  # time limit of one reward call; a timeout fails that completion
 
     c.rewards = ConfigDict()  # reward weights; 0: off
+    c.rewards.gate = "form"  # form: nothing without the grammar; none: each reward by itself, answers read leniently
     c.rewards.format = 1.0  # the strict grammar is kept, every value can be read, and none contradicts another
     c.rewards.accuracy = 1.0  # the final answer is right
     c.rewards.tiou = 0.0  # temporal IoU of the final interval, grounding

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tests import tables, video_files
 from tests.runs import small
 from vau_jax.common.files import InputError
+from vau_jax.configs import base
 from vau_jax.data import pipeline
 from vau_jax.data.processor import Processor
 from vau_jax.eval import evaluate, records, scores
@@ -116,7 +117,7 @@ def save(run: Path, step: int, vlm: VideoLM) -> None:
 def test_an_evaluation_inside_its_run_is_resumed(
     inside: str, tiny: ConfigDict, trained: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    own = '{"data": {"style": "think"}}'
+    own = base.get_config().to_json_best_effort()
     (trained / "config.json").write_text(own)
     tiny.checkpoint = str(trained)
     evaluate.run(tiny, trained / inside)

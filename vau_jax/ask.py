@@ -52,7 +52,7 @@ class Asker:
 
     def __init__(self, model: str, dtype: str = "bfloat16", max_new_tokens: int = 0) -> None:
         """`max_new_tokens` 0 is the run's own, or 1024. Raises InputError."""
-        self.data = ConfigDict(checkpoint.data_settings(model))
+        self.data = ConfigDict(checkpoint.settings(model).get("data", {}))
         self.vlm = VideoLM.load(model, dtype)
         self.decoders = DecoderPool(1, self.data.get("video_seconds", decode_worker.SECONDS))
         self.vlm.processor.read_video = self.decoders.read

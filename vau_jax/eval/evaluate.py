@@ -27,6 +27,7 @@ from vau_jax.datasets.audit import Audit
 from vau_jax.eval import answers, scores
 from vau_jax.eval.records import of_line, to_line
 from vau_jax.models import checkpoint
+from vau_jax.models.config import published_name
 from vau_jax.rl import sampling
 from vau_jax.tasks import TASKS, rewards
 from vau_jax.tasks.example import Example
@@ -61,16 +62,16 @@ def _run(config: ConfigDict, workdir: Path, examples: list[Example], audit: Audi
     if isinstance(known, dict) and known.get("fingerprint") == fingerprint:
         print(f"{config.name}: evaluated already ({workdir})", flush=True)
         return known
-    trained = _trained(config)
-    if trained.get("style", config.data.style) != config.data.style:
-        print(f"{config.name}: asks in style {config.data.style} a run trained in {trained['style']}", flush=True)
+    model = _model(config)
+    if model.get("style", config.data.style) != config.data.style:
+        print(f"{config.name}: asks in style {config.data.style} a run trained in {model['style']}", flush=True)
     predictions = predict(config, workdir, examples, fingerprint)
     result = {
         "fingerprint": fingerprint,
         "name": config.name,
         "checkpoint": str(config.checkpoint),
         "blind": config.blind,
-        "trained": trained,
+        "model": model,
         "about": about(),
         "settings": json.loads(config.to_json_best_effort()),
         "protocol": config.data.protocol,
@@ -96,16 +97,24 @@ ASKED = {"style": "think", "wording": "full", "templates": ""}  # fields of data
 
 def as_trained(config: ConfigDict) -> ConfigDict:
     """The config with the style, wording and templates that its run was trained with, where it gives none."""
-    config, trained = ConfigDict(config.to_dict()), _trained(config)
+    config, trained = ConfigDict(config.to_dict()), checkpoint.settings(config.checkpoint).get("data", {})
     for name, plain in ASKED.items():
         config.data[name] = config.data[name] or trained.get(name, plain)
     return config
 
 
-def _trained(config: ConfigDict) -> dict[str, Any]:
-    """Of config.data of the run that is evaluated the fields of ASKED; empty for a model folder and an endpoint."""
-    data = checkpoint.data_settings(config.checkpoint) if config.checkpoint else {}
-    return {name: data[name] for name in ASKED if name in data}
+def _model(config: ConfigDict) -> dict[str, Any]:
+    """What is known of the model that is evaluated: the published checkpoint with its sizes, if any, and how a run was
+    trained."""
+    if config.endpoint.url:
+        return {"size": config.endpoint.model}
+    size = published_name(read_json(checkpoint.find_model(config.checkpoint).folder / "config.json"))
+    run = checkpoint.settings(config.checkpoint)
+    if not run:
+        return {"size": size}
+    trained = {"stage": run["stage"], "begins": run["init_from"], "lora": run["lora"]["rank"]}
+    data = {name: run["data"].get(name) for name in (*ASKED, "tasks", "sources")}
+    return {"size": size, **trained, **data}
 
 
 def check(config: ConfigDict) -> None:

@@ -24,7 +24,7 @@ from plotly.offline import get_plotlyjs
 from vau_jax.common import progress
 from vau_jax.common.files import InputError, dump_json, read_json, write_text
 from vau_jax.common.metric_writer import read_metrics
-from vau_jax.eval import charts, gallery, records, tables, watch
+from vau_jax.eval import charts, comparison, gallery, records, tables, watch
 from vau_jax.tasks.record import Record
 
 SCRIPT = (Path(__file__).parents[1] / "templates" / "report.js").read_text(encoding="utf-8")
@@ -75,7 +75,7 @@ def page(
         results=results,
         runs=[_run(name, run, steps[name]) for name, run in zip(run_names, runs, strict=True)],
         table=tables.table(latest) if results else [],
-        published=tables.published(latest),
+        published=comparison.tables(latest),
         judged=tables.judged(latest),
         groups=tables.groups(latest),
         exclusions=tables.exclusions(results),

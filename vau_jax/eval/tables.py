@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from vau_jax.common.files import InputError, content_hash, read_json
-from vau_jax.eval import charts, judge, metrics, records
-from vau_jax.eval.published import PUBLISHED
+from vau_jax.eval import judge, metrics, records
 from vau_jax.rl.judge import AXES
 from vau_jax.tasks import TASKS
 from vau_jax.tasks.base import ReportRow
@@ -101,22 +100,6 @@ def newest(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         value, interval = cell(now).split(" ", 1)
         numbers.append({"title": row.title, "value": value, "interval": interval, "change": change})
     return {**last, "numbers": numbers, "before": before["name"] if before else ""}
-
-
-def published(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Published numbers (percent) beside the evaluations of the same annotation files; empty without any."""
-    mine = [(result, charts.source_of(result)) for result in results]
-    mine = [(result, source) for result, source in mine if source]
-    if not mine:
-        return []
-    models = list(dict.fromkeys(name for numbers in PUBLISHED.values() for name in numbers))
-    lines = [["%", *(result["name"] for result, _ in mine), *models]]
-    for (source, title, path), numbers in PUBLISHED.items():
-        own = [lookup(result, path) if s == source else None for result, s in mine]
-        if any(own):
-            texts = [f"{100 * e['value']:.2f} [{100 * e['low']:.1f}, {100 * e['high']:.1f}]" if e else "" for e in own]
-            lines.append([title, *texts, *(f"{numbers[m]:.2f}" if m in numbers else "" for m in models)])
-    return lines if len(lines) > 1 else []
 
 
 def groups(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:

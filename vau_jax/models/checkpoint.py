@@ -376,11 +376,11 @@ def find_model(path: str | os.PathLike) -> ModelFiles:
     return ModelFiles(path, None)
 
 
-def data_settings(path: str | os.PathLike) -> dict[str, Any]:
-    """config.data of the run whose workdir or checkpoint `path` is; empty for a model folder."""
+def settings(path: str | os.PathLike) -> dict[str, Any]:
+    """The config of the run whose workdir or checkpoint `path` is; empty for a model folder."""
     for folder in (Path(path), Path(path).parent.parent):
         if (folder / "config.json").is_file() and (folder / MODEL_FOLDER).is_dir():
-            return read_json(folder / "config.json")["data"]
+            return read_json(folder / "config.json")
     return {}
 
 

@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -434,3 +434,14 @@ def named(size: str) -> QwenVLConfig:
     if size not in SIZES:
         raise InputError(f"model size {size!r} is unknown: expected one of {', '.join(SIZES)}")
     return from_hf(SIZES[size], size)
+
+
+def published_name(raw: Mapping[str, Any]) -> str:
+    """The name of the published checkpoint, such as Qwen2.5-VL-3B, whose sizes a config.json has; empty for none."""
+    for size, known in SIZES.items():
+        text, found = (config.get("text_config", config) for config in (known, raw))
+        eyes, found_eyes = known["vision_config"], raw.get("vision_config", {})
+        alike = [found.get(name) == value for name, value in text.items() if isinstance(value, int)]
+        if all(alike) and found_eyes.get("depth") == eyes["depth"] and raw.get("model_type") == known["model_type"]:
+            return size.replace("qwen", "Qwen").replace("vl", "VL").replace("b", "B")
+    return ""

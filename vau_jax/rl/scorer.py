@@ -1,6 +1,6 @@
 """Texts to rewards: built-in rewards on the device, user rewards, a judge's marks, and their metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from vau_jax.common.checks import check_choices
 from vau_jax.common.files import InputError, check_range
 from vau_jax.data.pipeline import HostBatch
 from vau_jax.data.processor import Processor
@@ -26,14 +27,27 @@ if TYPE_CHECKING:
     from vau_jax.rl.judge import Judge
 
 
+# config.rewards.gate -> the rule by which answers are read. Both say whether a completion keeps the strict grammar, so
+# that the rewards for format and reflection are the same; leniently read, an answer counts without it.
+GATES = {"form": "strict", "none": "lenient"}
+
+
+def weights_of(rewards: Mapping[str, Any]) -> dict[str, float]:
+    """The weights in config.rewards, by name."""
+    return {name: weight for name, weight in rewards.items() if name != "gate"}
+
+
 def check(config: ConfigDict) -> None:
     """Raises InputError for rewards that cannot be trained on."""
-    for name, weight in config.rewards.items():
+    check_choices(config.rewards, "rewards.", {"gate": tuple(GATES)})
+    weights = weights_of(config.rewards)
+    for name, weight in weights.items():
         check_range(f"rewards.{name}", weight)
-    built_in = [name for name, weight in config.rewards.items() if weight]
+    built_in = [name for name, weight in weights.items() if weight]
     if not (built_in or config.user_rewards or config.grpo.overlong_buffer):
         raise InputError("no reward has a weight: set one of config.rewards, or config.user_rewards")
-    unearned = [f"rewards.{name}={config.rewards[name]}" for name in built_in if name in REWARDS]
+    in_form = REWARDS if config.rewards.gate == "form" else ("format", "reflection")
+    unearned = [f"rewards.{name}={config.rewards[name]}" for name in built_in if name in in_form]
     if config.data.style == "direct" and unearned:
         raise InputError(
             f"data.style=direct can earn none of {', '.join(unearned)}, which need reasoning before the answer: take "
@@ -59,14 +73,15 @@ class Scorer:
 
     def __post_init__(self) -> None:
         c = self.config
-        unknown = [name for name in c.rewards if name not in (*REWARDS, "judge")]
+        given = weights_of(c.rewards)
+        unknown = [name for name in given if name not in (*REWARDS, "judge")]
         if unknown:
             raise InputError(
                 f"rewards {', '.join(unknown)} are unknown: expected some of {', '.join(REWARDS)}, judge; a function "
                 "of your own goes into config.user_rewards"
             )
         self.user = UserRewards(c.user_rewards, c.rollout.reward_workers, c.rollout.reward_seconds)
-        self.built_in = tuple(name for name, weight in c.rewards.items() if weight and name in REWARDS)
+        self.built_in = tuple(name for name, weight in given.items() if weight and name in REWARDS)
         judged = [name for name, task in TASKS.items() if task.judged]
         if c.rewards.get("judge") and not set(judged) & set(c.data.tasks):
             raise InputError(
@@ -89,7 +104,8 @@ class Scorer:
         examples = [item.example for item in host.examples for _ in range(g)]
         reflection = c.data.style in prompts.WITH_DRAFT
         choices = [example.choices for example in examples]
-        parsed = parsing.parse(texts, [example.task for example in examples], "strict", reflection, choices)
+        tasks = [example.task for example in examples]
+        parsed = parsing.parse(texts, tasks, GATES[c.rewards.gate], reflection, choices)
         target = jax.tree.map(lambda x: np.repeat(x, g, axis=0), host.target)
         columns, draft_score, final_score = jax.device_get(self.compute_rewards(parsed, target))
         if c.grpo.overlong_buffer:

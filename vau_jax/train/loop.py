@@ -8,6 +8,7 @@ its last checkpoint and ends with the same bits.
 
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 
 from vau_jax.common import processes, progress, sharding
 from vau_jax.common.about import about
-from vau_jax.common.checks import COUNT, check_choices, check_ranges
+from vau_jax.common.checks import COUNT, NOT_NEGATIVE, check_choices, check_ranges
 from vau_jax.common.chips import chip
 from vau_jax.common.fields import Fields
 from vau_jax.common.files import InputError, check_range, dump_json, read_json, short, write_text
@@ -50,6 +51,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 RANGES = {
     "steps": COUNT,
+    "epochs": NOT_NEGATIVE,
     "log_every": COUNT,
     "seed": (0, 2**31 - 1),
     "unroll": COUNT,
@@ -211,11 +213,20 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     check(config)
     if not (config.model or config.init_from):
         raise InputError("model is not set: expected a Hugging Face folder, or in init_from an earlier run")
+    if config.epochs:
+        config.steps = processes.broadcast_from_first(lambda: steps_of_epochs(config))
     with _writing_to(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         with processes.exclusive(workdir):
             _train(config, workdir)
     return workdir
+
+
+def steps_of_epochs(config: ConfigDict) -> int:
+    """The updates that show config.epochs times as many prompts as there are examples. With one task, or where
+    data.task_weights are in proportion to the tasks' examples, each is shown so often."""
+    examples, _ = pipeline.load_examples(config.data)
+    return math.ceil(config.epochs * len(examples) / config.batch_size)
 
 
 def summary(config: ConfigDict, workdir: Path) -> str:
