@@ -135,7 +135,7 @@ def evaluation_config(config: ConfigDict, workdir: Path, stage: str) -> ConfigDi
     c.data = train_config(config, workdir, "sft").data
     c.data.csv, c.data.reflection = str(shared(config, workdir) / "data" / "test.csv"), ""
     c.data.augment = False
-    c.rewards = config.rft.rewards  # of all stages, so that their totals compare
+    c.rewards = ConfigDict({name: config.rft.rewards[name] for name in c.rewards})  # so that all totals compare
     c.checkpoint = str(workdir / ("model" if stage == "init" else stage))
     c.dtype, c.batch_size, c.name = "float32", config.eval_batch_size, stage
     return c

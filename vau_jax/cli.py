@@ -157,6 +157,32 @@ def sweep(parser: Parser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
 
 
+def reproduce(parser: Parser) -> None:
+    parser.add_argument("--data", type=Path, metavar="JOINED", help="what `vau data join` wrote")
+    parser.add_argument("--model", metavar="FOLDER", help="the weights that runs begin with")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
+    parser.add_argument("--rows", default="all", metavar="ROW,ROW", help="of configs/reproduce, or base; default: all")
+    parser.add_argument("--judge", default="", metavar="URL", help="a chat endpoint that marks descriptions")
+    parser.add_argument("--judge-model", default="deepseek-chat", metavar="NAME", help="its model")
+    parser.add_argument("--teacher", default="", metavar="URL", help="a chat endpoint that writes reflections")
+    parser.add_argument("--teacher-model", default="", metavar="NAME", help="its model")
+    parser.add_argument("--steps", type=at_least(0), default=0, help="updates of each run; 0: as published, an epoch")
+    parser.add_argument("--train-only", action="store_true", help="no evaluation")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+
+
+def rehearse(parser: Parser) -> None:
+    parser.add_argument(
+        "out", nargs="?", type=Path, default=Path("rehearsal"), metavar="DIR", help="default: rehearsal"
+    )
+    parser.add_argument("--annotations", type=Path, metavar="DIR", help="VAU-Bench's files; default: the checkout's")
+    parser.add_argument("--scale", type=at_least(1), default=20, help="use one row in so many")
+    parser.add_argument("--longest", type=float, default=300.0, help="seconds of the longest stand-in video")
+    parser.add_argument("--small", action="store_true", help="no stand-in video above 240 pixels a side")
+    parser.add_argument("--rows", default="", metavar="ROW,ROW", help="only these rows, for one step; default: all")
+
+
 def compile_check(parser: Parser) -> None:
     parser.add_argument("--topology", required=True, help="such as v5e:4x4, v5p:2x2x4, v6e:8x8")
     parser.add_argument("--size", default="", help="a published model, such as qwen2.5-vl-3b; default: config.model")
@@ -222,6 +248,10 @@ COMMANDS = {
     ),
     "data random-model": Command("vau_jax.data_prep.random_model", "a model folder with random weights", random_model),
     "sweep": Command("vau_jax.launch.sweep", "run the trials of a sweep and tabulate them", sweep),
+    "reproduce": Command(
+        "vau_jax.launch.reproduce", "rows of the papers' tables, to the table", reproduce, "base", flags=()
+    ),
+    "rehearse": Command("vau_jax.launch.rehearse", "the papers' whole experiment on stand-ins", rehearse),
     "compile-check": Command(
         "vau_jax.launch.compile_check",
         "compile a config for a TPU pod that is not there",

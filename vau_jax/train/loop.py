@@ -356,6 +356,7 @@ RENAMED = {"data.source": "data.time_rules"}  # earlier name -> today's
 MAY_CHANGE = (
     "format",
     "steps",
+    "epochs",
     "log_every",
     "checkpoint.every",
     "checkpoint.keep",
