@@ -54,7 +54,7 @@ def commands(args: argparse.Namespace, given: Sequence[str]) -> Iterator[Command
     """Everything that the rows need, in order; `given` are options of training and evaluation."""
     rows = chosen(args.rows)
     trained = [name for name in rows if name != BASE]
-    if trained:
+    if trained and args.cache:
         weights = f"--config.model={args.model}"
         options = (weights, *_data(args, "train.csv"), *_fitting(given, "base"))
         yield ("data", "cache", "--config=base", *options, f"--workdir={args.out / 'frames'}")
@@ -77,7 +77,7 @@ def _train_options(args: argparse.Namespace, given: Sequence[str], name: str, fo
     family, row = found
     begins = f"--config.init_from={_run(args, row.begins)}" if row.begins else f"--config.model={args.model}"
     options = [f"--config=reproduce/{family}:{name}", begins, *_data(args, "train.csv")]
-    options.append(f"--config.data.cache={args.out / 'frames'}")
+    options += [f"--config.data.cache={args.out / 'frames'}"] * args.cache
     if row.teacher:
         options.append(f"--config.data.reflection={args.out / 'reflection' / row.teacher / 'reflection.jsonl'}")
     return (*options, *_fitting(given, "base"))

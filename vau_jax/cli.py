@@ -168,6 +168,8 @@ def reproduce(parser: Parser) -> None:
     parser.add_argument("--teacher-model", default="", metavar="NAME", help="its model")
     parser.add_argument("--steps", type=at_least(0), default=0, help="updates of each run; 0: as published, an epoch")
     parser.add_argument("--train-only", action="store_true", help="no evaluation")
+    text = "decode train.csv's videos every time; their frames are about 25 GB"
+    parser.add_argument("--no-cache", dest="cache", action="store_false", help=text)
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
 
