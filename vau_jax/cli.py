@@ -248,6 +248,9 @@ COMMANDS = {
     "data reflection": Command(
         "vau_jax.data_prep.reflection", "build reflection records for SFT", fields="reflection", config="reflection"
     ),
+    "data annotate": Command(
+        "vau_jax.data_prep.annotate", "annotate new videos by a model", fields="annotate", config="annotate"
+    ),
     "data random-model": Command("vau_jax.data_prep.random_model", "a model folder with random weights", random_model),
     "sweep": Command("vau_jax.launch.sweep", "run the trials of a sweep and tabulate them", sweep),
     "reproduce": Command(

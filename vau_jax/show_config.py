@@ -3,8 +3,8 @@
     vau config CONFIG [--config.key=value] [--changed]
 
 CONFIG is a path or a name, such as configs/vau_r1_qa_rft.py or vau_r1_qa_rft. A field that differs from
-configs/base.py has the value there in a comment; a config with other fields (eval, judge, reflection, demo) is compared
-with itself before the changes of the command line.
+configs/base.py, or of an evaluation from configs/eval.py, has the value there in a comment; a config with other fields
+(judge, reflection, demo) is compared with itself before the changes of the command line.
 """
 
 import argparse
@@ -18,10 +18,12 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Prints the config as lines of Python. Raises InputError."""
     config, _ = config_flags.read(["vau config", f"--config={args.name}", *rest])
     own = dict(config_flags.fields(config))
-    base = dict(config_flags.fields(config_flags.read(["vau config", "--config=base"])[0]))
-    name = "configs/base.py"
-    if own.keys() != base.keys():
-        base, name = dict(config_flags.fields(config_flags.read(["vau config", f"--config={args.name}"])[0])), args.name
+    base, name = {}, ""
+    for name in ("base", "eval", args.name):
+        base = dict(config_flags.fields(config_flags.read(["vau config", f"--config={name}"])[0]))
+        if own.keys() == base.keys():
+            break
+    name = f"configs/{name}.py" if name != args.name else name
     changed = [field for field, value in own.items() if value != base[field]]
     for field, value in own.items():
         if field in changed:

@@ -149,5 +149,5 @@ def _message(error: Exception) -> str:
     text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if any(line.startswith("Traceback") for line in lines):
-        return f"cannot read the config: {lines[-1]}"
+        return f"cannot read the config: {re.sub(r'^[A-Za-z_.]+: ', '', lines[-1])}"
     return " ".join(lines)

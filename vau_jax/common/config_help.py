@@ -23,7 +23,8 @@ class Field(NamedTuple):
 
 def known() -> list[str]:
     """The names of the package's configs."""
-    return sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
+    paths = [*CONFIGS.glob("[a-z]*.py"), *CONFIGS.glob("*/[a-z]*.py")]
+    return sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in paths)
 
 
 def fields(path: Path, function: str = "get_config") -> list[Field]:
