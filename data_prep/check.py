@@ -104,7 +104,7 @@ def problems(rows: Sequence[Row], audit: Audit, folder: Path, probe: bool) -> li
     found = [*of_texts(audit), *of_intervals(rows)]
     found += missing(rows, folder)
     if probe:
-        found += unreadable([row for row in rows if (folder / row.video).is_file()], folder)
+        found += unreadable([row for row in rows if vau_bench.path_of(row, folder).is_file()], folder)
     return sorted(found, key=lambda problem: problem.line)
 
 
@@ -148,7 +148,7 @@ def missing(rows: Sequence[Row], folder: Path) -> Iterator[Problem]:
     for path in videos_below(folder):
         by_name[path.name.casefold()].append(path.relative_to(folder.resolve()))
     for row in rows:
-        if (folder / row.video).is_file():
+        if vau_bench.path_of(row, folder).is_file():
             continue
         wanted = Path(row.video).name.casefold()
         near = by_name.get(wanted) or [
@@ -160,9 +160,9 @@ def missing(rows: Sequence[Row], folder: Path) -> Iterator[Problem]:
 
 def unreadable(rows: Sequence[Row], folder: Path, workers: int = 2) -> Iterator[Problem]:
     """Rows whose video cannot be decoded, or ends before the interval does."""
-    probes, unread = probe_all(list(dict.fromkeys(folder / row.video for row in rows)), workers)
+    probes, unread = probe_all(list(dict.fromkeys(vau_bench.path_of(row, folder) for row in rows)), workers)
     for row in rows:
-        path = folder / row.video
+        path = vau_bench.path_of(row, folder)
         if path in unread:
             remedy = "copy it again, or write it anew: ffmpeg -i OLD -c:v libx264 NEW.mp4"
             yield Problem(row.line, row.video, "error", f"{UNREADABLE}: {unread[path]}", remedy)
@@ -213,6 +213,7 @@ def main(args: argparse.Namespace) -> None:
     if not (args.file and args.videos):
         raise InputError("give FILE and the folder VIDEOS, or --template=NEW.csv for a table to begin with")
     rows, audit = vau_bench.load(args.file, args.source)
+    rows = vau_bench.with_files(rows, args.videos)
     found = problems(rows, audit, args.videos, not args.no_probe)
     if found:
         print(report(found), flush=True)

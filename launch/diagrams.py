@@ -227,9 +227,9 @@ def picture(evaluation: Path) -> Image.Image:
     if not fitting:
         raise InputError(f"{evaluation} has no example whose interval reflection corrected")
     record = fitting[0]
-    folder = Path(files.read_json(evaluation / "metrics.json")["settings"]["data"]["videos"])
+    result = files.read_json(evaluation / "metrics.json")
     options = VideoOptions(nframes=FRAMES, min_pixels=32 * 32, max_pixels=128 * 128)
-    frames = DecoderPool(1).read(folder / record.video, options, 2, 1).frames
+    frames = DecoderPool(1).read(gallery.video_of(result, record), options, 2, 1).frames
     height = round(WIDTH / FRAMES * frames.shape[1] / frames.shape[2])
     sections = [part for part in gallery.sections(record.completions[0]) if part[0] in ("think", "reflect", "revise")]
     image = Image.new("RGB", (WIDTH, height + 110 + 24 * len(sections)), "white")

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests import tables, video_files
+from tests import records, tables, video_files
 from vau_jax.common.files import InputError
 from vau_jax.configs import base
 from vau_jax.data import pipeline
 from vau_jax.data.video import clips
-from vau_jax.data_prep import join
+from vau_jax.data_prep import check, join
 from vau_jax.datasets import vau_bench, video_table
+from vau_jax.eval import gallery
 from vau_jax.launch import stand_ins
 from vau_jax.train import loop
 
@@ -189,3 +190,15 @@ def test_a_users_mistakes_are_one_line(small: tuple[Path, Path], tmp_path: Path)
         join.join([small[0]], {"msad": [tmp_path / "nowhere"]}, tmp_path / "out", 1)
     with pytest.raises(InputError, match="expected SOURCE=DIR"):
         join.folders_of(["shanghai=DIR"])
+
+
+def test_check_and_the_report_find_the_videos_of_a_joined_folder(joined: Path) -> None:
+    rows, audit = vau_bench.load(joined / "test_msad.csv")
+    rows = vau_bench.with_files(rows, joined)
+    found = check.problems(rows, audit, joined, probe=False)
+    missing = json.loads((joined / "join.json").read_text())["missing"]["msad"]
+    assert {p.video for p in found if p.text == check.ABSENT} == {row.video for row in rows} & set(missing)
+    row = next(row for row in rows if row.file)
+    evaluation = {"settings": {"data": {"videos": str(joined)}}}
+    shown = records.record("classification", "x", video=row.video)
+    assert gallery.video_of(evaluation, shown).is_file()

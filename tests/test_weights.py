@@ -13,13 +13,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
 from tests import oracle
 from tests.oracle import ask, video
+from vau_jax.common import sharding
 from vau_jax.common.files import InputError
+from vau_jax.configs.reproduce import vau_r1
 from vau_jax.data_prep import random_model
+from vau_jax.launch.compile_check import Programs
 from vau_jax.models import config as model_config
 from vau_jax.models import hf
 from vau_jax.vlm import VideoLM
@@ -191,3 +195,29 @@ def test_a_random_model_of_a_named_size_has_its_config(
 def test_an_unknown_size_lists_the_known() -> None:
     with pytest.raises(InputError, match=r"qwen2\.5-vl-3b"):
         model_config.named("qwen9")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", ["qwen2-vl-2b", "qwen2.5-vl-3b", "qwen3-vl-2b"])
+def test_a_published_layout_is_loaded_trained_by_shapes_and_saved_bit_for_bit(size: str, tmp_path: Path) -> None:
+    """Gigabytes in several files with their index, the head tied to the embedding, a generation config and a chat
+    template; an RFT step of a published row is traced at its sizes."""
+    folder = random_model.write_published(tmp_path / "published", size)
+    ends = json.loads((folder / "generation_config.json").read_text())
+    own = ends | {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    places = json.loads((folder / hf.INDEX).read_text())["weight_map"]
+    assert len(set(places.values())) > 1 and "lm_head.weight" not in places
+    vlm = VideoLM.load(folder, "bfloat16")
+    assert vlm.processor.repetition_penalty == 1.05
+    assert "assistant" in vlm.processor.chat_text([{"role": "user", "content": "What happens?"}])
+    programs = Programs(vau_r1.get_config("rft_qa"), vlm.processor.config, sharding.make_mesh({"fsdp": -1}), 4096, 3584)
+    for program in programs.all():
+        if program.name in ("prefill", "update"):
+            assert jax.tree.leaves(jax.eval_shape(lambda *a, p=program: p.function(*a, **p.static), *program.args))
+    vlm.save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / hf.INDEX).read_text())["weight_map"]
+    assert saved.keys() == places.keys()
+    for name, file in places.items():
+        with safe_open(folder / file, "np") as a, safe_open(tmp_path / "saved" / saved[name], "np") as b:
+            assert np.array_equal(a.get_tensor(name).view(np.uint16), b.get_tensor(name).view(np.uint16)), name

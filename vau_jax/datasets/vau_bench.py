@@ -216,6 +216,17 @@ def key_of(row: Row) -> video_table.Key:
     return row.source, plain_name(row.video).lower()
 
 
+def path_of(row: Row, folder: Path) -> Path:
+    """The file of a row's video in a folder of videos."""
+    return folder / (row.file or row.video)
+
+
+def find_video(folder: Path, source: str, video: str) -> Path:
+    """The file of a video by the names that records have, in a folder of videos or one that `vau data join` wrote."""
+    found = video_table.load(folder).get((source, plain_name(video).lower()))
+    return folder / (found.file if found else video)
+
+
 def examples_of(rows: Iterable[Row], tasks: Sequence[str], folder: Path, audit: Audit) -> list[Example]:
     """The examples of rows whose videos are in `folder`, each id once."""
     examples: dict[str, Example] = {}
@@ -242,7 +253,7 @@ def example_of(row: Row, name: str, folder: Path = Path()) -> Example | None:
     return Example(
         f"{row.video}/{name}/{digest}",
         name,
-        (folder / (row.file or row.video),),
+        (path_of(row, folder),),
         row.question,
         choices,
         truth,

@@ -3,6 +3,7 @@ and size. Every process of a run reads the same table, so that all of them expec
 """
 
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +33,11 @@ def load(folder: Path) -> dict[Key, Video]:
     """The table of a folder of videos; empty for a folder without one. Raises InputError for another file of that
     name."""
     path = folder / TABLE
-    if not path.exists():
-        return {}
+    return dict(_load(path, path.stat().st_mtime_ns)) if path.exists() else {}
+
+
+@lru_cache(maxsize=4)
+def _load(path: Path, changed: int) -> dict[Key, Video]:
     rows, faults = tables.csv_rows(path, tables.read(path, "table of videos"), COLUMNS, "video")
     if faults:
         raise InputError(f"{path} row {faults[0].number}: {faults[0].reason}: run `vau data join` again")

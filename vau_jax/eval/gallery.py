@@ -20,6 +20,7 @@ from vau_jax.common.progress import Progress
 from vau_jax.data.video.clips import VideoOptions
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
+from vau_jax.datasets import vau_bench
 from vau_jax.tasks import TASKS
 from vau_jax.tasks.grammar import TAG
 from vau_jax.tasks.record import Record
@@ -262,7 +263,7 @@ def _strip(frames: np.ndarray) -> Strip:
     return Strip(base64.b64encode(buffer.getvalue()).decode(), strip.width)
 
 
-def videos_of(evaluation: dict[str, Any]) -> Path | None:
-    """The folder of an evaluation's videos, where it still exists."""
+def video_of(evaluation: dict[str, Any], record: Record) -> Path | None:
+    """The file of a record's video, where the evaluation's folder of videos still exists."""
     folder = Path(evaluation["settings"]["data"]["videos"]) if "settings" in evaluation else None
-    return folder if folder and folder.is_dir() else None
+    return vau_bench.find_video(folder, record.source, record.video) if folder and folder.is_dir() else None

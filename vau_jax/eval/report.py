@@ -117,14 +117,14 @@ def _cards(
     chosen = gallery.choose(list(examples.values()), most)
     classes: dict[Path, str] = {}
     for (result, record), *_ in chosen:
-        if folder := gallery.videos_of(result):
-            classes.setdefault(folder / record.video, f"strip{len(classes)}")
+        if path := gallery.video_of(result, record):
+            classes.setdefault(path, f"strip{len(classes)}")
     pictures = gallery.strips(list(classes), known)
     strips = {name: picture for name, picture in zip(classes.values(), pictures, strict=True) if picture}
     cards = []
     for found in chosen:
         result, record = found[0]
-        name = classes.get((gallery.videos_of(result) or Path()) / record.video, "")
+        name = classes.get(gallery.video_of(result, record), "")
         cards.append(gallery.card([(r["name"], one) for r, one in found], name if name in strips else ""))
     return cards, len(examples), strips
 

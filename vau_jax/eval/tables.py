@@ -141,12 +141,15 @@ def provenance(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     """How each evaluation was made: a row each; empty without any."""
     if not results:
         return []
-    lines = [["evaluation", "checkpoint", "annotations", "protocol", "commit", "devices", "time", "total reward"]]
+    titles = ("evaluation", "checkpoint", "annotations", "protocol", "style", "commit", "devices", "time")
+    lines = [[*titles, "total reward"]]
     for result in results:
         about, settings = result["about"], result["settings"]
         total = ", ".join(f"{weight} {name}" for name, weight in settings.get("rewards", {}).items() if weight)
-        known = [about["commit"] or "", about["devices"], about["time"]]
-        lines.append([result["name"], result["checkpoint"], settings["data"]["csv"], result["protocol"], *known, total])
+        style, trained = settings["data"].get("style", ""), result.get("model", {}).get("style")
+        asked = f"{style}, trained in {trained}" if trained not in (None, style) else style
+        known = [result["protocol"], asked, about["commit"] or "", about["devices"], about["time"]]
+        lines.append([result["name"], result["checkpoint"], settings["data"]["csv"], *known, total])
     return lines
 
 
