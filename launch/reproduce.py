@@ -148,7 +148,7 @@ def write_table(out: Path) -> str:
         f"### {title}\n\n{tables.markdown([list(map(tables.escape, line)) for line in lines])}"
         for title, lines in found
     ]
-    text = "\n\n".join(parts) + "\n"
+    text = "\n\n".join([comparison.INTRODUCTION, *parts]) + "\n"
     write_text(out / "table.md", text)
     return text
 

@@ -112,7 +112,10 @@ def test_the_browser_shows_new_steps_by_itself_and_stays_where_it_was(browser: B
         assert page.locator("[name=task]").input_value() == "grounding"
         assert page.locator("#count").inner_text() == "2 shown"
         assert card.locator("details[open] summary").all_text_contents() == ["think"]
-        page.wait_for_timeout(200)
+        for _ in range(50):
+            page.wait_for_timeout(100)
+            if abs(card.bounding_box()["y"] - height) < 3:
+                break
         assert abs(card.bounding_box()["y"] - height) < 3
         page.close()
     assert told == []

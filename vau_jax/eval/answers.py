@@ -100,7 +100,9 @@ def by_endpoint(examples: list[Example], config: ConfigDict, workdir: Path) -> I
     unanswered: list[str] = []
 
     def first() -> Iterator[list[Message]]:
-        for example in examples:
+        for given in examples:
+            rng = pipeline.rng_of(given, config.seed)
+            example = pipeline.in_order(given, rng, config.data.shuffle_options)
             try:
                 one = _asked(example, config, templates, pool)
             except VideoError as error:
@@ -154,7 +156,6 @@ class _Asked:
 
 def _asked(example: Example, config: ConfigDict, templates: prompts.Templates, pool: DecoderPool) -> _Asked:
     """Raises VideoError."""
-    example = pipeline.in_order(example, pipeline.rng_of(example, config.seed), config.data.shuffle_options)
     if two_turns(example, config):
         text = templates.turns[0]
     else:

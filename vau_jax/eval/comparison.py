@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from vau_jax.common.files import dump_json, read_json
-from vau_jax.eval import charts, judge, records
+from vau_jax.eval import charts, judge, published, records
 from vau_jax.eval.published import AXES, POOLED, POOLED_TASK, SRVAU, Number, numbers
 from vau_jax.eval.scores import score
 from vau_jax.rl.judge import AXES as JUDGED
@@ -26,7 +26,12 @@ METRICS = {  # by task: published name -> path in metrics.json
     "grounding": {m: ("tasks", "grounding", m) for m in ("mIoU", "R@0.3", "R@0.5", "R@0.7")},
     "classification": {m: ("tasks", "classification", m) for m in ("binary", "multiclass")},
 }
-FILES = tuple(charts.SOURCES.values())  # data sets whose test files make up the pooled rows
+INTRODUCTION = (
+    "Published numbers are of VAU-R1's project page, or where it says so of an aggregator, with protocol paper, options "
+    "in the order of the file and greedy answers. Ours, with n and a 95% interval, stand beside them where model, "
+    "training, reasoning, protocol, order of options and rows are the same; all others are in the last table, with the "
+    "reason."
+)
 
 
 class Ours(NamedTuple):
@@ -65,14 +70,9 @@ def _pooled(group: Sequence[dict[str, Any]]) -> Iterable[Ours]:
     newest = {charts.source_of(result): result for result in group}  # oldest first
     every = [record for result in newest.values() for record in records.load(result["folder"])]
     whole = {**group[-1], **score(every, group[-1]["protocol"])}
-    lacking = [dataset for dataset in FILES if dataset not in newest]
     for metric, path in METRICS[POOLED_TASK].items():
         if estimate := _at(whole, path):
-            one = _one(whole, POOLED, POOLED_TASK, metric, _percent(estimate))
-            reasons = [one.differs, *(f"{dataset} is lacking" for dataset in lacking)]
-            missing = sum(_missing(result) for result in newest.values())
-            reasons += [f"{missing} videos are missing"] if missing and "missing" not in one.differs else []
-            yield one._replace(differs="; ".join(filter(None, reasons)))
+            yield _one(whole, POOLED, POOLED_TASK, metric, _percent(estimate))
 
 
 def _marked(result: dict[str, Any]) -> Iterable[Ours]:
@@ -99,7 +99,9 @@ def _one(result: dict[str, Any], dataset: str, task: str, metric: str, estimate:
         name, training = SRVAU, "" if model["style"] == "reflection" else "two passes"
     else:
         name, training = model["size"], _training(model, task)
-    return Ours(dataset, task, metric, name, training, thinking, estimate, result["name"], _differs(result, task))
+    return Ours(
+        dataset, task, metric, name, training, thinking, estimate, result["name"], _differs(result, dataset, task)
+    )
 
 
 def _training(model: dict[str, Any], task: str) -> str:
@@ -114,28 +116,30 @@ def _training(model: dict[str, Any], task: str) -> str:
     return f"{label}{lora}{', after SFT' if model['begins'] else ''}"
 
 
-def _differs(result: dict[str, Any], task: str) -> str:
+def _differs(result: dict[str, Any], dataset: str, task: str) -> str:
     """Why an evaluation's numbers are not like the published ones."""
     data, model = result["settings"]["data"], model_of(result)
+    rows, expected = _rows(result, task), published.ROWS[dataset, task]
     reasons = {
         "blind": result["blind"],
         f"protocol {result['protocol']}": result["protocol"] != "paper",
         "options shuffled": task in TASKS and TASKS[task].shuffles and data.get("shuffle_options", True),
-        f"{_missing(result)} videos are missing": _missing(result),
-        "part of the rows": data.get("max_examples") or data.get("share", 1) != 1 or data.get("sources"),
+        f"{rows} of {expected} rows": rows != expected,
         "a model of another size": not model["size"],
         "several samples": result["settings"].get("samples", 1) > 1,
     }
     return "; ".join(reason for reason, there in reasons.items() if there)
 
 
+def _rows(result: dict[str, Any], task: str) -> int:
+    """How many rows were asked, those of failed videos too."""
+    by_class = result["by_class"].get(task)
+    return sum(one["n"] for one in by_class.values()) if by_class else result.get("examples", 0)
+
+
 def model_of(result: dict[str, Any]) -> dict[str, Any]:
     """What an evaluation says of its model; results of earlier versions say nothing."""
     return result.get("model", {"size": ""})
-
-
-def _missing(result: dict[str, Any]) -> int:
-    return sum(entry["reason"].startswith("no such video") for entry in result["excluded"])
 
 
 def _without_file(result: dict[str, Any]) -> str:

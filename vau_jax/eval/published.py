@@ -14,6 +14,15 @@ POOLED = "MSAD, UCF-Crime and ECVA"
 POOLED_TASK = "classification"  # over the rows of all three test files; its SFT is of LoRA
 AXES = ("CLS", "KM", "FLU", "INF", "FAC", "total")  # of VAU-Eval: five of 10, and their sum as the judge said it
 RECALLS = ("mIoU", "R@0.3", "R@0.5", "R@0.7")
+ROWS = {  # (data set, task) -> rows of the test file that are asked under the published protocol
+    **{("MSAD", task): 240 for task in ("qa", "grounding", "classification", "vau_eval")},
+    **{("ECVA", task): 402 for task in ("qa", "grounding", "classification", "vau_eval")},
+    ("UCF-Crime", "qa"): 251,
+    ("UCF-Crime", "vau_eval"): 251,
+    ("UCF-Crime", "grounding"): 274,  # of which 124 have an interval
+    ("UCF-Crime", "classification"): 290,
+    (POOLED, POOLED_TASK): 932,
+}
 
 
 class Number(NamedTuple):

@@ -436,12 +436,19 @@ def named(size: str) -> QwenVLConfig:
     return from_hf(SIZES[size], size)
 
 
+SIZE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
 def published_name(raw: Mapping[str, Any]) -> str:
     """The name of the published checkpoint, such as Qwen2.5-VL-3B, whose sizes a config.json has; empty for none."""
     for size, known in SIZES.items():
         text, found = (config.get("text_config", config) for config in (known, raw))
-        eyes, found_eyes = known["vision_config"], raw.get("vision_config", {})
-        alike = [found.get(name) == value for name, value in text.items() if isinstance(value, int)]
-        if all(alike) and found_eyes.get("depth") == eyes["depth"] and raw.get("model_type") == known["model_type"]:
+        alike = all(found.get(name) == text[name] for name in (*SIZE_FIELDS, "vocab_size"))
+        eyes = raw.get("vision_config", {})
+        if (
+            alike
+            and raw.get("model_type") == known["model_type"]
+            and eyes.get("depth") == known["vision_config"]["depth"]
+        ):
             return size.replace("qwen", "Qwen").replace("vl", "VL").replace("b", "B")
     return ""
