@@ -27,8 +27,8 @@ METRICS = {  # by task: published name -> path in metrics.json
     "classification": {m: ("tasks", "classification", m) for m in ("binary", "multiclass")},
 }
 INTRODUCTION = (
-    "Published numbers are of VAU-R1's project page, or where it says so of an aggregator, with protocol paper, options "
-    "in the order of the file and greedy answers. Ours, with n and a 95% interval, stand beside them where model, "
+    "Published numbers are of VAU-R1's project page, or where it says so of an aggregator; with protocol paper, options"
+    " in the order of the file, and greedy answers. Ours, with n and a 95% interval, stand beside them where model, "
     "training, reasoning, protocol, order of options and rows are the same; all others are in the last table, with the "
     "reason."
 )
