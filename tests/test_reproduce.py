@@ -73,6 +73,7 @@ def test_evaluation_has_the_published_frames_and_decoding(row: str) -> None:
     assert BUDGETS[c.data.budget]["total_pixels"] == 115200 * 28**2
     assert (c.temperature, c.repetition_penalty, c.data.max_completion_tokens) == (0.0, 0.0, 1024)
     assert (c.data.protocol, c.data.shuffle_options) == ("paper", False)
+    assert c.batch_size == 1
     assert c.description_turns == (2 if row == "vau_eval" else 1)
 
 

@@ -45,6 +45,7 @@ def get_config(row: Any = "") -> ConfigDict:
         raise ValueError(f"--config=reproduce/evaluate:{row}: expected ROW to be one of {', '.join(ROWS)}")
     c, own = evaluation.get_config(), asked(row)
     c.name = row
+    c.batch_size = 1  # a prompt may have 115,200 visual tokens
     c.repetition_penalty = 0.0  # the checkpoint's own
     c.description_turns = 2 if row == "vau_eval" else 1
     c.data.tasks = (own.task,)
