@@ -6,7 +6,7 @@ ANNOTATIONS are CSV files, or folders of them. Nothing is copied or renamed but 
 
     train.csv, val.csv, ...   the annotations, byte for byte, for config.data.csv
     msad, ucf, ecva           links to the folders of videos
-    videos.csv                of each video its file, seconds, frames a second, width and height
+    vau_videos.csv            of each video its file, seconds, frames a second, width and height
     join.json                 everything that is missing, unreadable, ambiguous, or in two splits
 
 and is the config.data.videos of training and evaluation, with every file, split and protocol as published. A video is

@@ -1,14 +1,14 @@
 """Runs rows of the papers' tables, from the weights that they begin with to the table beside the published numbers.
 
     vau reproduce --data=JOINED --model=Qwen2.5-VL-3B-Instruct --out=DIR [--rows=rft_qa,rft_tag]
-        [--judge=URL --judge-model=NAME] [--teacher=URL --teacher-model=NAME] [--steps=N] [--dry-run]
-        [--config.key=value]
+        [--prompts=VAU-R1] [--judge=URL --judge-model=NAME] [--teacher=URL --teacher-model=NAME] [--steps=N]
+        [--dry-run] [--config.key=value]
 
 JOINED is what `vau data join` wrote. ROWS are of configs/reproduce/vau_r1.py and srvau_r1.py, or `base` (the weights as
-they are); a row runs after those that it begins with. Each step is a command that is printed before it runs, and skips
-what is done, so that a killed call goes on. Options --config.key=value go to training and evaluation, where they have
-such a field. DIR/frames: decoded frames of train.csv, DIR/reflection: records, DIR/runs: runs, DIR/eval: evaluations,
-DIR/table.md: the table, also printed.
+they are); a row runs after those that it begins with. VAU-R1 is a checkout of its code, whose own prompts its rows
+then use. Each step is a command that is printed before it runs, and skips what is done, so that a killed call goes on.
+Options --config.key=value go to training and evaluation, where they have such a field. DIR/frames: decoded frames of
+train.csv, DIR/reflection: records, DIR/runs: runs, DIR/eval: evaluations, DIR/table.md: the table, also printed.
 """
 
 import argparse
@@ -78,6 +78,8 @@ def _train_options(args: argparse.Namespace, given: Sequence[str], name: str, fo
     begins = f"--config.init_from={_run(args, row.begins)}" if row.begins else f"--config.model={args.model}"
     options = [f"--config=reproduce/{family}:{name}", begins, *_data(args, "train.csv")]
     options += [f"--config.data.cache={args.out / 'frames'}"] * args.cache
+    if args.prompts and row.prompts:
+        options.append(f"--config.data.templates={args.prompts / row.prompts}")
     if row.teacher:
         options.append(f"--config.data.reflection={args.out / 'reflection' / row.teacher / 'reflection.jsonl'}")
     return (*options, *_fitting(given, "base"))
@@ -123,6 +125,8 @@ def _evaluations(args: argparse.Namespace, given: Sequence[str], name: str) -> I
         for file in evaluate.asked(asked).files:
             workdir = args.out / "eval" / name / asked / file
             own = [f"--config.data.style={style}"] * (style in WITH_DRAFT and asked.endswith("think"))
+            if args.prompts and (row.prompts or name == BASE):
+                own.append(f"--config.data.templates={args.prompts / 'src' / 'evaluation'}")
             config = (f"--config=reproduce/evaluate:{asked}", f"--workdir={workdir}", f"--config.name={name}")
             options = (f"--config.checkpoint={checkpoint}", *_data(args, f"{file}.csv"), *own, *_fitting(given, "eval"))
             yield ("evaluate", *config, *options)

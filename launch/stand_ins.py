@@ -151,7 +151,8 @@ def place(row: Row) -> Path:
     if row.source == "ecva":
         return "videos" / name
     if row.source == "msad":
-        return Path("MSAD_normal_testing" if normal else "MSAD_anomaly") / name
+        kind = name.stem.rpartition("_")[0] or "scenes"
+        return "MSAD_normal_testing" / name if normal else Path("MSAD_anomaly") / kind / name
     label = vau_bench.ucf_class(row.video)
     if label == "Normal":
         testing = name.stem.startswith("Normal_Videos_")

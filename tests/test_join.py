@@ -148,9 +148,9 @@ def test_a_repeated_join_reads_new_files_alone(
     probing = join.probe_all
     monkeypatch.setattr(join, "probe_all", probe_all)
     join.join([small[0]], {"msad": [small[1]]}, tmp_path / "out", 1)
-    first = (tmp_path / "out" / "videos.csv").read_text()
+    first = (tmp_path / "out" / "vau_videos.csv").read_text()
     join.join([small[0]], {"msad": [small[1]]}, tmp_path / "out", 1)
-    assert len(read) == 1 and (tmp_path / "out" / "videos.csv").read_text() == first
+    assert len(read) == 1 and (tmp_path / "out" / "vau_videos.csv").read_text() == first
     video_files.write(small[1] / "b" / "Arson_1.mp4", 50)
     join.join([small[0]], {"msad": [small[1]]}, tmp_path / "out", 1)
     assert read[1:] == [["Arson_1.mp4"]]
@@ -159,12 +159,12 @@ def test_a_repeated_join_reads_new_files_alone(
 def test_a_run_notices_another_table(joined: Path) -> None:
     c = data_config(joined, "train.csv")
     before = pipeline.input_hashes(c)
-    text = (joined / "videos.csv").read_text()
+    text = (joined / "vau_videos.csv").read_text()
     try:
-        (joined / "videos.csv").write_text(text + "\n")
+        (joined / "vau_videos.csv").write_text(text + "\n")
         after = pipeline.input_hashes(c)
     finally:
-        (joined / "videos.csv").write_text(text)
+        (joined / "vau_videos.csv").write_text(text)
     assert {name for name in before if before[name] != after[name]} == {"data.videos"}
 
 
@@ -175,11 +175,11 @@ def test_a_table_of_something_else_is_refused(tmp_path: Path, column: str, value
     row = dict(zip(video_table.COLUMNS, ["msad", "a", "msad/a.mp4", 10, 1.0, 25, 64, 48], strict=True)) | {
         column: value
     }
-    with (tmp_path / "videos.csv").open("w", newline="") as file:
+    with (tmp_path / "vau_videos.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, video_table.COLUMNS)
         writer.writeheader()
         writer.writerow(row)
-    with pytest.raises(InputError, match=r"videos\.csv row 1 is not of `vau data join`"):
+    with pytest.raises(InputError, match=r"vau_videos\.csv row 1 is not of `vau data join`"):
         video_table.load(tmp_path)
 
 

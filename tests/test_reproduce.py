@@ -119,6 +119,19 @@ def test_a_reflection_run_is_asked_in_its_own_style() -> None:
     assert asked == {"--config.data.style=reflection"}
 
 
+def test_their_prompts_go_to_their_rows_alone() -> None:
+    every = list(reproduce.commands(parsed("--prompts=VAU-R1", "--rows=sft_cls,rft_qa,rft_qa_after_sft,base"), []))
+    named: dict[tuple[str, str], set[str]] = {}
+    for words in every:
+        if words[0] in ("train", "evaluate"):
+            row = next(w for w in words if w.startswith("--workdir=")).split("/")[2]
+            found = {w.partition("=")[2] for w in words if w.startswith("--config.data.templates=")}
+            named[words[0], row] = named.get((words[0], row), set()) | found
+    assert named["train", "sft_cls"] == {"VAU-R1/src/sft"} and named["train", "rft_qa"] == {"VAU-R1/src/open_r1"}
+    assert named["evaluate", "base"] == named["evaluate", "rft_qa"] == {"VAU-R1/src/evaluation"}
+    assert not any(named[kind, row] for kind in ("train", "evaluate") for row in ("sft_reasoning", "rft_qa_after_sft"))
+
+
 def test_reflection_rows_need_a_teacher_and_rules_are_the_way_out() -> None:
     with pytest.raises(InputError, match=r"give --teacher=URL.*sft_teacher_rules"):
         list(reproduce.commands(parsed("--rows=sft_reflection"), []))

@@ -140,11 +140,13 @@ def test_weights_and_biases_without_its_package_is_one_error(tmp_path: Path, mon
 
 
 def test_a_run_from_before_a_field_resumes_where_that_has_its_default(tmp_path: Path) -> None:
-    """Its config lacks new fields, and has a removed one that never changed a result."""
+    """Its config lacks new fields, has a removed one that never changed a result, and one under its earlier name."""
     c = importlib.import_module("vau_jax.configs.vau_r1_sft").get_config()
     before = json.loads(c.to_json_best_effort())
     del before["optim"]["eps"], before["rollout"]["reward_seconds"]
     before["rollout"]["reward_threads"] = 8
+    before["data"]["source"] = before["data"].pop("time_rules")
+    del before["data"]["sources"], before["epochs"]
     (tmp_path / "config.json").write_text(json.dumps(before))
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(1, State(jnp.int32(1), {}, {}), {}, 0.0)

@@ -162,6 +162,8 @@ def reproduce(parser: Parser) -> None:
     parser.add_argument("--model", metavar="FOLDER", help="the weights that runs begin with")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
     parser.add_argument("--rows", default="all", metavar="ROW,ROW", help="of configs/reproduce, or base; default: all")
+    text = "a checkout of VAU-R1's code, whose own prompts its rows then use"
+    parser.add_argument("--prompts", type=Path, metavar="VAU-R1", help=text)
     parser.add_argument("--judge", default="", metavar="URL", help="a chat endpoint that marks descriptions")
     parser.add_argument("--judge-model", default="deepseek-chat", metavar="NAME", help="its model")
     parser.add_argument("--teacher", default="", metavar="URL", help="a chat endpoint that writes reflections")

@@ -18,6 +18,7 @@ class Row(NamedTuple):
     changed: tuple[tuple[str, Any], ...] = ()  # fields of the config, by name
     teacher: str = ""  # whose reflection records it reads: rules or model; empty: none
     tested: tuple[str, ...] = ()  # rows of configs/reproduce/evaluate.py
+    prompts: str = ""  # folder of VAU-R1's code with the prompts of the run; empty: it is not theirs
 
 
 def config_of(rows: dict[str, Row], name: str, file: str) -> ConfigDict:

@@ -30,24 +30,31 @@ LORA = (
 )
 REASONING = (*PUBLISHED, ("optim.lr", 2e-5), ("data.style", "think"))  # ours: teaches the grammar, by the annotations
 
+SFT_CODE, RFT_CODE = "src/sft", "src/open_r1"
 QA, TAG, CLASSES = ("qa",), ("grounding",), ("classification",)
 ASKED = ("qa_think", "qa_direct")
 TIMES = ("tag_think", "tag_direct")
 KINDS = ("cls_think", "cls_direct")
 
 ROWS = {
-    "sft_description": Row("sft", ("description",), changed=(*REASONING,), tested=("vau_eval",)),
-    "sft_qa": Row("sft", QA, changed=SFT, tested=(*ASKED, "vau_eval")),
-    "sft_tag": Row("sft", TAG, changed=(*SFT, *WITHOUT_UCF), tested=TIMES),
-    "sft_cls": Row("sft", CLASSES, changed=(*SFT, *LORA), tested=KINDS),
-    "sft_cls_full": Row("sft", CLASSES, changed=SFT, tested=KINDS),
-    "rft_qa": Row("rft", QA, changed=(*RFT, *INSTRUCT), tested=(*ASKED, "vau_eval", *KINDS)),
-    "rft_tag": Row("rft", TAG, changed=(*RFT, *INSTRUCT, *TIMED, *WITHOUT_UCF), tested=(*TIMES, *KINDS)),
-    "rft_cls": Row("rft", CLASSES, changed=(*RFT, *INSTRUCT, *CLS), tested=KINDS),
-    "rft_qa_tag": Row("rft", (*QA, *TAG), changed=(*RFT, *INSTRUCT, *TIMED), tested=KINDS),
-    "rft_qa_tag_cls": Row("rft", (*QA, *TAG, *CLASSES), changed=(*RFT, *INSTRUCT, *TIMED), tested=KINDS),
+    "sft_description": Row("sft", ("description",), changed=(*REASONING,), tested=("vau_eval",), prompts=SFT_CODE),
+    "sft_qa": Row("sft", QA, changed=SFT, tested=(*ASKED, "vau_eval"), prompts=SFT_CODE),
+    "sft_tag": Row("sft", TAG, changed=(*SFT, *WITHOUT_UCF), tested=TIMES, prompts=SFT_CODE),
+    "sft_cls": Row("sft", CLASSES, changed=(*SFT, *LORA), tested=KINDS, prompts=SFT_CODE),
+    "sft_cls_full": Row("sft", CLASSES, changed=SFT, tested=KINDS, prompts=SFT_CODE),
+    "rft_qa": Row("rft", QA, changed=(*RFT, *INSTRUCT), tested=(*ASKED, "vau_eval", *KINDS), prompts=RFT_CODE),
+    "rft_tag": Row(
+        "rft", TAG, changed=(*RFT, *INSTRUCT, *TIMED, *WITHOUT_UCF), tested=(*TIMES, *KINDS), prompts=RFT_CODE
+    ),
+    "rft_cls": Row("rft", CLASSES, changed=(*RFT, *INSTRUCT, *CLS), tested=KINDS, prompts=RFT_CODE),
+    "rft_qa_tag": Row("rft", (*QA, *TAG), changed=(*RFT, *INSTRUCT, *TIMED), tested=KINDS, prompts=RFT_CODE),
+    "rft_qa_tag_cls": Row(
+        "rft", (*QA, *TAG, *CLASSES), changed=(*RFT, *INSTRUCT, *TIMED), tested=KINDS, prompts=RFT_CODE
+    ),
     # The code's first version began RFT with a description SFT.
-    "rft_qa_after_description": Row("rft", QA, "sft_description", (*RFT, *INSTRUCT), tested=(*ASKED, "vau_eval")),
+    "rft_qa_after_description": Row(
+        "rft", QA, "sft_description", (*RFT, *INSTRUCT), tested=(*ASKED, "vau_eval"), prompts=RFT_CODE
+    ),
     # Ours: RFT after SFT that teaches the grammar.
     "sft_reasoning": Row("sft", (*QA, *TAG, *CLASSES), changed=REASONING, tested=(*ASKED, *TIMES, *KINDS)),
     "rft_qa_after_sft": Row("rft", QA, "sft_reasoning", RFT, tested=ASKED),

@@ -1,5 +1,5 @@
-"""The table `videos.csv` of a folder that `vau data join` wrote: where each annotated video is, and its length, rate
-and size. Every process of a run reads the same table, so that all of them expect the same lengths of prompts.
+"""The table `vau_videos.csv` of a folder that `vau data join` wrote: where each annotated video is, and its length,
+rate and size. Every process of a run reads the same table, so that all of them expect the same lengths of prompts.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from vau_jax.common.files import InputError
 from vau_jax.datasets import tables
 
-TABLE = "videos.csv"
+TABLE = "vau_videos.csv"
 COLUMNS = ("source", "video", "file", "bytes", "seconds", "fps", "width", "height")
 PROBED = COLUMNS[3:]
 

@@ -45,6 +45,7 @@ class Ours(NamedTuple):
     thinking: bool | None
     estimate: dict[str, Any]  # value, low, high in the published unit; n
     name: str
+    prompts: str  # the templates, where they are not our own
     differs: str  # why it cannot be set beside a published number; empty: it can
 
 
@@ -99,9 +100,8 @@ def _one(result: dict[str, Any], dataset: str, task: str, metric: str, estimate:
         name, training = SRVAU, "" if model["style"] == "reflection" else "two passes"
     else:
         name, training = model["size"], _training(model, task)
-    return Ours(
-        dataset, task, metric, name, training, thinking, estimate, result["name"], _differs(result, dataset, task)
-    )
+    prompts, differs = data.get("templates") or "our own", _differs(result, dataset, task)
+    return Ours(dataset, task, metric, name, training, thinking, estimate, result["name"], prompts, differs)
 
 
 def _training(model: dict[str, Any], task: str) -> str:
@@ -187,11 +187,11 @@ def _table(group: tuple[str, str, bool | None], every: Sequence[Number], mine: S
 
     known = {(n.model, n.training, n.metric): n for n in every if belongs(n)}
     own = {(o.model, o.training, o.metric): o for o in mine if belongs(o)}
-    lines = [["model", "training", "metric", "published", "ours", "n", "source"]]
+    lines = [["model", "training", "metric", "published", "ours", "n", "prompts of ours", "source"]]
     for key in dict.fromkeys([*known, *own]):
         number, result = known.get(key), own.get(key)
         told = [f"{number.value:.2f}", "; ".join(filter(None, [number.source, number.note]))] if number else ["", ""]
-        mine_told = [_shown(result), str(result.estimate["n"])] if result else ["", ""]
+        mine_told = [_shown(result), str(result.estimate["n"]), result.prompts] if result else ["", "", ""]
         lines.append([*key, told[0], *mine_told, told[1]])
     return f"{TITLES[task]}: {dataset}, {_asked(thinking)}", lines
 
