@@ -8,7 +8,6 @@ one JSON object: by gate the scores of the held-out videos, the reward, and the 
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vau_jax.common.files import dump_json
 from vau_jax.configs import demo as demo_config
 from vau_jax.eval import evaluate, records
 from vau_jax.launch import demo
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     result = {str(seed): run(args, seed) for seed in args.seeds}
-    print(json.dumps({"sft_steps": args.sft_steps, "rft_steps": args.steps, "by_seed": result}))
+    print(dump_json({"sft_steps": args.sft_steps, "rft_steps": args.steps, "by_seed": result}))
 
 
 def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:

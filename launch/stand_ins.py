@@ -22,7 +22,7 @@ import av
 import numpy as np
 
 from vau_jax.common import files
-from vau_jax.common.files import InputError
+from vau_jax.common.files import InputError, dump_json
 from vau_jax.common.progress import Progress
 from vau_jax.datasets import vau_bench
 from vau_jax.datasets.vau_bench import Row
@@ -246,7 +246,7 @@ def _reply(asked: str) -> str:
     rng = np.random.default_rng([*hashlib.sha256(asked.encode()).digest()])
     words = sorted(set(re.findall(r"[a-z]{4,}", asked)))
     reflect, revise = (" ".join(rng.choice(words, 14)) for _ in range(2))
-    return json.dumps({**dict.fromkeys(AXES, 5), "reflect": f"It shows {reflect}.", "revise": f"So there is {revise}."})
+    return dump_json({**dict.fromkeys(AXES, 5), "reflect": f"It shows {reflect}.", "revise": f"So there is {revise}."})
 
 
 @contextlib.contextmanager
@@ -257,9 +257,9 @@ def endpoint() -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = _reply(json.dumps(asked)) if "response_format" in asked else PLAIN
+            text = _reply(dump_json(asked)) if "response_format" in asked else PLAIN
             body = {"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
-            data = json.dumps(body).encode()
+            data = dump_json(body).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

@@ -2,7 +2,6 @@
 asking. What differs in one of these stands in a table of its own, with the reason.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -143,8 +142,7 @@ def model_of(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_file(result: dict[str, Any]) -> str:
-    settings = json.loads(json.dumps(result["settings"]))
-    settings["data"]["csv"] = ""
+    settings = result["settings"] | {"data": result["settings"]["data"] | {"csv": ""}}
     return dump_json([result["name"], settings], sort_keys=True)
 
 
