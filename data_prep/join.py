@@ -231,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
     print(result.told())
     print(f"weights, where you have none: {WEIGHTS}")
     places = {"everything": args.out, "findings": args.out / "join.json"}
-    train = ("vau", "train", "--config=reproduce/vau_r1.py:rft_qa", "--workdir=runs/rft_qa", "--config.model=MODEL")
+    train = ("vau", "train", "--config=reproduce/vau_r1:rft_qa", "--workdir=runs/rft_qa", "--config.model=MODEL")
     train += (f"--config.data.csv={args.out / 'train.csv'}", f"--config.data.videos={args.out}")
     print(progress.summary("joined", places, [train]))
 

@@ -95,8 +95,10 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], Audit]:
         examples = reflections.attach(examples, reflections.load(config.reflection), audit)
     if not examples:
         why = "; ".join(f"{n} {reason}" for (action, reason), n in audit.counts().most_common() if action == "excluded")
+        way_out = "; `vau data join` finds videos in other folders and under other names" * ("no such video" in why)
         raise InputError(
-            f"no usable example is left for tasks {', '.join(config.tasks)} of {audit.path}, {audit.rows} rows: {why}"
+            f"no usable example is left for tasks {', '.join(config.tasks)} of {audit.path}, {audit.rows} rows: "
+            f"{why}{way_out}"
         )
     return examples[: config.max_examples or None], audit
 
