@@ -101,6 +101,20 @@ def broadcast_from_first(find: Callable[[], Any]) -> Any:
     return said["found"]
 
 
+def together(do: Callable[[], None]) -> None:
+    """Calls `do` in every process and waits for all; the InputError of one is raised in all, with its number."""
+    error = ""
+    try:
+        do()
+    except InputError as raised:
+        if jax.process_count() == 1:
+            raise
+        error = str(raised)
+    for number, said in enumerate(exchange(error)):
+        if said:
+            raise InputError(f"process {number} of {jax.process_count()}: {said}")
+
+
 def own_lines(path: Path) -> Path:
     """A JSONL file that this process alone appends to, and that begins with the complete lines of all processes so far:
     `path` for the first, with a number in its name for the others.

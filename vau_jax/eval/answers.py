@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax.common import sharding
+from vau_jax.common import processes, sharding
 from vau_jax.common.chat import Chat, Message, frames_content
 from vau_jax.common.files import InputError
 from vau_jax.data import pipeline
@@ -92,7 +92,7 @@ def _second(host: HostBatch, texts: list[list[str]], vlm: VideoLM, question: str
 def by_endpoint(examples: list[Example], config: ConfigDict, workdir: Path) -> Iterator[Record]:
     """Answers of the model behind config.endpoint, which sees endpoint.frames pictures of a video. Texts are kept in
     endpoint.jsonl, so that none is paid for twice. Raises InputError after the last where some got no answer."""
-    chat = Chat(config.endpoint, workdir / "endpoint.jsonl")
+    chat = Chat(config.endpoint, processes.own_lines(workdir / "endpoint.jsonl"))
     templates, style = prompts.load_templates(config.data.templates), config.data.style
     pool = DecoderPool(config.data.workers, config.data.video_seconds)
     asked: list[_Asked] = []

@@ -4,12 +4,15 @@
 
 Writes predictions.jsonl, one object an example, and metrics.json. A killed call resumes after the examples that are
 done. A video that cannot be read is a wrong answer, counted under "failed".
+
+Of several processes each has a model on its own host's devices and decodes its share: whole videos, with all their
+questions. The first joins the shares, and the files are those of one process.
 """
 
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +38,7 @@ from vau_jax.tasks.record import Record
 from vau_jax.vlm import VideoLM
 
 Key = tuple[str, int]  # of an example: its id, and its rotation
+PREDICTIONS = "predictions.jsonl"
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -47,25 +51,38 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     examples, audit = pipeline.load_examples(config.data)
     rotated = [e for e in examples if TASKS[e.task].shuffles]
     examples += [replace(e, rotation=r) for r in range(1, config.rotations) for e in rotated]
-    fingerprint = _fingerprint(config, {path for example in examples for path in example.media})
+    files = {path for example in examples for path in example.media}
+    fingerprint = processes.broadcast_from_first(lambda: _fingerprint(config, files))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {workdir}: {error.strerror}: choose another --workdir") from error
     with processes.exclusive(workdir):
-        return _run(config, workdir, examples, audit, fingerprint)
+        known = processes.broadcast_from_first(lambda: _known(config, workdir, fingerprint))
+        if known:
+            return known
+        processes.together(lambda: decode(config, workdir, examples, fingerprint))
+        return processes.broadcast_from_first(lambda: _finish(config, workdir, examples, audit, fingerprint))
 
 
-def _run(config: ConfigDict, workdir: Path, examples: list[Example], audit: Audit, fingerprint: str) -> dict[str, Any]:
+def _known(config: ConfigDict, workdir: Path, fingerprint: str) -> dict[str, Any]:
+    """The result of an earlier call with the same settings; empty without."""
     done = workdir / "metrics.json"
     known = read_json(done) if done.exists() else {}
     if isinstance(known, dict) and known.get("fingerprint") == fingerprint:
         print(f"{config.name}: evaluated already ({workdir})", flush=True)
         return known
+    return {}
+
+
+def _finish(
+    config: ConfigDict, workdir: Path, examples: list[Example], audit: Audit, fingerprint: str
+) -> dict[str, Any]:
+    """Joins the shares to predictions.jsonl, in the order of the examples, and scores them."""
     model = _model(config)
     if model.get("style", config.data.style) != config.data.style:
         print(f"{config.name}: asks in style {config.data.style} a run trained in {model['style']}", flush=True)
-    predictions = predict(config, workdir, examples, fingerprint)
+    predictions = _joined(workdir, examples, fingerprint)
     result = {
         "fingerprint": fingerprint,
         "name": config.name,
@@ -82,12 +99,14 @@ def _run(config: ConfigDict, workdir: Path, examples: list[Example], audit: Audi
     }
     if not _is_model(workdir):  # whose config.json says something else; the settings are in metrics.json too
         write_text(workdir / "config.json", config.to_json_best_effort(indent=1))
-    write_text(done, dump_json(result, indent=1))
+    write_text(workdir / "metrics.json", dump_json(result, indent=1))
     return result
 
 
 def summary(config: ConfigDict, workdir: Path) -> str:
-    """The last lines of the program."""
+    """The last lines of the program; empty in all processes but the first."""
+    if not processes.is_first():
+        return ""
     places = {"scores": workdir / "metrics.json", "answers": workdir / "predictions.jsonl"}
     return progress.summary(f"{config.name}: evaluated", places, [("vau", "report", workdir)])
 
@@ -124,8 +143,6 @@ def check(config: ConfigDict) -> None:
     check_range("batch_size", config.batch_size, 1)
     if config.samples < 1 or not 1 <= config.rotations <= 4:
         raise InputError(f"samples={config.samples}, rotations={config.rotations}: expected at least 1, and 1 to 4")
-    if jax.process_count() > 1:
-        raise InputError("an evaluation is one process's, on its host's devices: leave out --distributed (ALONE=1)")
     if config.samples > 1 and config.temperature == 0:
         raise InputError(f"samples={config.samples} at temperature=0 would all be alike: set temperature above 0")
     sampling.check(
@@ -172,27 +189,48 @@ def _is_model(folder: Path) -> bool:
     return (folder / checkpoint.MODEL_FOLDER).is_dir() or any(folder.glob("*.safetensors"))
 
 
-def predict(config: ConfigDict, workdir: Path, examples: list[Example], fingerprint: str) -> list[Record]:
-    """One record per example, from predictions.jsonl where it exists, else from the model."""
-    path = workdir / "predictions.jsonl"
+def decode(config: ConfigDict, workdir: Path, examples: list[Example], fingerprint: str) -> None:
+    """Decodes this process's share of the examples, as far as it is not done, and appends it to its file."""
+    path = processes.own_lines(workdir / PREDICTIONS)
     records = _finished(path, fingerprint)
-    keys = [(example.id, example.rotation) for example in examples]
-    todo = [example for example, key in zip(examples, keys, strict=True) if key not in records]
-    shown = Progress(config.name, len(examples), "example", start=len(records))
+    own = share(examples, jax.process_index(), jax.process_count())
+    todo = [example for example in own if _key(example) not in records]
+    done = len(own) - len(todo)
+    shown = Progress(config.name, len(own), "example", start=done)
     with path.open("a", encoding="utf-8") as file:
         for record in _answers(todo, config, workdir) if todo else ():
-            if _key(record) not in records:  # the last example fills up the last batch
-                records[_key(record)] = record
-                file.write(to_line(record, fingerprint))
-                file.flush()
-                shown.show(len(records), partial(headline, records.values()))
-    return [records[key] for key in keys]
+            if _key(record) in records:  # the last example fills up the last batch
+                continue
+            records[_key(record)] = record
+            file.write(to_line(record, fingerprint))
+            file.flush()
+            done += 1
+            if processes.is_first():
+                shown.show(done, partial(headline, records.values()))
+
+
+def share(examples: Sequence[Example], number: int, count: int) -> list[Example]:
+    """What process `number` of `count` decodes: every `count`-th video with all its questions."""
+    videos = {media: i for i, media in enumerate(dict.fromkeys(example.media for example in examples))}
+    return [example for example in examples if videos[example.media] % count == number]
+
+
+def _joined(workdir: Path, examples: Sequence[Example], fingerprint: str) -> list[Record]:
+    """The records of all processes in the order of the examples, which become the only file."""
+    path = workdir / PREDICTIONS
+    parts = [part for part in sorted(workdir.glob(f"{path.stem}.*{path.suffix}")) if part != path]
+    records = {_key(record): record for part in (path, *parts) for record in _finished(part, fingerprint).values()}
+    ordered = [records[_key(example)] for example in examples]
+    write_text(path, "".join(to_line(record, fingerprint) for record in ordered))
+    for part in parts:
+        part.unlink()
+    return ordered
 
 
 def _answers(examples: list[Example], config: ConfigDict, workdir: Path) -> Iterator[Record]:
     if config.endpoint.url:
         return answers.by_endpoint(examples, config, workdir)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, jax.local_devices())
     sharding.check_divisible(config.batch_size, mesh)
     return answers.by_model(examples, VideoLM.load(config.checkpoint, config.dtype, mesh), config)
 
@@ -207,8 +245,8 @@ def headline(records: Collection[Record]) -> str:
     return "  ".join([*means, f"failed {sum(record.failure is not None for record in records)}"])
 
 
-def _key(record: Record) -> Key:
-    return record.example, record.rotation
+def _key(one: Record | Example) -> Key:
+    return one.id if isinstance(one, Example) else one.example, one.rotation
 
 
 def _finished(path: Path, fingerprint: str) -> dict[Key, Record]:
