@@ -36,11 +36,11 @@ def options(model: Path, data: Path, workdir: Path, **changed: Any) -> list[str]
     return [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in values.items())]
 
 
-def start(processes: int, args: Sequence[str]) -> subprocess.Popen[str]:
+def start(processes: int, args: Sequence[str], program: str = "vau_jax.evaluate") -> subprocess.Popen[str]:
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "RUN_PYTHON": sys.executable}
-    command = ["bash", "launch/local_multi.sh", str(processes), "vau_jax.evaluate", *args]
+    command = ["bash", "launch/local_multi.sh", str(processes), program, *args]
     if processes == 1:
-        command, env["ALONE"] = ["bash", "launch/run.sh", "vau_jax.evaluate", *args], "1"
+        command, env["ALONE"] = ["bash", "launch/run.sh", program, *args], "1"
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -97,6 +97,17 @@ def test_a_mistake_of_one_process_is_said_by_all_and_none_waits(
     assert output.count("error: process 0 of 2: mesh data=1, fsdp=2, tensor=1 does not fit 1 device(s)") == 2
 
 
+def test_a_judge_and_a_report_are_the_first_processs(alone: Path, tmp_path: Path) -> None:
+    """Both end on two processes; the judge is told by all that there are no descriptions, the report is written."""
+    asked = (f"--workdir={alone}", "--config.url=http://localhost:1/v1", "--config.model=m")
+    judge = start(2, asked, "vau_jax.judge")
+    assert judge.communicate()[0].count("has no descriptions to mark") == 2 and judge.returncode == 2
+    report = start(2, (str(alone), f"--out={tmp_path / 'report.html'}"), "vau_jax.report")
+    said = report.communicate()[0]
+    assert report.returncode == 0, said
+    assert (tmp_path / "report.html").is_file() and said.count("QA accuracy  ") == 1
+
+
 def example(video: str, task: str) -> Example:
     return Example(f"{video}/{task}", task, (Path(video),), "", (), {})
 
@@ -116,5 +127,5 @@ def test_together_raises_the_mistake_as_it_is_in_one_process() -> None:
     def fail() -> None:
         raise InputError("as it is")
 
-    with pytest.raises(InputError, match="^as it is$"):
+    with pytest.raises(InputError, match=r"^as it is$"):
         processes.together(fail)

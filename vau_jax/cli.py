@@ -95,6 +95,8 @@ def report(parser: Parser) -> None:
     )
     parser.add_argument("--port", type=at_least(0), default=0, help="of --watch; 0: any free one")
     parser.add_argument("--every", type=at_least(1), default=10, help="of --watch: seconds between looks at the files")
+    text = "one of several processes, of which the first writes the page"
+    parser.add_argument("--distributed", action="store_true", help=text)
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="folders of two evaluations")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy.stats import spearmanr
 
-from vau_jax.common import progress
+from vau_jax.common import processes, progress
 from vau_jax.common.chat import Chat
 from vau_jax.common.files import InputError, content_hash, dump_json, read_json, write_text
 from vau_jax.common.progress import Progress
@@ -30,8 +30,12 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Scores the descriptions of the evaluation in `workdir`, and returns the contents of the file it wrote.
 
     A description of an unreadable video has 0 on every axis; one that the judge did not score is left out of the means,
-    and counted. A repeated call after a kill pays for no answer twice.
+    and counted. A repeated call after a kill pays for no answer twice. Of several processes the first asks.
     """
+    return processes.broadcast_from_first(lambda: _run(config, workdir))
+
+
+def _run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     folder = Path(workdir) / FOLDER
     records = [record for record in load(Path(workdir)) if TASKS[record.task].judged]
     if not records:
@@ -69,7 +73,9 @@ def _spent(judge: Judge) -> str:
 
 
 def summary(config: ConfigDict, workdir: Path) -> str:
-    """The last lines of the program."""
+    """The last lines of the program; empty in all processes but the first."""
+    if not processes.is_first():
+        return ""
     places = {"marks": workdir / FOLDER / f"{config.name}.json"}
     return progress.summary(f"{config.name}: marked", places, [("vau", "report", workdir)])
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from vau_jax.common import progress
+from vau_jax.common import processes, progress
 from vau_jax.common.files import InputError, dump_json, read_json, write_text
 from vau_jax.common.metric_writer import read_metrics
 from vau_jax.eval import charts, comparison, gallery, records, tables, watch
@@ -173,6 +173,12 @@ def _live_page(folders: Sequence[Path], examples: int, strips: gallery.Strips, s
 
 def main(args: argparse.Namespace) -> None:
     """The program: see its options in `vau_jax.cli`."""
+    if args.distributed:
+        processes.start()
+    processes.broadcast_from_first(lambda: _run_program(args))
+
+
+def _run_program(args: argparse.Namespace) -> None:
     if args.compare:
         print(tables.compare(*args.compare))
     elif not args.folders:
