@@ -3,6 +3,7 @@
 import lzma
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,6 +38,12 @@ SLOWEST = ("test_processes", "test_demo", "test_rft", "test_sharding", "test_res
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also the tests that only repeat others in more cases")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ctrl-C ends the programs of tests also where a shell started this one in the background, and so ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

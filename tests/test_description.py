@@ -236,6 +236,7 @@ def test_without_a_judge_no_endpoint_is_needed(scorer: tuple) -> None:
     assert r.scorer.judge is None and "judge" not in r.scorer.weights
 
 
+@pytest.mark.long
 def test_rft_on_descriptions_pays_for_no_text_twice(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     """A run from beginning to end; another in the same place asks nothing that is answered."""
     c = small("vau_r1_multi_rft", model_folder, dataset)

@@ -23,7 +23,7 @@ from vau_jax.vlm import VideoLM
 PROMPTS = ("What happens?", "What happens in the video? a fire breaks out", "fire")
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 10))])
 def test_greedy_equals_transformers_for_128_tokens(tmp_path: Path, seed: int) -> None:
     """Ten random models of all families, sizes and kinds of prompt; no end token cuts them short."""
     family = FAMILIES[seed % 3]
@@ -48,7 +48,7 @@ def test_greedy_equals_transformers_for_128_tokens(tmp_path: Path, seed: int) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("penalty", [1.05, 1.8, 0.8])
+@pytest.mark.parametrize("penalty", [1.8, *(pytest.param(p, marks=pytest.mark.long) for p in (1.05, 0.8))])
 def test_a_repetition_penalty_is_that_of_transformers(tmp_path: Path, family: str, penalty: float) -> None:
     """Tokens of the prompt and of the completion so far are less likely, or with less than 1 more."""
     folder = make_model(tmp_path / "model", False, family, seed=3)

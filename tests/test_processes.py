@@ -70,7 +70,8 @@ def final(workdir: Path) -> list[np.ndarray]:
     return jax.tree.leaves(checkpoint.restore_params(workdir / "checkpoints" / str(STEPS)))
 
 
-@pytest.mark.parametrize("others", [1, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("others", [1, 4])
 def test_sft_preempted_on_two_processes_resumes_on_another_number(
     others: int, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "launch" / "quickstart.ipynb"
 
 
+@pytest.mark.long
 def test_the_notebook_runs_from_an_empty_folder(tmp_path: Path) -> None:
     """Its code, as a kernel would run it: it has no magics, and all names in one module."""
     cells = json.loads(NOTEBOOK.read_text())["cells"]

@@ -93,6 +93,7 @@ def straight(model_folder: Path, dataset: Path, tmp_path_factory: pytest.TempPat
     return workdir
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_at_random_moments_ends_like_a_straight_one(
     straight: Path, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
