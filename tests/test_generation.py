@@ -23,7 +23,7 @@ from vau_jax.vlm import VideoLM
 PROMPTS = ("What happens?", "What happens in the video? a fire breaks out", "fire")
 
 
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 10))])
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(3, 10))])
 def test_greedy_equals_transformers_for_128_tokens(tmp_path: Path, seed: int) -> None:
     """Ten random models of all families, sizes and kinds of prompt; no end token cuts them short."""
     family = FAMILIES[seed % 3]
