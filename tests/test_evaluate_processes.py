@@ -70,6 +70,8 @@ def test_the_files_are_those_of_one_process(
 ) -> None:
     """Also after one of them was killed in the middle; nothing else is left in the folder."""
     args = options(model_folder, dataset, tmp_path / "eval")
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "predictions.mine.jsonl").write_text("a file of somebody's own\n")
     first = start(count, args)
     part = tmp_path / "eval" / "predictions.00001.jsonl"
     while not (part.exists() and part.read_text().count("\n") > 2):
@@ -82,9 +84,10 @@ def test_the_files_are_those_of_one_process(
     assert (tmp_path / "eval" / "predictions.jsonl").read_bytes() == (alone / "predictions.jsonl").read_bytes()
     assert set(before[:2]) <= set((alone / "predictions.jsonl").read_text().splitlines())
     assert result(tmp_path / "eval") == result(alone)
-    assert {path.name for path in (tmp_path / "eval").iterdir() if path.is_file()} == {
-        path.name for path in alone.iterdir() if path.is_file()
-    }
+    there, expected = (
+        {path.name for path in folder.iterdir() if path.is_file()} for folder in (tmp_path / "eval", alone)
+    )
+    assert there == expected | {"predictions.mine.jsonl"}
     assert said.count("evaluated") == 1, "the first process sums up"
 
 

@@ -61,8 +61,11 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         known = processes.broadcast_from_first(lambda: _known(config, workdir, fingerprint))
         if known:
             return known
+        model = _model(config)
+        if processes.is_first() and model.get("style", config.data.style) != config.data.style:
+            print(f"{config.name}: asks in style {config.data.style} a run trained in {model['style']}", flush=True)
         processes.together(lambda: decode(config, workdir, examples, fingerprint))
-        return processes.broadcast_from_first(lambda: _finish(config, workdir, examples, audit, fingerprint))
+        return processes.broadcast_from_first(lambda: _finish(config, workdir, examples, audit, fingerprint, model))
 
 
 def _known(config: ConfigDict, workdir: Path, fingerprint: str) -> dict[str, Any]:
@@ -76,12 +79,14 @@ def _known(config: ConfigDict, workdir: Path, fingerprint: str) -> dict[str, Any
 
 
 def _finish(
-    config: ConfigDict, workdir: Path, examples: list[Example], audit: Audit, fingerprint: str
+    config: ConfigDict,
+    workdir: Path,
+    examples: list[Example],
+    audit: Audit,
+    fingerprint: str,
+    model: dict[str, Any],
 ) -> dict[str, Any]:
     """Joins the shares to predictions.jsonl, in the order of the examples, and scores them."""
-    model = _model(config)
-    if model.get("style", config.data.style) != config.data.style:
-        print(f"{config.name}: asks in style {config.data.style} a run trained in {model['style']}", flush=True)
     predictions = _joined(workdir, examples, fingerprint)
     result = {
         "fingerprint": fingerprint,
@@ -116,7 +121,8 @@ ASKED = {"style": "think", "wording": "full", "templates": ""}  # fields of data
 
 def as_trained(config: ConfigDict) -> ConfigDict:
     """The config with the style, wording and templates that its run was trained with, where it gives none."""
-    config, trained = ConfigDict(config.to_dict()), checkpoint.settings(config.checkpoint).get("data", {})
+    config = ConfigDict(config.to_dict())
+    trained = checkpoint.settings(config.checkpoint).get("data", {}) if config.checkpoint else {}
     for name, plain in ASKED.items():
         config.data[name] = config.data[name] or trained.get(name, plain)
     return config
@@ -131,9 +137,9 @@ def _model(config: ConfigDict) -> dict[str, Any]:
     run = checkpoint.settings(config.checkpoint)
     if not run:
         return {"size": size}
-    trained = {"stage": run["stage"], "begins": run["init_from"], "lora": run["lora"]["rank"]}
-    data = {name: run["data"].get(name) for name in (*ASKED, "tasks", "sources")}
-    return {"size": size, **trained, **data}
+    trained = {"stage": run.get("stage"), "begins": run.get("init_from"), "lora": run.get("lora", {}).get("rank", 0)}
+    data = run.get("data", {})
+    return {"size": size, **trained, **{name: data.get(name) for name in (*ASKED, "tasks", "sources")}}
 
 
 def check(config: ConfigDict) -> None:
@@ -218,7 +224,7 @@ def share(examples: Sequence[Example], number: int, count: int) -> list[Example]
 def _joined(workdir: Path, examples: Sequence[Example], fingerprint: str) -> list[Record]:
     """The records of all processes in the order of the examples, which become the only file."""
     path = workdir / PREDICTIONS
-    parts = [part for part in sorted(workdir.glob(f"{path.stem}.*{path.suffix}")) if part != path]
+    parts = sorted(workdir.glob(f"{path.stem}.{'[0-9]' * 5}{path.suffix}"))
     records = {_key(record): record for part in (path, *parts) for record in _finished(part, fingerprint).values()}
     ordered = [records[_key(example)] for example in examples]
     write_text(path, "".join(to_line(record, fingerprint) for record in ordered))
