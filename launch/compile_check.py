@@ -1,11 +1,13 @@
 """Compiles a config's programs for a TPU pod, on a machine without one, and says whether and how fast they could run.
 
     vau compile-check --config=configs/vau_r1_qa_rft.py --topology=v5e:4x4 --size=qwen2.5-vl-3b \
-        [--config.mesh.tensor=4] [--prompt=4096] [--visual=3584] [--json=FILE] [--only=update]
+        [--slices=2 --config.mesh.data=2] [--config.mesh.tensor=4] [--prompt=4096] [--visual=3584] [--json=FILE]
+        [--only=update]
     vau compile-check --config=configs/vau_r1_qa_rft.py --topology=h100:8 --size=qwen2.5-vl-3b
 
 For each program: seconds to compile, bytes a chip (arguments, temporary, peak) against the chip's memory, operations,
-bytes to and from memory, collectives, the time that the slowest of them takes at least, and the MFU that this allows.
+bytes to and from memory, collectives, what goes to other slices, the time that the slowest of them takes at least, and
+the MFU that this allows.
 Exit code 1 when one does not fit. `--size` is a published model; without it config.model is a folder. Needs libtpu.
 For GPUs (a100, h100, h200 and their number) nothing is compiled: memory is added up from shapes.
 """
@@ -47,7 +49,7 @@ from vau_jax.models.config import Motion, QwenVLConfig
 from vau_jax.rl import logprobs, sampling
 from vau_jax.rl.engine import Engine
 from vau_jax.rl.rollout import abstract_inputs
-from vau_jax.train import loop
+from vau_jax.train import loop, memory
 from vau_jax.train.learner import Learner
 from vau_jax.types import Batch, Completions, Groups, Params, TrainBatch, Vision
 from vau_jax.types import Motion as PatchMotion
@@ -69,7 +71,8 @@ class Report:
     flops: float = 0.0
     bytes: float = 0.0
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)  # kind -> count, bytes
-    seconds: float = 0.0  # roofline: the slowest of operations, memory and links
+    between: dict[str, dict[str, float]] = field(default_factory=dict)  # the same, to other slices
+    seconds: float = 0.0  # roofline: the slowest of operations, memory, links and network
     bound: str = ""  # which of them it is
     mfu_cap: float = 0.0  # of the operations that the model needs
     least_bytes: float = 0.0  # of a decoding step: the weights and caches, each read once
@@ -82,12 +85,14 @@ class Report:
         return self.peak + self.resident
 
 
-def chips_of(name: str) -> list[Any]:
-    """The devices of a topology such as v5e:4x4. Raises InputError."""
+def chips_of(name: str, slices: int = 1) -> list[Any]:
+    """The devices of `slices` slices of a topology such as v5e:4x4. Raises InputError."""
     sides = [int(side) for side in re.findall(r"\d+", name.partition(":")[2])]
     bounds = tuple(min(side, most) for side, most in zip([*sides, 1, 1], (2, 2, 1), strict=False))
     try:
-        result = topologies.get_topology_desc(topology_name=name, platform="tpu", chips_per_host_bounds=bounds)
+        result = topologies.get_topology_desc(
+            topology_name=name, platform="tpu", chips_per_host_bounds=bounds, num_slices=slices
+        )
     except Exception as error:
         raise InputError(
             f"--topology={name} is unknown to libtpu ({str(error).splitlines()[0][:200]}): expected one such as "
@@ -280,6 +285,10 @@ class Programs:
         model = self.model.config
         return Programs(config, model, self.mesh, tokens, patches // model.vision.spatial_merge_size**2)
 
+    def advice(self) -> str:
+        """What would help where one does not fit."""
+        return memory.advice(self.config, self.mesh, self.model.config.num_heads)
+
     def sizes(self, program: str) -> dict[str, float]:
         """Of a batch, as flops.forward takes them: those of this program."""
         b, t = self.batch.tokens.shape
@@ -367,18 +376,19 @@ def check(programs: Programs, program: Program, known: Chip) -> Report:
     chips = programs.mesh.size
     whole = programs.operations(program)
     report.flops = whole / chips
-    traffic = hlo.read(compiled.as_text(), one_round=program.name == "decode step")
-    report.bytes, report.collectives = traffic.bytes, traffic.collectives
+    slices = sharding.slices(programs.mesh.devices.flat)
+    traffic = hlo.read(compiled.as_text(), program.name == "decode step", slices)
+    report.bytes, report.collectives, report.between = traffic.bytes, traffic.collectives, traffic.between
     if program.name == "decode step":
         report.least_bytes = programs.read_at_least(program)
     if program.name == "update" and programs.g > 1:
         other = programs.repeated()
         report.repeated = other.operations(other.update()) / whole
-    sent = sum(kind["bytes"] for kind in traffic.collectives.values())
     limits = {
         "operations": report.flops / known.flops,
         "memory": report.bytes / known.bandwidth,
-        "links": sent / known.links,
+        "links": hlo.total(traffic.collectives) / known.links,
+        "network": hlo.total(traffic.between) / known.network if traffic.between else 0.0,
     }
     report.bound = max(limits, key=limits.get)
     report.seconds = limits[report.bound]
@@ -391,23 +401,6 @@ def check(programs: Programs, program: Program, known: Chip) -> Report:
 # --- The command --------------------------------------------------------------------------------------------------
 
 
-def advice(programs: Programs) -> str:
-    """Ways to make a program that does not fit smaller, in the order to try them."""
-    c, parts = programs.config, sharding.example_parts(programs.mesh)
-    results = []
-    if not c.remat:
-        results.append("remat=True")
-    if c.batch_size // c.micro_batches > parts:
-        results.append(f"micro_batches={c.batch_size // parts} (now {c.micro_batches}: one prompt a chip at a time)")
-    if programs.mesh.shape["data"] > 1:
-        results.append("mesh.data=1 and a larger mesh.fsdp: parameters and optimiser split further")
-    if programs.mesh.shape["tensor"] < programs.model.config.num_heads:
-        results.append(f"a larger mesh.tensor (now {programs.mesh.shape['tensor']})")
-    if not programs.base:
-        results.append("lora.rank=16, or more chips")
-    return "; ".join(results) or "more chips"
-
-
 def table(reports: list[Report], known: Chip) -> str:
     """One line a program."""
     lines = [
@@ -418,12 +411,16 @@ def table(reports: list[Report], known: Chip) -> str:
         if not r.seconds:
             lines.append(f"{r.program:14}{r.compile_seconds:8.1f}s  {r.problem}")
             continue
-        sent = sum(kind["bytes"] for kind in r.collectives.values()) / 1e9
+        sent = hlo.total(r.collectives) / 1e9
         lines.append(
             f"{r.program:14}{r.compile_seconds:8.1f}s{r.peak / GIB:8.2f}{r.needed / GIB:9.2f}{r.flops / 1e12:9.3f}"
             f"{r.bytes / 1e9:8.1f}{sent:9.2f}{r.seconds * 1e3:8.1f}  {r.bound:11}{r.mfu_cap:8.0%}"
             + (f"  reads {r.bytes / r.least_bytes:.2f} x the least" if r.least_bytes else "")
             + (f"  {r.repeated:.2f} x as many operations with repeated prompts" if r.repeated else "")
+            + "".join(
+                f"  to other slices: {kind} {one['count']:,.0f}, {one['bytes'] / 1e9:.3f} GB"
+                for kind, one in r.between.items()
+            )
             + (f"  DOES NOT FIT: {r.problem}" if r.problem else "")
         )
     return "\n".join(lines) + f"\npeak and state in GiB of {known.memory / GIB:.0f}; all numbers are of one chip"
@@ -441,7 +438,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> int:
     if kind in GPUS and count.isdigit():
         mesh = sharding.abstract_mesh(config.mesh, int(count))
         return estimate(args, Programs(config, sizes, mesh, args.prompt, args.visual), chip(GPUS[kind]))
-    devices = chips_of(args.topology)
+    devices = chips_of(args.topology, args.slices)
     known = chip(devices[0].device_kind)
     programs = Programs(config, sizes, sharding.make_mesh(config.mesh, devices), args.prompt, args.visual)
     wanted = [program for program in programs.all() if not args.only or program.name in args.only]
@@ -450,7 +447,8 @@ def run(args: argparse.Namespace, config: ConfigDict) -> int:
         reports.append(check(programs, program, known))
         shown.show(len(reports), program.name)
     print(
-        f"{args.size or config.model}, {config.stage}, {args.topology}, mesh {dict(programs.mesh.shape)}, "
+        f"{args.size or config.model}, {config.stage}, {args.slices} x {args.topology}, "
+        f"mesh {dict(programs.mesh.shape)}, "
         f"{config.batch_size} prompts of {args.prompt} tokens, {programs.g} x {programs.c} completion tokens"
     )
     print(table(reports, known), flush=True)
@@ -460,7 +458,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> int:
         about = {"settings": given, "mesh": dict(programs.mesh.shape), "chip": known._asdict()}
         write_text(args.json, dump_json({**about, "programs": results}, indent=1))
     if any(report.problem for report in reports):
-        print(f"does not fit; what would help: {advice(programs)}", file=sys.stderr)
+        print(f"does not fit; what would help: {programs.advice()}", file=sys.stderr)
         return 1
     return 0
 
@@ -476,7 +474,7 @@ def estimate(args: argparse.Namespace, programs: Programs, known: Chip) -> int:
     if args.json:
         write_text(args.json, dump_json({"chip": known._asdict(), "bytes": result}, indent=1))
     if max(sum(parts.values()) for parts in result.values()) > 0.9 * known.memory:  # XLA needs room too
-        print(f"does not fit; what would help: {advice(programs)}", file=sys.stderr)
+        print(f"does not fit; what would help: {programs.advice()}", file=sys.stderr)
         return 1
     return 0
 

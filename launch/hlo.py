@@ -7,6 +7,7 @@ unknown length (decoding) counts one iteration.
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 SCATTERED = "all-reduce-scatter"  # what TPU's compiler calls a fused all-reduce of which each chip keeps a part
@@ -38,6 +39,7 @@ class Traffic:
 
     bytes: float = 0.0  # to and from its memory
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)  # kind -> count, bytes sent
+    between: dict[str, dict[str, float]] = field(default_factory=dict)  # the same, to other slices
 
 
 def size(shape: str) -> float:
@@ -70,8 +72,9 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return computations, entry
 
 
-def read(text: str, one_round: bool = False) -> Traffic:
-    """The traffic of one run of a compiled program, or with `one_round` of one round of its loop without known end."""
+def read(text: str, one_round: bool = False, slices: int = 1) -> Traffic:
+    """The traffic of one run of a compiled program, or with `one_round` of one round of its loop without known end; the
+    program is that of one of `slices` slices."""
     computations, entry = parse(text)
     if one_round:
         loops = [
@@ -95,12 +98,35 @@ def read(text: str, one_round: bool = False) -> Traffic:
                     key = channel[1] if channel else instruction.name
                     if times > channels.get(key, (0,))[0]:
                         channels[key] = times, kind, sent
+    traffic.collectives = _by_kind(channels.values())
+    traffic.between = _by_kind(_between(computations, entry, slices))
+    return traffic
+
+
+def total(kinds: dict[str, dict[str, float]]) -> float:
+    """Bytes of all kinds."""
+    return sum(kind["bytes"] for kind in kinds.values())
+
+
+def _by_kind(found: Iterable[tuple[int, str, float]]) -> dict[str, dict[str, float]]:
+    """(times, kind, bytes) added up by kind."""
     result: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "bytes": 0.0})
-    for times, kind, sent in channels.values():
+    for times, kind, sent in found:
         result[kind]["count"] += times
         result[kind]["bytes"] += times * sent
-    traffic.collectives = dict(result)
-    return traffic
+    return dict(result)
+
+
+def _between(computations: dict[str, list[Instruction]], entry: str, slices: int) -> Iterator[tuple[int, str, float]]:
+    """(times, kind, bytes) of what goes to other slices: sends to the hosts, whose runtime carries them on. A sum over
+    slices sends as a ring does."""
+    for name, times in _rounds(computations, entry).items():
+        for instruction in computations[name]:
+            kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+            if instruction.kind == "send" and kind:
+                size_of_first = whole_size(ARRAY.search(instruction.shape)[0])
+                sent = 2 * (slices - 1) / slices * size_of_first if kind[1] == "ALL_REDUCE" else size_of_first
+                yield times, kind[1].lower().replace("_", "-"), sent
 
 
 def _rounds(computations: dict[str, list[Instruction]], entry: str) -> dict[str, int]:

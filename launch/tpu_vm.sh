@@ -4,7 +4,7 @@
 #
 # Environment: PROJECT, ZONE, NAME (of the slice), TYPE (such as v5litepod-16, v5p-128, v6e-64), SPOT=1 for spot chips,
 # BUCKET (a Cloud Storage bucket with hierarchical namespace for workdirs: it is mounted as ~/runs on every host; others
-# cannot rename a folder at once), RESTARTS (default 3).
+# cannot rename a folder at once), RESTARTS (default 3), PORT by which the processes find each other (default 8476).
 #
 # setup copies this checkout to all hosts and installs it; run starts one process a host, which find each other. Call
 # `run` again after a preemption: the run resumes from its last checkpoint.
@@ -14,11 +14,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/lib.sh
 action=${1:-}
 [ $# -gt 0 ] && shift
-RESTARTS=${RESTARTS:-3} WORKER=${WORKER:-0}
+RESTARTS=${RESTARTS:-3} WORKER=${WORKER:-0} PORT=${PORT:-8476}
 need PROJECT "the Google Cloud project" project
 need ZONE "such as us-west4-a" name
 need NAME "a name for the slice" name
 need RESTARTS "a number" number
+need PORT "of the first host, open to the others" count
 need WORKER "a number, or all" 'all|[0-9]{1,6}'
 place=(--project="$PROJECT" --zone="$ZONE")
 
@@ -57,7 +58,8 @@ case $action in
     ;;
   run)
     [ $# -gt 0 ] || fail "run what? Such as: run vau_jax.train --config=configs/vau_r1_sft.py --workdir=../runs/sft"
-    on_all "cd vau_jax && EXTRA=tpu RESTARTS=$RESTARTS nohup bash launch/run.sh $(quoted "$@") > run.log 2>&1 < /dev/null &"
+    settings="EXTRA=tpu RESTARTS=$RESTARTS JAX_COORDINATOR_PORT=$PORT"
+    on_all "cd vau_jax && $settings nohup bash launch/run.sh $(quoted "$@") > run.log 2>&1 < /dev/null &"
     ;;
   logs)
     run gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker="$WORKER" \

@@ -3,7 +3,8 @@
 #   bash launch/xpk.sh [--dry-run] create PROGRAM ARGUMENTS | manifest PROGRAM ARGUMENTS | logs | status | delete
 #
 # Environment: PROJECT, ZONE, CLUSTER, NAME (of the workload), TYPE (as XPK names it: v5litepod-16, v5p-128, v6e-64),
-# SLICES (default 1), IMAGE (a container with this repository in /vau_jax and its packages), RESTARTS (default 3).
+# SLICES (default 1), IMAGE (a container with this repository in /vau_jax and its packages), RESTARTS (default 3),
+# PORT by which the processes find each other (default 8476).
 # manifest prints YAML and needs also: TOPOLOGY (4x4), ACCELERATOR (tpu-v5-lite-podslice), HOSTS (4), CHIPS a host (4).
 # Workdirs must be on storage that all hosts see, such as a mounted Filestore.
 set -euo pipefail
@@ -12,13 +13,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/lib.sh
 action=${1:-}
 [ $# -gt 0 ] && shift
-RESTARTS=${RESTARTS:-3} SLICES=${SLICES:-1}
+RESTARTS=${RESTARTS:-3} SLICES=${SLICES:-1} PORT=${PORT:-8476}
 need NAME "a name for the workload" name
 need RESTARTS "a number" number
 need SLICES "a number" count
+need PORT "of the first host, open to the others" count
 
 remote() { # what a host runs
-  printf '%s\n' "cd /vau_jax && RUN_PYTHON=python RESTARTS=$RESTARTS bash launch/run.sh $(quoted "$@")"
+  local settings="RUN_PYTHON=python RESTARTS=$RESTARTS JAX_COORDINATOR_PORT=$PORT"
+  printf '%s\n' "cd /vau_jax && $settings bash launch/run.sh $(quoted "$@")"
 }
 
 in_cluster() {

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from vau_jax.common import sharding
 from vau_jax.launch import hlo
 from vau_jax.launch.compile_check import Programs, held
 from vau_jax.models import config as model_config
+from vau_jax.models import hf
 from vau_jax.rl.rollout import Clock
 from vau_jax.train import loop
 from vau_jax.types import Features, Vision
@@ -31,12 +33,14 @@ def call(*args: str) -> subprocess.CompletedProcess:
 
 
 @WITH_LIBTPU
-def test_a_small_config_compiles_for_four_chips(tmp_path: Path) -> None:
-    """Every program of GRPO with the kernel, on 2 x 2 chips of a v5e."""
+def test_a_small_config_compiles_for_two_slices_of_four_chips(tmp_path: Path) -> None:
+    """Every program of GRPO with the kernel, on twice 2 x 2 chips of a v5e. Between the slices go the gradients alone,
+    in an update, and each once: in float32, or in the dtype that they were computed in."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
     model = make_model(tmp_path / "model", **sizes)
     options = {"config": "configs/vau_r1_qa_rft.py", "topology": "v5e:2x2", "prompt": 256, "visual": 224}
-    options |= {"config.model": model, "config.mesh.fsdp": 2, "config.mesh.tensor": 2, "config.batch_size": 2}
+    options |= {"config.model": model, "config.mesh.fsdp": 2, "config.mesh.tensor": 2, "config.batch_size": 4}
+    options |= {"slices": 2, "config.mesh.data": 2}
     options |= {"config.data.max_completion_tokens": 64, "json": tmp_path / "found.json"}
     done = call(*(f"--{name}={value}" for name, value in options.items()))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -50,7 +54,11 @@ def test_a_small_config_compiles_for_four_chips(tmp_path: Path) -> None:
     assert 0.8 < programs["decode step"]["bytes"] / programs["decode step"]["least_bytes"] < 2.5
     sent = programs["update"]["collectives"]
     assert sent["all-gather"]["count"] > 2 and sent["all-reduce"]["bytes"] > 0
-    assert "2 prompts of 256 tokens, 4 x 64 completion tokens" in done.stdout
+    assert "4 prompts of 256 tokens, 4 x 64 completion tokens" in done.stdout and "2 x v5e:2x2" in done.stdout
+    assert [name for name, program in programs.items() if program["between"]] == ["update"]
+    (kind, between), *more = programs["update"]["between"].items()
+    gradients = 4 * sum(math.prod(shape) for shape in hf.parameter_shapes(model_config.load(model)).values()) / 4
+    assert kind == "all-reduce" and not more and gradients / 2 < between["bytes"] < 1.1 * gradients
     assert 1.5 < programs["update"]["repeated"] < 4, "prompts are four times as long as completions"
     cells = compile_table.line("3b", "grpo", compile_table.PODS["v5e16"], found)
     assert len(cells) == len(compile_table.HEADS) and cells[1] == "GRPO" and all(cells)
@@ -76,6 +84,7 @@ def test_what_does_not_fit_is_said_with_what_would_help() -> None:
         (("--size=qwen2.5-vl-3b", "--topology=b42:8"), "--topology=b42:8 is unknown"),
         (("--size=qwen2.5-vl-3b", "--topology=v9:1x1"), "--topology=v9:1x1 is unknown"),
         (("--size=qwen2.5-vl-3b", "--topology=v5e:2x2", "--config.mesh.fsdp=3"), "can be one of"),
+        (("--size=qwen2.5-vl-3b", "--topology=v5e:2x2", "--slices=2"), "mesh.data=1 over 2 slices"),
     ],
     ids=str,
 )

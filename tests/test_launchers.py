@@ -116,6 +116,7 @@ SETTINGS = [
     *((GKE | JOBSET | {"NAME": name}, MANIFEST) for name in ("A", "-a", "a-", "1a", "a_b", "a" * 40, "é")),
     (POD | {"BUCKET": "x; id"}, ("tpu_vm.sh", "--dry-run", "setup")),
     (POD | {"RESTARTS": "1; id"}, ("tpu_vm.sh", "--dry-run", "run", "x")),
+    (POD | {"PORT": "1; id"}, ("tpu_vm.sh", "--dry-run", "run", "x")),
     (POD | {"WORKER": "-1"}, ("tpu_vm.sh", "--dry-run", "logs")),
     ({"PORT": "x"}, ("local_multi.sh", "--dry-run", "2", "x")),
     ({"RESTARTS": "many"}, ("run.sh", "--dry-run", "x")),

@@ -191,6 +191,7 @@ def rehearse(parser: Parser) -> None:
 
 def compile_check(parser: Parser) -> None:
     parser.add_argument("--topology", required=True, help="such as v5e:4x4, v5p:2x2x4, v6e:8x8")
+    parser.add_argument("--slices", type=at_least(1), default=1, help="slices of that topology; config.mesh.data")
     parser.add_argument("--size", default="", help="a published model, such as qwen2.5-vl-3b; default: config.model")
     parser.add_argument("--prompt", type=int, default=4096, help="tokens of a prompt")
     parser.add_argument("--visual", type=int, default=3584, help="of these, from the video")

@@ -1,7 +1,8 @@
 """Sharding of arrays: one mesh, and regexes on parameter names.
 
 Mesh axes: `data` (copies of the model, different examples), `fsdp` (examples too, parameters split), `tensor`
-(heads and hidden units split).
+(heads and hidden units split). Between TPU slices, which only the datacenter's network connects, lies `data` alone:
+what goes over it is the gradients' sum, once for each micro-batch of an update.
 """
 
 import math
@@ -45,12 +46,29 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
 def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all there are); one axis may be -1, which takes what the others leave.
 
-    Raises InputError when the axes do not multiply to the number of devices, with the factorings that would.
+    Of several TPU slices each holds whole rows of the `data` axis. Raises InputError when the axes do not multiply to
+    the number of devices, with the factorings that would, or when `data` cannot be split over the slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _sizes(shape, len(devices))
-    layout = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    sizes, count = _sizes(shape, len(devices)), slices(devices)
+    if count == 1:
+        return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
+    data, *inside = sizes
+    if data % count:
+        raise InputError(
+            f"mesh.data={data} over {count} slices: expected a multiple of {count}, such as {count}, so that "
+            f"parameters are split inside a slice alone (mesh.fsdp x mesh.tensor: {len(devices) // count} or a part)"
+        )
+    layout = mesh_utils.create_hybrid_device_mesh(
+        (data // count, *inside), (count, 1, 1), devices, allow_split_physical_axes=True
+    )
     return Mesh(layout, AXES)
+
+
+def slices(devices: Sequence[Any]) -> int:
+    """The number of TPU slices that `devices` are of. (A GPU's `slice_index` is its host; of a single slice that is not
+    there devices have none.)"""
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
 def abstract_mesh(shape: Mapping[str, int], count: int) -> AbstractMesh:

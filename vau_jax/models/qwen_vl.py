@@ -20,7 +20,8 @@ from vau_jax.common import sharding
 from vau_jax.models import attention, lora, rope
 from vau_jax.models.attention import Keys
 from vau_jax.models.config import QwenVLConfig, VisionConfig, with_motion
-from vau_jax.models.layers import UNIT_NORMAL, Dense, RMSNorm, SwiGLU, rows_of
+from vau_jax.models.embedding import Embedding
+from vau_jax.models.layers import UNIT_NORMAL, Dense, RMSNorm, SwiGLU
 from vau_jax.models.lora import LoRA
 from vau_jax.models.motion_prompt import VARIATION, pairs_of
 from vau_jax.models.vision import VisionTower
@@ -144,19 +145,6 @@ class Decoder(nn.Module):
         return RMSNorm(c.rms_norm_eps, name="norm")(x), kv
 
 
-class Embedding(nn.Module):
-    """Token numbers int32 [...] to [..., features]."""
-
-    size: int
-    features: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        table = self.param("embedding", UNIT_NORMAL, (self.size, self.features))
-        return rows_of(table, tokens, self.dtype)
-
-
 def _on_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of `QwenVL` whose arrays are sharded over its mesh."""
 
@@ -211,9 +199,10 @@ class QwenVL(nn.Module):
         params = variables["params"]
         return params["embed_tokens"]["embedding"] if self.config.tie_word_embeddings else params["lm_head"]
 
-    def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-        """Token embeddings [B, T, D] with visual features at the positions of visual tokens, and `Packed.deep`."""
-        x = self.embed_tokens(batch.tokens)
+    def embed(self, batch: Batch, gathered: bool = False) -> tuple[jax.Array, jax.Array | None]:
+        """Token embeddings [B, T, D] with visual features at the positions of visual tokens, and `Packed.deep`;
+        `gathered` as in `Embedding`."""
+        x = self.embed_tokens(batch.tokens, gathered)
         if batch.vision is None:
             return x, None
         features = self.encode_vision(batch)
@@ -239,8 +228,9 @@ class QwenVL(nn.Module):
 
     @_on_mesh
     def prefill(self, batch: Batch) -> tuple[jax.Array, KVCache]:
-        """Hidden states [B, T, D] of the prompts and their cache [L, B, K, T, H]."""
-        x, deep = self.embed(batch)
+        """Hidden states [B, T, D] of the prompts and their cache [L, B, K, T, H]; as in `decode`, weights are not split
+        over the mesh's fsdp axis."""
+        x, deep = self.embed(batch, gathered=True)
         return self.decoder(x, Packed(self._angles(batch.positions), batch.mask, deep), keep_kv=True)
 
     @_on_mesh
@@ -250,7 +240,7 @@ class QwenVL(nn.Module):
         """One step: tokens int32 [B, G] at completion position `step` -> hidden [B, G, D], new keys [L, B, G, K, H]."""
         position = jnp.broadcast_to((batch.next_position + step)[:, None, None], (tokens.shape[0], 3, tokens.shape[1]))
         where = Decoding(self._angles(position), batch.mask, step)
-        return self.decoder(self.embed_tokens(tokens), where, caches)
+        return self.decoder(self.embed_tokens(tokens, gathered=True), where, caches)
 
 
 def init(config: QwenVLConfig, key: jax.Array) -> Params:
