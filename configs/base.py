@@ -145,7 +145,17 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps between checkpoints; the last step is always saved
     c.checkpoint.keep = 2  # number of newest checkpoints to keep, besides those that other runs started from
-    c.checkpoint.best = "auto"  # metric of the best checkpoint, kept too; auto: reward or -loss
+    c.checkpoint.best = "auto"  # metric of the best checkpoint, kept too; auto: eval/score, else reward or -loss
+
+    c.eval = ConfigDict()  # evaluation of the run's model while it trains, asked as in training
+    c.eval.csv = ""  # annotation file of held-out examples; empty: no evaluation
+    c.eval.videos = ""  # folder of their videos; empty: data.videos
+    c.eval.split = ""  # split of a TFDS dataset; empty: data.split
+    c.eval.tasks = ()  # tasks asked; (): those of data.tasks
+    c.eval.max_examples = 64  # at most so many examples, spread over the file; 0: all
+    c.eval.every = 100  # steps between evaluations; the last step is evaluated too
+    c.eval.share = 0.1  # of the run's time: an evaluation that would take more is left out; 1: none is
+    c.eval.patience = 0  # the run stops after so many evaluations without improvement; 0: it does not
 
     c.judge = endpoint()  # judge model for descriptions, used where rewards.judge has a weight
     c.judge.temperature = 0.0  # 0: the same marks each time

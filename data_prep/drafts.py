@@ -75,7 +75,8 @@ def by_model(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iter
     """The answers of config.student.checkpoint, student.samples to a question, its options in the row's own order."""
     s = config.student
     vlm = VideoLM.load(s.checkpoint, s.dtype)
-    batches = pipeline.eval_batches(examples, vlm.processor, config.data, s.batch_size, config.seed, blind=False)
+    loader = pipeline.make_loader(vlm.processor, config.data, augment=False)
+    batches = pipeline.eval_batches(examples, loader, s.batch_size, config.seed)
     for number, host in enumerate(batches):
         out = sampling.sample(
             vlm.variables,

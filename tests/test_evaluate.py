@@ -203,7 +203,8 @@ def loaded(model_folder: Path, dataset: Path) -> dict[str, pipeline.Loaded]:
     examples, _ = pipeline.load_examples(c.data)
     video = next(e.video for e in examples if e.truth.get("intervals"))
     chosen = [e for e in examples if e.video == video]
-    batch = next(pipeline.eval_batches(chosen, Processor(model_folder), c.data, 4, seed=0, blind=False))
+    loader = pipeline.make_loader(Processor(model_folder), c.data, augment=False)
+    batch = next(pipeline.eval_batches(chosen, loader, 4, seed=0))
     return {item.example.task: item for item in batch.examples}
 
 

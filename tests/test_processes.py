@@ -28,6 +28,7 @@ def options(stage: str, model: Path, data: Path, workdir: Path, steps: int = STE
     if stage == "rft":
         changed |= {"user_rewards": "(('tests.reward_functions:told', 1.0),)", "data.difficulty.enabled": True}
         changed |= {"grpo.kl_in": "reward", "grpo.scale": "batch", "rollout.max_draws": 3}
+        changed |= {"eval.csv": data / "test.csv", "eval.every": 2, "eval.max_examples": 7, "eval.share": 1.0}
     return arguments(stage, model, data, workdir, steps, **changed)
 
 
@@ -117,6 +118,11 @@ def test_rft_of_several_processes_is_that_of_one(
     found = curve(several, *names)
     np.testing.assert_allclose(found, curve(tmp_path / "one", *names), **SAME)
     assert found[:, -1].max() > 0, "no group was replaced"
+    evaluated = [
+        [{name: x for name, x in line.items() if name.startswith("eval/")} for line in read_metrics(folder)]
+        for folder in (several, tmp_path / "one")
+    ]
+    assert evaluated[0] == evaluated[1] and [len(line) > 5 for line in evaluated[0]] == [False, True, False, True]
 
 
 def test_what_processes_tell_each_other_soon_compiles_nothing(rft_of_two: Path) -> None:

@@ -84,6 +84,27 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step() -> None:
         loop.check_finite({"loss": float("nan"), "grad_norm": 1.0}, 7, 5)
 
 
+TOO_MUCH = jax.jit(lambda x: jnp.zeros(2**46) + x)  # 256 TiB
+
+
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [
+        ("update", r"in update \(.*Out of memory.*micro_batches=4 \(now 1.*lora.rank=16"),
+        ("rollout", r"in vision tower, prefill, decode step \(.*Out of memory.*smaller batch_size \(now 4\)"),
+    ],
+)
+def test_exhausted_memory_names_the_program_and_what_would_help(
+    phase: str, words: str, model_folder: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = loop.Run(small("vau_r1_multi_rft", model_folder, dataset))
+    owner, name = (run.learner, "update") if phase == "update" else (run.worker.engine, "sample")
+    monkeypatch.setattr(owner, name, lambda *_: TOO_MUCH(1.0))
+    with pytest.raises(InputError, match=words):
+        run.step(0)
+    run.close()
+
+
 def test_a_run_tells_where_its_time_goes(
     model_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

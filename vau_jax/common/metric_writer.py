@@ -160,11 +160,14 @@ class RunLog:
             self.tracing = True
         self.programs.take()
 
-    def end(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]], note: str) -> None:
+    def end(
+        self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]], note: str, always: bool = False
+    ) -> None:
+        """Logs a step: every config.log_every-th, the last, and with `always` this one."""
         if step == max(self.config.profile_steps):
             self._end_trace()
         self.heartbeat.beat(step, metrics["seconds/step"])
-        if self.writer and (step % self.config.log_every == 0 or step == self.config.steps):
+        if self.writer and (always or step % self.config.log_every == 0 or step == self.config.steps):
             self.writer.write(step, metrics | memory() | self.programs.take(), samples)
         if self.progress:
             self.progress.show(step, note)

@@ -28,7 +28,7 @@ from vau_jax.common import sharding
 from vau_jax.common.files import InputError, locked, write_bytes
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
-START = 600  # seconds to wait for all processes at the start
+START = 1800  # seconds to wait for all processes at the start: hosts of a pod may be set up far apart
 SHORTEST = 4096  # bytes of JSON that processes send to each other: more are padded to the next power of two
 
 
@@ -218,11 +218,13 @@ def _take(pools: Sequence[Any], numbers: jax.Array) -> Any:
 class Preemption:
     """SIGTERM as a request: the run ends cleanly after a step, with a checkpoint.
 
-    Several processes agree on the step through JAX's coordination service, whichever of them received the signal.
+    Several processes agree through JAX's coordination service on the moment, whichever of them received the signal: all
+    ask as often as each other.
     """
 
     def __init__(self) -> None:
         self._asked = threading.Event()
+        self._times = 0  # that `due` was called
         self._before = None
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._ask)
@@ -230,10 +232,11 @@ class Preemption:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked.set()
 
-    def due(self, step: int) -> bool:
-        """Whether the run is to end after `step`."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+    def due(self) -> bool:
+        """Whether the run is to end now."""
+        self._times += 1
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._times):
+            self._asked.set()
         return self._asked.is_set()
 
     def close(self) -> None:

@@ -15,14 +15,34 @@ from vau_jax.datasets.audit import Audit
 from vau_jax.tasks.example import Example
 
 
-class Feed:
+class Placer:
+    """Puts batches on the devices, of which each process loads its own `rows`."""
+
+    def __init__(self, rows: Rows, collate: pipeline.Collator) -> None:
+        self.rows, self.collate = rows, collate
+
+    def shape(self, host: HostBatch) -> Shape:
+        """The shape that every process pads its rows of a batch to: the maximum over all."""
+        own = self.collate.shape(host.examples)
+        return Shape(*map(max, *self.rows.gather([own] * len(host.examples)), own))
+
+    def agreed(self, host: HostBatch) -> HostBatch:
+        """The same rows padded to the shape agreed by all processes."""
+        return host if jax.process_count() == 1 else self.collate(host.examples, self.shape(host))
+
+    def on_devices(self, host: HostBatch) -> HostBatch:
+        """The whole batch's prompts on the devices, from this process's rows."""
+        return replace(host, batch=self.rows.put(host.batch))
+
+
+class Feed(Placer):
     """The batches of config.data for `rows`; `counts` are the data problems since the run began."""
 
     def __init__(
         self, config: ConfigDict, examples: list[Example], audit: Audit, processor: Processor, rows: Rows
     ) -> None:
-        self.config, self.rows = config, rows
-        self.collate = pipeline.Collator(processor, config.data)
+        super().__init__(rows, pipeline.Collator(processor, config.data))
+        self.config = config
         self.iterator = pipeline.train_iterator(
             examples,
             processor,
@@ -41,19 +61,6 @@ class Feed:
         troubles = [pipeline.problem_counts(item, self.config.data) for item in host.examples]
         self.counts.update(pipeline.summed(self.rows.gather(troubles)))
         return host
-
-    def shape(self, host: HostBatch) -> Shape:
-        """The shape that every process pads its rows of a batch to: the maximum over all."""
-        own = self.collate.shape(host.examples)
-        return Shape(*map(max, *self.rows.gather([own] * len(host.examples)), own))
-
-    def agreed(self, host: HostBatch) -> HostBatch:
-        """The same rows padded to the shape agreed by all processes."""
-        return host if jax.process_count() == 1 else self.collate(host.examples, self.shape(host))
-
-    def on_devices(self, host: HostBatch) -> HostBatch:
-        """The whole batch's prompts on the devices, from this process's rows."""
-        return replace(host, batch=self.rows.put(host.batch))
 
     def state(self) -> Any:
         """The position in the data, in grain's format."""

@@ -495,25 +495,21 @@ def train_iterator(
 
 
 def eval_batches(
-    examples: list[Example],
-    processor: Processor,
-    config: ConfigDict,
-    batch_size: int,
-    seed: int,
-    blind: bool,
-    text: str = "",
+    examples: list[Example], loader: Loader, batch_size: int, seed: int, rows: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
-    """All examples once, in order, the last batch filled up with its last example. The order of options depends on the
-    seed and the example's id alone. `text` is asked instead of the tasks' prompts.
+    """All examples once, in order, the last batch filled up with its last example; of each batch these `rows` (None:
+    all). The order of options depends on the seed and the example's id alone.
     """
-    loader = make_loader(processor, config, augment=False, blind=blind, text=text)
+    rows = range(batch_size) if rows is None else rows
 
     def load(example: Example) -> Loaded:
         return loader(example, rng_of(example, seed))
 
     padded = examples + examples[-1:] * (-len(examples) % batch_size)  # one shape, one program
-    batches = grain.MapDataset.source(padded).map(load).batch(batch_size, batch_fn=Collator(processor, config))
-    return iter(_ahead(batches, config))
+    mine = [padded[begin + row] for begin in range(0, len(padded), batch_size) for row in rows]
+    collate = Collator(loader.processor, loader.config)
+    batches = grain.MapDataset.source(mine).map(load).batch(len(rows), batch_fn=collate)
+    return iter(_ahead(batches, loader.config))
 
 
 def draw_numbers(items: Sequence[Loaded], repeats: Sequence[int] | None = None) -> np.ndarray:

@@ -43,10 +43,8 @@ def by_model(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Itera
     for two, group in zip((False, True), groups, strict=True):
         if not group:
             continue
-        batches = pipeline.eval_batches(
-            group, vlm.processor, config.data, config.batch_size, config.seed, config.blind, templates.turns[0] * two
-        )
-        for host in batches:
+        loader = pipeline.make_loader(vlm.processor, config.data, False, config.blind, templates.turns[0] * two)
+        for host in pipeline.eval_batches(group, loader, config.batch_size, config.seed):
             texts = _decoded(host, vlm, config)
             if two:
                 more = _decoded(_second(host, texts, vlm, templates.turns[1], config), vlm, config)

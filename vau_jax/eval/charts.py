@@ -12,6 +12,7 @@ from vau_jax.tasks.charts import Chart, Matrix, chart, label
 from vau_jax.tasks.record import Record
 
 CURVES = {  # title: a number of metrics.jsonl
+    "Evaluation during training": "eval/score",
     "Reward": "reward",
     "Reward for format": "rewards/format",
     "Reward for accuracy": "rewards/accuracy",

@@ -33,6 +33,8 @@ INPUTS = "inputs.json"  # what a run reads, with hashes
 NEEDED = "needed_by"  # in the workdir: a note of each run that started from one of its checkpoints
 DAMAGED = "damaged"  # in the workdir: damaged checkpoints
 FORMAT = 2  # of checkpoints; in 1, which had no number, a motion prompt's numbers were not part of the tower
+EVALUATED = "eval/"  # prefix of the metrics of evaluations during training
+SCORE = f"{EVALUATED}score"  # the one that checkpoints are compared by
 STATE = "state/"  # prefix of a checkpoint's large files
 
 
@@ -146,15 +148,25 @@ def _score(metrics: dict[str, float | None]) -> float:
 
 
 class BestMetric:
-    """The score that determines the best checkpoint: the mean of a metric over the steps since the last checkpoint."""
+    """The score that determines the best checkpoint: the mean of a metric over the steps since the last checkpoint, or
+    one of the evaluation at the checkpoint's own step."""
 
     def __init__(self, config: ConfigDict) -> None:
-        auto = "reward" if config.stage == "rft" else "-loss"
+        auto = SCORE if config.eval.csv else "reward" if config.stage == "rft" else "-loss"
         self.name = auto if config.checkpoint.best == "auto" else config.checkpoint.best
         self.values: list[float | None] = []  # None: no finite number
 
+    @property
+    def by_evaluation(self) -> bool:
+        """Whether evaluations during training determine it."""
+        return self.name.removeprefix("-").startswith(EVALUATED)
+
     def add(self, metrics: dict[str, Any]) -> None:
         metric = self.name.removeprefix("-")
+        if self.by_evaluation:
+            self.values = []
+            if metric not in metrics:
+                return
         if metric not in metrics:
             known = ", ".join(sorted(metrics))
             raise InputError(f"checkpoint.best={self.name!r} is not a metric: expected one of {known}")
@@ -162,9 +174,9 @@ class BestMetric:
         self.values.append(value if np.isfinite(value) else None)
 
     def take(self) -> float:
-        """The mean so far, which is reset; -inf where it is not finite."""
+        """The mean so far, which is reset; -inf where there is none, or it is not finite."""
         values, self.values = self.values, []
-        return -np.inf if None in values else float(np.mean(values))
+        return -np.inf if None in values or not values else float(np.mean(values))
 
 
 def restore_params(step_folder: str | os.PathLike) -> Params:

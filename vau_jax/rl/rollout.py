@@ -43,14 +43,14 @@ class Collected(NamedTuple):
 
 
 class Clock:
-    """Seconds spent in each phase of a step."""
+    """Seconds spent in each phase of a step, and the phase that it is in, or was in last."""
 
     def __init__(self) -> None:
-        self.began, self.spent = time.monotonic(), {}
+        self.began, self.spent, self.phase = time.monotonic(), {}, ""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        began = time.monotonic()
+        began, self.phase = time.monotonic(), phase
         yield
         self.spent[phase] = self.spent.get(phase, 0.0) + time.monotonic() - began
 

@@ -9,6 +9,7 @@ its last checkpoint and ends with the same bits.
 import errno
 import json
 import math
+import operator
 import os
 import shutil
 import sys
@@ -40,12 +41,14 @@ from vau_jax.rl.engine import Engine
 from vau_jax.rl.rollout import Clock, RolloutWorker
 from vau_jax.rl.scorer import Scorer
 from vau_jax.tasks import prompts
-from vau_jax.train import optim, update
+from vau_jax.train import evaluation, memory, optim, update
+from vau_jax.train.evaluation import Evaluation
 from vau_jax.train.learner import Learner, shapes_of
 from vau_jax.types import TrainBatch
 from vau_jax.vlm import DTYPES, VideoLM
 
 PREEMPTED = "preempted.json"  # in the workdir of a run that was preempted
+STOPPED = "stopped.json"  # in the workdir of a run that stopped early
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -77,6 +80,7 @@ def check(config: ConfigDict) -> None:
     motion_prompt.check(c.motion)
     if len(c.profile_steps) != 2:
         raise InputError(f"profile_steps={tuple(c.profile_steps)}: expected the first and the last step of a trace")
+    evaluation.check(c)
     if c.batch_size % c.micro_batches:
         raise InputError(f"micro_batches={c.micro_batches} does not divide batch_size={c.batch_size}")
     if c.stage == "rft":
@@ -121,6 +125,7 @@ class Run:
         self.difficulty = Difficulty(config.data.difficulty)
         self.worker = self._worker(workdir) if config.stage == "rft" else None
         self.tokens_seen = 0
+        self.evaluation = Evaluation(config, self.processor, self.mesh) if config.eval.csv else None
         self.best = checkpoint.BestMetric(config)
         self.key = jax.random.key(config.seed)
 
@@ -140,6 +145,7 @@ class Run:
             "tokens_seen": self.tokens_seen,
             "data_counts": dict(self.feed.counts),
             "scores": self.best.values,
+            "evaluation": self.evaluation.state if self.evaluation else None,
         }
 
     def resume(self, checkpoints: checkpoint.Checkpoints) -> int:
@@ -151,6 +157,8 @@ class Run:
         self.feed.resume(position["iterator"])
         self.difficulty.accuracy, self.tokens_seen = position["difficulty"], position["tokens_seen"]
         self.feed.counts, self.best.values = Counter(position["data_counts"]), position["scores"]
+        if self.evaluation:
+            self.evaluation.state = position["evaluation"]
         return step
 
     def close(self) -> None:
@@ -163,23 +171,47 @@ class Run:
 
     def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One update (or, with grpo.iterations, several): its metrics, and sampled texts when there was a rollout."""
-        clock = Clock()
-        with clock("data"):
-            host = self.feed.next()
-        if self.worker:
-            train, metrics, samples = self.worker.collect(
-                self.learner, host, jax.random.fold_in(self.key, number), clock
-            )
-        else:
-            train, metrics, samples = self.supervised(host), {}, []
-        metrics |= self.feed.counts
-        train = jax.device_put(train, sharding.examples(self.mesh))
-        with clock("update"):
-            metrics |= self.learner.update(train)
-        self.learner.follow_reference(number)
+        clock, heads = Clock(), self.processor.config.num_heads
+        with memory.explained(self.config, self.mesh, heads, lambda: clock.phase):
+            with clock("data"):
+                host = self.feed.next()
+            if self.worker:
+                train, metrics, samples = self.worker.collect(
+                    self.learner, host, jax.random.fold_in(self.key, number), clock
+                )
+            else:
+                train, metrics, samples = self.supervised(host), {}, []
+            metrics |= self.feed.counts
+            train = jax.device_put(train, sharding.examples(self.mesh))
+            with clock("update"):
+                metrics |= self.learner.update(train)
+            self.learner.follow_reference(number)
         metrics |= clock.seconds()
         metrics |= self._speed(train, metrics)
         return metrics, samples
+
+    def evaluate(self, step: int, metrics: dict[str, Any], preemption: processes.Preemption) -> dict[str, float]:
+        """The metrics of an evaluation after `step`, whose own are `metrics`; empty where there is none."""
+        if self.evaluation is None:
+            return {}
+        heads = self.processor.config.num_heads
+        with memory.explained(self.config, self.mesh, heads, lambda: "rollout"):  # it samples too
+            return self.evaluation.after(step, metrics["seconds/step"], self.learner, preemption.due)
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether evaluations say that the run is to end."""
+        return self.evaluation is not None and self.evaluation.ends_run
+
+    def is_best_at(self, step: int) -> bool:
+        """Whether an evaluation says that `step` is the best so far."""
+        return self.best.by_evaluation and self.evaluation.improved_at(step)
+
+    def headline(self, metrics: dict[str, Any]) -> str:
+        """The two or three numbers that a progress line shows, with those of the last evaluation."""
+        shown = {name: metrics[name] for name in ("loss", "reward", "kl") if name in metrics}
+        shown |= self.evaluation.last if self.evaluation else {}
+        return "  ".join(f"{name} {float(value):.3f}" for name, value in shown.items())
 
     def supervised(self, host: HostBatch) -> TrainBatch:
         """The batch of an SFT update: the right completions, weighted by section."""
@@ -234,7 +266,9 @@ def summary(config: ConfigDict, workdir: Path) -> str:
     if not processes.is_first():
         return ""
     best = read_json(workdir / "best.json")
-    title = f"{config.stage}: {config.steps} steps are done; best checkpoint by {best['metric']}: step {best['step']}"
+    last = checkpoint.steps(workdir)[-1]
+    early = f", and no more: {patience_of(config)}" if (workdir / STOPPED).exists() else ""
+    title = f"{config.stage}: {last} steps are done{early}; best checkpoint by {best['metric']}: step {best['step']}"
     places = {
         "checkpoints": workdir / "checkpoints",
         "metrics": f"{workdir / 'metrics.jsonl'}, and for TensorBoard {workdir / 'tensorboard'}",
@@ -250,6 +284,9 @@ def _train(config: ConfigDict, workdir: Path) -> None:
     if (checkpoints.latest() or 0) >= config.steps:
         print(f"{config.stage}: {config.steps} steps are done already ({workdir})", flush=True)
         return
+    if stopped_early(config, workdir):
+        print(f"{config.stage}: stopped early already ({workdir}): {patience_of(config)}", flush=True)
+        return
     preemption = processes.Preemption()
     read = processes.broadcast_from_first(lambda: inputs(config, workdir))
     source = checkpoint.read_source(Fields(read["source"], checkpoint.INPUTS))
@@ -264,8 +301,26 @@ def _train(config: ConfigDict, workdir: Path) -> None:
         write_text(workdir / "best.json", dump_json(best))
     checkpoints.close()
     preemption.close()
-    if done < config.steps:
+    if run.stops_early and done < config.steps:
+        if processes.is_first():
+            note = {"step": done, "without_improvement": run.evaluation.without_improvement}
+            write_text(workdir / STOPPED, dump_json(note))
+    elif done < config.steps:
         _exit_preempted(workdir, done)
+
+
+def stopped_early(config: ConfigDict, workdir: Path) -> bool:
+    """Whether the run in `workdir` stopped early, and config.eval.patience does not ask for more."""
+    note = processes.broadcast_from_first(lambda: read_json(workdir / STOPPED) if (workdir / STOPPED).exists() else {})
+    return bool(note) and 0 < config.eval.patience <= note["without_improvement"]
+
+
+def patience_of(config: ConfigDict) -> str:
+    """Why a run stopped early, and how it goes on."""
+    return (
+        f"its last {config.eval.patience} evaluations brought no improvement (it goes on with a higher eval.patience, "
+        "or 0)"
+    )
 
 
 def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preemption: processes.Preemption) -> int:
@@ -279,11 +334,15 @@ def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preempti
         done += 1
         if not config.skip_nonfinite:
             check_finite(metrics, done, checkpoints.latest())
-        log.end(done, metrics, samples, headline(metrics))
-        run.best.add(metrics)
-        stop, due = preemption.due(done), done % config.checkpoint.every == 0 or done == config.steps
-        if stop or due:
-            value = run.best.take() if due else -np.inf  # a checkpoint in between is never the best
+        with _naming_lost_processes(log):
+            evaluated = run.evaluate(done, metrics, preemption)
+        log.end(done, metrics | evaluated, samples, run.headline(metrics), always=bool(evaluated))
+        run.best.add(metrics | evaluated)
+        stop = preemption.due() or run.stops_early
+        due = done % config.checkpoint.every == 0 or done == config.steps
+        if stop or due or run.is_best_at(done):
+            # A checkpoint in between has no mean to be the best by; an evaluation is of its own step.
+            value = run.best.take() if due or run.best.by_evaluation else -np.inf
             checkpoints.save(done, run.learner.state, run.position(), value)
         if stop and done < config.steps:
             break
@@ -338,7 +397,8 @@ def _writing_to(workdir: Path) -> Iterator[None]:
 def _describe(run: Run, workdir: Path, source: checkpoint.Source) -> None:
     """Writes the description of a run: its model's files, config, versions and devices."""
     config = run.config
-    (workdir / PREEMPTED).unlink(missing_ok=True)
+    for note in (PREEMPTED, STOPPED):
+        (workdir / note).unlink(missing_ok=True)
     shutil.rmtree(workdir / "heartbeats", ignore_errors=True)
     checkpoint.copy_model_files(run.processor.folder, workdir)
     if motion := run.processor.motion:
@@ -360,6 +420,10 @@ MAY_CHANGE = (
     "log_every",
     "checkpoint.every",
     "checkpoint.keep",
+    "eval.every",
+    "eval.videos",
+    "eval.share",
+    "eval.patience",
     "wandb",
     "profile_steps",
     "mesh.data",
@@ -415,11 +479,11 @@ def inputs(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     path, old = workdir / checkpoint.INPUTS, None
     if path.exists() and checkpoint.steps(workdir):
         old = Fields(read_json(path), str(path))
-    data = pipeline.input_hashes(config.data)
+    data = pipeline.input_hashes(config.data) | evaluation.input_hashes(config)
     for name, found in data.items() if old else ():
         if old.object("data").text(name, "") != found:
             raise InputError(
-                f"{config.data[name.removeprefix('data.')]} ({name}) has changed since the run in {workdir} began: put "
+                f"{operator.attrgetter(name)(config)} ({name}) has changed since the run in {workdir} began: put "
                 "it back as it was, or choose another --workdir"
             )
     if old:
@@ -436,12 +500,6 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in config.items():
         result |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return result
-
-
-def headline(metrics: dict[str, Any]) -> str:
-    """The two or three numbers that a progress line shows."""
-    shown = {name: metrics[name] for name in ("loss", "reward", "kl") if name in metrics}
-    return "  ".join(f"{name} {float(value):.3f}" for name, value in shown.items())
 
 
 def check_finite(metrics: dict[str, Any], step: int, saved: int | None) -> None:
