@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from tests.runs import ROOT, TRAINING, small
 from vau_jax.common.chips import Chip
 from vau_jax.common.files import LOCK, InputError, locked, read_json
 from vau_jax.common.metric_writer import MetricWriter, RunLog, read_metrics
+from vau_jax.configs import base
 from vau_jax.eval import evaluate
 from vau_jax.launch import sweep
 from vau_jax.models import checkpoint, hf
@@ -198,7 +198,7 @@ def test_a_run_whose_config_is_not_understood_is_refused_in_one_line(
 
 
 def test_a_score_that_is_no_number_is_the_worst_and_null_in_json(tmp_path: Path) -> None:
-    score = checkpoint.BestMetric(ConfigDict({"stage": "sft", "checkpoint": {"best": "auto"}}))
+    score = checkpoint.BestMetric(base.get_config())
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
     for step, loss in enumerate((float("nan"), 1e9, float("inf")), start=1):
         score.add({"loss": loss})
@@ -211,7 +211,8 @@ def test_a_score_that_is_no_number_is_the_worst_and_null_in_json(tmp_path: Path)
 
 
 def test_a_metric_for_the_best_checkpoint_that_is_none_is_refused() -> None:
-    c = ConfigDict({"stage": "rft", "checkpoint": {"best": "rewards/none"}})
+    c = base.get_config()
+    c.stage, c.checkpoint.best = "rft", "rewards/none"
     with pytest.raises(
         InputError, match=r"checkpoint\.best='rewards/none' is not a metric: expected one of kl, reward"
     ):
