@@ -21,10 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from vau_jax.common import sharding
+from vau_jax.common import rendezvous, sharding
 from vau_jax.common.files import InputError, locked, write_bytes
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
@@ -38,22 +39,38 @@ def start() -> None:
     The cluster provides their addresses (TPU pod, GKE, SLURM, Open MPI), or JAX_COORDINATOR_ADDRESS (host:port of
     process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID do. Raises InputError where neither exists.
     """
-    given = {name: os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
     try:
-        count, number = (int(value) if value else None for value in given.values())
+        address, count, number, devices = _place()
+        if address is None or count is None or number is None:
+            raise ValueError("no cluster is known here.")
+        rendezvous.meet(address, count, number, START)
         jax.distributed.initialize(
-            num_processes=count,
-            process_id=number,
+            address,
+            count,
+            number,
+            devices,
             initialization_timeout=START,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=HEARTBEAT,
-            cluster_detection_method="deactivate" if count else None,
+            cluster_detection_method="deactivate",
         )
+    except InputError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"--distributed: the processes did not find each other: {error} Outside of a TPU pod, GKE, SLURM or Open "
             "MPI set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
+
+
+def _place() -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
+    """The coordinator's address, the number of processes, this one's, and its devices (None: all of the host): as the
+    environment says, and what it leaves out as JAX finds it in a cluster."""
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count, number = (int(os.environ[n]) if os.environ.get(n) else None for n in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    if count is not None:
+        return address, count, number, None
+    return ClusterEnv.auto_detect_unset_distributed_params(address, count, number, None, None, START)
 
 
 def is_first() -> bool:
