@@ -1,6 +1,6 @@
 """Every field of every config, once, with its default. The other configs change what differs."""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from vau_jax.tasks import TASKS, prompts
 
@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     c.steps = 1000  # number of updates
     c.epochs = 0.0  # passes over the examples, which set steps; 0: steps as given
     c.batch_size = 8  # prompts per update, over all devices
-    c.micro_batches = 1  # gradient accumulation: parts of a batch; less memory, the same result
+    c.micro_batches = FieldReference(1, object)  # gradient accumulation: parts of a batch; auto: as few as fit
     c.skip_nonfinite = False  # skip an update whose loss or gradient is not finite; False: stop the run
     c.log_every = 1  # steps between lines of metrics.jsonl
     c.wandb = ""  # Weights & Biases project to log to; empty: none

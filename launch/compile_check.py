@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from vau_jax.rl.engine import Engine
 from vau_jax.rl.rollout import abstract_inputs
 from vau_jax.train import loop, memory
 from vau_jax.train.learner import Learner
+from vau_jax.train.memory import held
 from vau_jax.types import Batch, Completions, Groups, Params, TrainBatch, Vision
 from vau_jax.types import Motion as PatchMotion
 
@@ -77,7 +78,12 @@ class Report:
     mfu_cap: float = 0.0  # of the operations that the model needs
     least_bytes: float = 0.0  # of a decoding step: the weights and caches, each read once
     repeated: float = 0.0  # of an update: operations of a form that repeats prompts for each completion, as a multiple
+    micro_batches: int = 0  # of an update
     problem: str = ""
+
+    def fits(self, room: float) -> bool:
+        """Whether it was compiled and takes at most `room` bytes."""
+        return bool(self.seconds) and self.needed <= room
 
     @property
     def needed(self) -> float:
@@ -107,7 +113,7 @@ class Programs:
     def __init__(self, config: ConfigDict, model: QwenVLConfig, mesh: Mesh, prompt: int, visual: int) -> None:
         if visual % 16 or not 0 < visual < prompt:
             raise InputError(f"--visual={visual}: expected a multiple of 16 below --prompt={prompt}")
-        sharding.check_divisible(config.batch_size // config.micro_batches, mesh)
+        sharding.check_divisible(memory.largest_part(config), mesh)
         config = config.copy_and_resolve_references()
         with config.unlocked():
             config.attention = "splash" if config.attention == "auto" else config.attention
@@ -213,13 +219,13 @@ class Programs:
             if learner.has_reference:
                 args = learner.abstract_reference, self.encoded_batch, self._completions()
                 yield Program("score", learner.logps_program, args, {}, everything - weights)
-        yield replace(self.update(), resident=everything - held((state, base)))
+        yield self.update()
 
     def update(self) -> "Program":
         learner = self.learner
-        return Program(
-            "update", learner.update_program, (learner.abstract_state, learner.abstract_base, self.train_batch())
-        )
+        arguments = learner.abstract_state, learner.abstract_base, self.train_batch()
+        beside = held(learner.abstract_state.params) if learner.copies_reference else 0.0
+        return Program("update", learner.update_program, arguments, resident=beside)
 
     @property
     def _copies_weights(self) -> bool:
@@ -258,7 +264,7 @@ class Programs:
         """Of an update with remat: each layer's input, and one layer at work with its gradients."""
         c, v, width = self.model.config, self.model.config.vision, self.model.dtype(0).itemsize
         tensor = self.mesh.shape["tensor"]
-        rows = self.config.batch_size / self.config.micro_batches / sharding.example_parts(self.mesh)
+        rows = memory.largest_part(self.config) / sharding.example_parts(self.mesh)
         tokens = rows * (self.batch.tokens.shape[1] + self.g * self.c)
         patches = rows * self.batch.vision.patches.shape[1]
         inside = tokens * (4 * c.hidden_size + 3 * c.intermediate_size) / tensor
@@ -281,9 +287,21 @@ class Programs:
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.batch_size, config.rollout.num_generations = config.batch_size * self.g, 1
-        tokens, patches = self.batch.tokens.shape[1], self.batch.vision.patches.shape[1]
-        model = self.model.config
-        return Programs(config, model, self.mesh, tokens, patches // model.vision.spatial_merge_size**2)
+        return Programs(config, self.model.config, self.mesh, *self.sizes_of_prompt)
+
+    def in_parts(self) -> Iterator["Programs"]:
+        """The same for each number of micro-batches to choose from, the least first."""
+        for parts in memory.candidates(self.config, self.mesh):
+            config = self.config.copy_and_resolve_references()
+            with config.unlocked(), config.ignore_type():
+                config.micro_batches = parts
+            yield Programs(config, self.model.config, self.mesh, *self.sizes_of_prompt)
+
+    @property
+    def sizes_of_prompt(self) -> tuple[int, int]:
+        """Tokens of a prompt, and those of them that come from the video."""
+        patches, merged = self.batch.vision.patches.shape[1], self.model.config.vision.spatial_merge_size**2
+        return self.batch.tokens.shape[1], patches // merged
 
     def advice(self) -> str:
         """What would help where one does not fit."""
@@ -348,10 +366,14 @@ class Program:
     resident: float = 0.0  # bytes a chip of the run's state that it does not use
 
 
-def held(tree: Shapes) -> float:
-    """Bytes a chip of shapes with shardings."""
-    leaves = jax.tree.leaves(tree)
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
+def check_update(programs: Programs, known: Chip) -> Report:
+    """The update in as few micro-batches as fit, where their number is to be found."""
+    for programs_in_parts in programs.in_parts():
+        report = check(programs_in_parts, programs_in_parts.update(), known)
+        report.micro_batches = programs_in_parts.config.micro_batches
+        if report.fits(memory.ROOM * known.memory):
+            break
+    return report
 
 
 def check(programs: Programs, program: Program, known: Chip) -> Report:
@@ -370,9 +392,9 @@ def check(programs: Programs, program: Program, known: Chip) -> Report:
         report.problem = re.sub(r"\s+", " ", str(error))[:400]
         return report
     report.compile_seconds = time.monotonic() - began
-    memory = compiled.memory_analysis()
-    report.arguments, report.temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    report.peak = memory.peak_memory_in_bytes
+    planned = compiled.memory_analysis()
+    report.arguments, report.temporary = planned.argument_size_in_bytes, planned.temp_size_in_bytes
+    report.peak = planned.peak_memory_in_bytes
     chips = programs.mesh.size
     whole = programs.operations(program)
     report.flops = whole / chips
@@ -421,6 +443,7 @@ def table(reports: list[Report], known: Chip) -> str:
                 f"  to other slices: {kind} {one['count']:,.0f}, {one['bytes'] / 1e9:.3f} GB"
                 for kind, one in r.between.items()
             )
+            + (f"  in {r.micro_batches} micro-batches" if r.micro_batches > 1 else "")
             + (f"  DOES NOT FIT: {r.problem}" if r.problem else "")
         )
     return "\n".join(lines) + f"\npeak and state in GiB of {known.memory / GIB:.0f}; all numbers are of one chip"
@@ -444,7 +467,8 @@ def run(args: argparse.Namespace, config: ConfigDict) -> int:
     wanted = [program for program in programs.all() if not args.only or program.name in args.only]
     reports, shown = [], Progress("compile", len(wanted), "program")
     for program in wanted:
-        reports.append(check(programs, program, known))
+        is_update = program.name == "update"
+        reports.append(check_update(programs, known) if is_update else check(programs, program, known))
         shown.show(len(reports), program.name)
     print(
         f"{args.size or config.model}, {config.stage}, {args.slices} x {args.topology}, "
@@ -465,15 +489,20 @@ def run(args: argparse.Namespace, config: ConfigDict) -> int:
 
 def estimate(args: argparse.Namespace, programs: Programs, known: Chip) -> int:
     """Prints the memory of a run on GPUs by what holds it; the exit code."""
-    result = programs.estimate()
+    for programs_in_parts in programs.in_parts():
+        result = programs_in_parts.estimate()
+        fits = max(sum(parts.values()) for parts in result.values()) <= 0.9 * known.memory  # XLA needs room too
+        if fits:
+            break
     model, mesh = args.size or programs.config.model, dict(programs.mesh.shape)
-    print(f"{model}, {programs.config.stage}, {args.topology}, mesh {mesh}")
+    micro_batches = programs_in_parts.config.micro_batches
+    print(f"{model}, {programs.config.stage}, {args.topology}, mesh {mesh}, micro-batches {micro_batches}")
     for name, parts in result.items():
         shares = ", ".join(f"{part} {value / GIB:.2f}" for part, value in parts.items())
         print(f"{name}: {sum(parts.values()) / GIB:.2f} of {known.memory / GIB:.0f} GiB ({shares})", flush=True)
     if args.json:
         write_text(args.json, dump_json({"chip": known._asdict(), "bytes": result}, indent=1))
-    if max(sum(parts.values()) for parts in result.values()) > 0.9 * known.memory:  # XLA needs room too
+    if not fits:
         print(f"does not fit; what would help: {programs.advice()}", file=sys.stderr)
         return 1
     return 0

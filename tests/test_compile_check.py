@@ -100,6 +100,9 @@ def test_gpu_memory_is_estimated_without_a_gpu() -> None:
     assert "h100:8" in done.stdout and "optimiser" in done.stdout and "of 80 GiB" in done.stdout
     done = call(*common, "--size=qwen2.5-vl-72b")
     assert done.returncode == 1 and "does not fit" in done.stderr
+    one = ("--topology=h100:1", "--size=qwen2.5-vl-3b", "--config.lora.rank=16", "--config.batch_size=32")
+    done = call(common[0], *one, "--config.micro_batches=auto")
+    assert done.returncode == 0 and "micro-batches 2\n" in done.stdout, "63 of 80 GiB, and in one part 119"
 
 
 @pytest.mark.parametrize(

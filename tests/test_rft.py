@@ -30,7 +30,7 @@ from vau_jax.rl import grpo
 from vau_jax.rl.difficulty import Difficulty
 from vau_jax.rl.engine import Engine
 from vau_jax.rl.rollout import Clock, RolloutWorker
-from vau_jax.train import loop, optim, update
+from vau_jax.train import learner, loop, memory, optim, update
 from vau_jax.types import Completions, Features, TrainBatch
 from vau_jax.vlm import VideoLM
 
@@ -154,11 +154,11 @@ def test_parts_of_a_batch_give_the_same_update(loss_type: str, parts: int, rolle
     results = []
     for number in (1, parts):
         c = t.config.copy_and_resolve_references()
-        c.micro_batches, c.grpo.loss_type, c.grpo.entropy_bonus = number, loss_type, 0.01
+        c.grpo.loss_type, c.grpo.entropy_bonus = loss_type, 0.01
         sgd = optim.optax.sgd(1.0)
         state = replace(t.learner.state, opt_state=sgd.init(t.learner.state.params))
         shardings = sharding.state_shardings(state, t.mesh)
-        step = update.make(c, t.learner.model, sgd, shardings, t.mesh)
+        step = update.make(c, t.learner.model, sgd, shardings, t.mesh, parts=number)
         results.append(jax.device_get(step(jax.tree.map(jnp.copy, state), t.learner.base, batch)))
     (whole, expected), (state, metrics) = results
     assert metrics.keys() == expected.keys()
@@ -531,3 +531,34 @@ def test_a_resumed_run_remembers_difficulty_and_tokens(model_folder: Path, datas
     assert t.resume(checkpoint.Checkpoints(tmp_path)) == 1
     assert t.tokens_seen == first["tokens_seen"] > 0
     assert t.difficulty.accuracy and set(t.difficulty.accuracy.values()) == {0.0}
+
+
+def fitting(t: loop.Run, batch: TrainBatch, room: float, monkeypatch: pytest.MonkeyPatch, number: Any = "auto") -> Any:
+    """State and metrics of an update with micro_batches=auto on devices with so much room, which CPUs do not tell."""
+    config = t.config.copy_and_resolve_references()
+    with config.ignore_type():
+        config.micro_batches = number
+    monkeypatch.setattr(memory, "room", lambda: room)
+    again = learner.Learner(config, t.learner.model.config, learner.shapes_of(t.learner.state.params), t.mesh)
+    again.base, again.reference = t.learner.base, t.learner.reference
+    again.state = jax.tree.map(jnp.copy, t.learner.state)
+    metrics = again.update(batch)
+    return jax.device_get(again.state), metrics
+
+
+def test_micro_batches_are_as_few_as_fit_by_the_compilers_plan(
+    rolled: tuple[loop.Run, TrainBatch], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """One byte less than the whole batch takes: it is computed in two parts, as if two were set."""
+    t, batch = rolled
+    given = t.learner.state, t.learner.base, batch
+    plans = [memory.planned(t.learner.update_in(n).lower(*given).compile()) for n in (1, 2, 4)]
+    assert plans[0] > plans[1] > plans[2]
+    beside = memory.held(t.learner.state.params)  # the reference policy
+    state, metrics = fitting(t, batch, plans[0] - 1 + beside, monkeypatch)
+    assert "micro_batches=2: an update takes" in capfd.readouterr().out
+    expected, expected_metrics = fitting(t, batch, 0.0, monkeypatch, 2)
+    assert metrics == expected_metrics
+    assert_close(state, expected, 0)
+    with pytest.raises(InputError, match=r"micro_batches=auto: with one prompt a device at a time .* lora.rank=16"):
+        fitting(t, batch, plans[2] - 1 + beside, monkeypatch)

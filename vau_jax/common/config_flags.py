@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections import config_flags as ml_config_flags
 
 from vau_jax.common.config_help import CONFIGS, known
@@ -22,6 +22,16 @@ from vau_jax.common.files import InputError, exit_on_input_error
 # XLA for TPU would cut products with split weights into pieces, one for each chip's part, and add each to a sum in
 # memory. With a whole prompt on a chip that costs three times the traffic of gathering the weights first.
 TPU_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+
+
+class _NumberOrWord(flags.ArgumentParser):
+    """The value of a field that is a number or a word, such as auto."""
+
+    def parse(self, argument: str) -> int | str:
+        return int(argument) if re.fullmatch(r"[-+]?\d+", str(argument)) else argument
+
+
+ml_config_flags.register_flag_parser_for_type(object, _NumberOrWord())
 
 
 def main(run: Callable[[ConfigDict, Path], Any]) -> None:
@@ -120,7 +130,7 @@ def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, ConfigDict):
             yield from fields(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield prefix + name, value.get() if isinstance(value, FieldReference) else value
 
 
 def _check_values(values: dict[str, Any]) -> None:

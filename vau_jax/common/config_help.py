@@ -10,6 +10,7 @@ from vau_jax import configs
 CONFIGS = Path(configs.__file__).parent
 ASSIGNMENT = re.compile(r"    c(?:\.(\S+))? = (.*?)(?:  # (.*))?")
 CALL = re.compile(r"(?:(\w+)\.)?(endpoint|get_config)\(\)")
+OF_ANY_TYPE = re.compile(r"FieldReference\((.*), object\)")
 INHERITED = re.compile(r"train\.(\S+)")  # `train` is base's config
 
 
@@ -48,6 +49,7 @@ def fields(path: Path, function: str = "get_config") -> list[Field]:
             source = path.with_name(f"{call.group(1)}.py") if call.group(1) else path
             taken = [f._replace(name=f"{name}.{f.name}".lstrip(".")) for f in fields(source, call.group(2))]
         else:
+            value = OF_ANY_TYPE.sub(r"\1", value)
             taken = [Field(name, value, comment or (found[name].comment if name in found else ""))]
         found |= {field.name: field for field in taken}
     return list(found.values())

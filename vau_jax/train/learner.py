@@ -21,7 +21,7 @@ from vau_jax.models import hf, lora, motion_prompt, qwen_vl
 from vau_jax.models.config import QwenVLConfig
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
-from vau_jax.train import optim, update
+from vau_jax.train import memory, optim, update
 from vau_jax.types import Batch, Completions, Params, State, TrainBatch, Variables
 from vau_jax.vlm import DTYPES
 
@@ -51,6 +51,7 @@ class Learner:
         self.base: Params | None = None
         self.reference: Params | None = None  # the reference policy of the KL, where it is fixed
         self.state: State | None = None
+        self._fitting: dict[tuple, update.Update] = {}  # with micro_batches=auto, by shapes of a batch
 
     # --- What is trained, and the state ---
 
@@ -159,8 +160,26 @@ class Learner:
 
     @cached_property
     def update_program(self) -> update.Update:
-        """(State, base, TrainBatch) to State and metrics."""
-        return update.make(self.config, self.model, self.optimiser, self.shardings, self.mesh, self.groups)
+        """(State, base, TrainBatch) to State and metrics, in config.micro_batches parts (`auto`: in one)."""
+        return self.update_in(1 if memory.is_auto(self.config) else self.config.micro_batches)
+
+    def update_in(self, parts: int) -> update.Update:
+        """The update that computes a batch in so many parts."""
+        return update.make(self.config, self.model, self.optimiser, self.shardings, self.mesh, self.groups, parts)
+
+    def _update_for(self, train: TrainBatch) -> update.Update:
+        """The update that fits into the devices' memory for batches of these shapes."""
+        room = memory.room()
+        if not (memory.is_auto(self.config) and room):
+            return self.update_program
+        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(train))
+        if shapes not in self._fitting:
+            beside = memory.held(self.state.params) if self.copies_reference else 0.0
+            heads, arguments = self.model.config.num_heads, (self.state, self.base, train)
+            self._fitting[shapes] = memory.fitting(
+                self.config, self.mesh, heads, self.update_in, arguments, room - beside
+            )
+        return self._fitting[shapes]
 
     @cached_property
     def logps_program(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -186,10 +205,10 @@ class Learner:
     def update(self, train: TrainBatch) -> dict[str, float]:
         """The updates of one batch (several with grpo.iterations): their metrics, mean or (/max) largest."""
         rounds = self.config.grpo.iterations if self.config.stage == "rft" else 1
-        metrics = []
+        program, metrics = self._update_for(train), []
         for _ in range(rounds):
             with jax.transfer_guard("disallow"):  # all inputs are on the devices already
-                self.state, scalars = self.update_program(self.state, self.base, train)
+                self.state, scalars = program(self.state, self.base, train)
             metrics.append(jax.device_get(scalars))
         return {
             name: (np.max if name.endswith("/max") else np.mean)([scalars[name] for scalars in metrics])

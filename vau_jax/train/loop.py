@@ -59,7 +59,6 @@ RANGES = {
     "seed": (0, 2**31 - 1),
     "unroll": COUNT,
     "batch_size": COUNT,
-    "micro_batches": COUNT,
 }
 
 
@@ -81,8 +80,7 @@ def check(config: ConfigDict) -> None:
     if len(c.profile_steps) != 2:
         raise InputError(f"profile_steps={tuple(c.profile_steps)}: expected the first and the last step of a trace")
     evaluation.check(c)
-    if c.batch_size % c.micro_batches:
-        raise InputError(f"micro_batches={c.micro_batches} does not divide batch_size={c.batch_size}")
+    memory.check(c)
     if c.stage == "rft":
         engine.check(c.rollout, limit)
         grpo.check(c.grpo, limit)
@@ -109,7 +107,7 @@ class Run:
         check(config)
         self.config = config
         self.mesh = sharding.make_mesh(config.mesh)
-        sharding.check_divisible(config.batch_size // config.micro_batches, self.mesh)
+        sharding.check_divisible(memory.largest_part(config), self.mesh)
         examples, audit = pipeline.load_examples(config.data)
         if processes.is_first():
             print(audit.table(), flush=True)
@@ -417,6 +415,7 @@ MAY_CHANGE = (
     "format",
     "steps",
     "epochs",
+    "micro_batches",
     "log_every",
     "checkpoint.every",
     "checkpoint.keep",

@@ -1,16 +1,21 @@
-"""What would help where a program does not fit into a device's memory: said when a run meets it, and before one begins
-(launch/compile_check.py)."""
+"""The devices' memory: what fits into it by the compiler's figures, and what would help where a program does not, said
+when a run meets it and before one begins (launch/compile_check.py)."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from vau_jax.common import sharding
-from vau_jax.common.files import InputError, short
+from vau_jax.common import processes, sharding
+from vau_jax.common.chips import GIB, chip
+from vau_jax.common.files import InputError, check_range, short
 
+AUTO = "auto"  # micro_batches: as few as fit
+ROOM = 0.95  # of a device's memory that a program may plan with: the next batch's inputs and gaps need some too
 EXHAUSTED = "RESOURCE_EXHAUSTED"  # XLA's status, of a compilation as of an allocation
 PROGRAMS = {  # phase of a step -> the programs it runs, as `vau compile-check` names them
     "data": "vision tower",
@@ -20,6 +25,86 @@ PROGRAMS = {  # phase of a step -> the programs it runs, as `vau compile-check` 
 }
 
 
+# --- What fits ---
+
+
+def is_auto(config: ConfigDict) -> bool:
+    """Whether the number of micro-batches follows from the devices' memory."""
+    return config.micro_batches == AUTO
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for invalid micro_batches."""
+    if is_auto(config):
+        return
+    if not isinstance(config.micro_batches, int):
+        raise InputError(f"micro_batches={config.micro_batches!r}: expected a number or {AUTO}")
+    check_range("micro_batches", config.micro_batches, 1)
+    if config.batch_size % config.micro_batches:
+        raise InputError(f"micro_batches={config.micro_batches} does not divide batch_size={config.batch_size}")
+
+
+def largest_part(config: ConfigDict) -> int:
+    """Prompts of the largest part that a batch is computed in."""
+    return config.batch_size // (1 if is_auto(config) else config.micro_batches)
+
+
+def candidates(config: ConfigDict, mesh: Mesh | AbstractMesh) -> list[int]:
+    """The numbers of micro-batches to choose from, the least first: parts of which each device has whole prompts."""
+    if not is_auto(config):
+        return [config.micro_batches]
+    each = config.batch_size // sharding.example_parts(mesh)
+    return [parts for parts in range(1, each + 1) if each % parts == 0]
+
+
+def room() -> float | None:
+    """Bytes that a program may take of each device; None where that is unknown, as on CPUs."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    known = chip(jax.devices()[0].device_kind)
+    least = min(limits) if all(limits) else known and known.memory
+    return least and ROOM * least
+
+
+def held(tree: Any) -> float:
+    """Bytes a device of arrays, or of shapes with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
+
+
+def planned(program: jax.stages.Compiled) -> float:
+    """Bytes a device that a program takes at its peak by the compiler's plan."""
+    found = program.memory_analysis()
+    return float(max(found.peak_memory_in_bytes, found.temp_size_in_bytes))  # on CPUs, the peak is without temporaries
+
+
+def fitting(
+    config: ConfigDict, mesh: Mesh, heads: int, make: Callable[[int], Any], arguments: tuple[Any, ...], room: float
+) -> Callable[..., Any]:
+    """The update of `make(parts)` with the fewest parts that the compiler plans at most `room` bytes a device for,
+    compiled for `arguments`; the same in all processes. Raises InputError where none does."""
+    needed = 0.0
+    for parts in candidates(config, mesh):
+        try:
+            program = make(parts).lower(*arguments).compile()
+            needed = planned(program)
+        except jax.errors.JaxRuntimeError as error:  # some compilers refuse what they find no room for
+            if EXHAUSTED not in str(error):
+                raise
+            needed = math.inf
+        needed = max(processes.exchange(needed))
+        if needed <= room:
+            if processes.is_first():
+                print(f"micro_batches={parts}: an update takes {needed / GIB:.2f} of {room / GIB:.2f} GiB", flush=True)
+            return program
+    raise InputError(
+        f"micro_batches={AUTO}: with one prompt a device at a time an update takes {needed / GIB:.2f} of "
+        f"{room / GIB:.2f} GiB; what would help: {advice(config, mesh, heads)}"
+    )
+
+
+# --- What would help ---
+
+
 def advice(config: ConfigDict, mesh: Mesh | AbstractMesh, heads: int) -> str:
     """Ways to make an update smaller, in the order to try them; `heads` are the model's attention heads."""
     c, parts = config, sharding.example_parts(mesh)
@@ -27,7 +112,7 @@ def advice(config: ConfigDict, mesh: Mesh | AbstractMesh, heads: int) -> str:
     results = []
     if not c.remat:
         results.append("remat=True")
-    if c.batch_size // c.micro_batches > parts:
+    if not is_auto(c) and c.batch_size // c.micro_batches > parts:
         results.append(f"micro_batches={c.batch_size // parts} (now {c.micro_batches}: one prompt a chip at a time)")
     if mesh.shape["data"] > slices:
         results.append(f"mesh.data={slices} and a larger mesh.fsdp: parameters and optimiser split further")

@@ -75,11 +75,12 @@ def make(
     shardings: State,
     mesh: Mesh,
     groups: Sequence[optim.Group] = (),
+    parts: int = 1,
 ) -> Update:
     """The compiled update: State, frozen parameters (LoRA's base, or None) and TrainBatch to State and metrics.
 
-    The batch is computed in config.micro_batches sequential parts, whose losses and gradients add up to those
-    of the full batch: the result does not depend on their number. The old state is donated.
+    The batch is computed in sequential `parts`, whose losses and gradients add up to those of the full batch: the
+    result does not depend on their number. The old state is donated.
     """
     stage, settings, weights = STAGES[config.stage], loss_settings(config), auxiliary_losses(config)
     temperature = config.rollout.temperature if config.stage == "rft" else 1.0
@@ -113,7 +114,7 @@ def make(
         whole = stage.totals(_by_completion(train.loss_inputs))
         counts = model.loss_counts(train.batch)
         differentiate = jax.value_and_grad(objective, has_aux=True)
-        if config.micro_batches == 1:
+        if parts == 1:
             (loss, metrics), grads = differentiate(state.params, base, train, whole, counts, key)
             return loss, metrics, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
 
@@ -125,8 +126,8 @@ def make(
             return (sums[0] + loss, jax.tree.map(jnp.add, sums[1], grads)), {**metrics, "share": share}
 
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
-        parts = jnp.arange(config.micro_batches), _split(train, config.micro_batches)
-        (loss, grads), metrics = jax.lax.scan(add, (jnp.float32(0), blank), parts)
+        numbered = jnp.arange(parts), _split(train, parts)
+        (loss, grads), metrics = jax.lax.scan(add, (jnp.float32(0), blank), numbered)
         return loss, _combine(metrics, counts), grads
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
