@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def alone(model_folder: Path, dataset: Path, tmp_path_factory: pytest.TempPathFa
 def test_the_files_are_those_of_one_process(
     count: int, alone: Path, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """Also after one of them was killed in the middle; nothing else is left in the folder."""
+    """Also after one of them was killed in the middle, which the others name; nothing else is left in the folder."""
     args = options(model_folder, dataset, tmp_path / "eval")
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "predictions.mine.jsonl").write_text("a file of somebody's own\n")
@@ -77,16 +78,16 @@ def test_the_files_are_those_of_one_process(
     while not (part.exists() and part.read_text().count("\n") > 2):
         assert first.poll() is None, first.communicate()[0][-3000:]
         time.sleep(0.01)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
+    os.kill(json.loads((tmp_path / "eval" / "heartbeats" / "00001.json").read_text())["pid"], signal.SIGKILL)
+    said = first.communicate(timeout=120)[0]
+    assert first.returncode not in (0, 2)
+    assert re.search(r"\[0\] error: process 0 of \d ends because it lost process 1 \(.*, pid \d+, last seen", said)
     before = part.read_text().splitlines()
     said = run(count, args)
     assert (tmp_path / "eval" / "predictions.jsonl").read_bytes() == (alone / "predictions.jsonl").read_bytes()
     assert set(before[:2]) <= set((alone / "predictions.jsonl").read_text().splitlines())
     assert result(tmp_path / "eval") == result(alone)
-    there, expected = (
-        {path.name for path in folder.iterdir() if path.is_file()} for folder in (tmp_path / "eval", alone)
-    )
+    there, expected = ({path.name for path in folder.iterdir()} for folder in (tmp_path / "eval", alone))
     assert there == expected | {"predictions.mine.jsonl"}
     assert said.count("evaluated") == 1, "the first process sums up"
 

@@ -4,11 +4,8 @@ process.
 
 import hashlib
 import json
-import math
 import os
 import resource
-import socket
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,7 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax.common import processes
-from vau_jax.common.files import InputError, dump_json, read_json, read_lines, short, write_text
+from vau_jax.common.files import InputError, dump_json, read_lines, write_text
+from vau_jax.common.heartbeat import Heartbeat
 from vau_jax.common.progress import Progress
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event after each program
@@ -67,45 +65,6 @@ def _wandb(workdir: Path, project: str) -> Any:
         raise InputError(f"config.wandb={project!r} needs the package: pip install wandb") from error
     number = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=workdir.name, id=number, dir=workdir, resume="allow")
-
-
-class Heartbeat:
-    """One line for each process in workdir/heartbeats: its host and pid, its step, and the time that ended. A process
-    that hangs or is slow is visible there.
-    """
-
-    def __init__(self, workdir: Path, every: float = 5.0) -> None:
-        self.folder, self.every, self.last = workdir / "heartbeats", every, -math.inf
-        self.line = {"process": jax.process_index(), "host": socket.gethostname(), "pid": os.getpid(), "step": None}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write()
-
-    def beat(self, step: int, seconds: float) -> None:
-        """Records that `step` took so many seconds; at most every few seconds."""
-        self.line |= {"step": step, "seconds/step": round(seconds, 3)}
-        if time.monotonic() - self.last >= self.every:
-            self._write()
-
-    def _write(self) -> None:
-        self.last = time.monotonic()
-        self.line["time"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        write_text(self.folder / f"{jax.process_index():05d}.json", dump_json(self.line) + "\n")
-
-    def lost(self, error: Exception, grace: float = 3.0) -> str:
-        """Records that this process ends with `error`; and names the processes that have not recorded the same `grace`
-        seconds later, which means that they have ended and caused the error. Empty: none.
-        """
-        self.line["ended"] = short(error)
-        self._write()
-        time.sleep(grace)
-        lines = [read_json(path) for path in sorted(self.folder.glob("*.json"))]
-        names = [
-            f"process {line['process']} ({line['host']}, pid {line['pid']}, last seen {line['time']} after step "
-            f"{line['step']})"
-            for line in lines
-            if "ended" not in line
-        ]
-        return ", ".join(names)
 
 
 def memory() -> dict[str, float]:

@@ -11,8 +11,10 @@ questions. The first joins the shares, and the files are those of one process.
 
 import hashlib
 import json
+import shutil
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +23,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vau_jax.common import processes, progress, sharding
+from vau_jax.common import heartbeat, processes, progress, sharding
 from vau_jax.common.about import about
 from vau_jax.common.files import InputError, check_range, dump_json, read_json, read_lines, write_text
+from vau_jax.common.heartbeat import Heartbeat, naming_lost_processes
 from vau_jax.common.progress import Progress
 from vau_jax.data import pipeline
 from vau_jax.datasets.audit import Audit
@@ -64,8 +67,25 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         model = _model(config)
         if processes.is_first() and model.get("style", config.data.style) != config.data.style:
             print(f"{config.name}: asks in style {config.data.style} a run trained in {model['style']}", flush=True)
-        processes.together(lambda: decode(config, workdir, examples, fingerprint))
-        return processes.broadcast_from_first(lambda: _finish(config, workdir, examples, audit, fingerprint, model))
+        with _signs_of_life(workdir) as beat:
+            processes.together(lambda: decode(config, workdir, examples, fingerprint, beat))
+        result = processes.broadcast_from_first(lambda: _finish(config, workdir, examples, audit, fingerprint, model))
+        if processes.is_first() and not _is_model(workdir):  # a run's folder keeps the run's
+            shutil.rmtree(workdir / heartbeat.FOLDER, ignore_errors=True)
+        return result
+
+
+@contextmanager
+def _signs_of_life(workdir: Path) -> Iterator[Callable[[int], None]]:
+    """Of several processes each says how far it is, and names those that are lost; yields what tells the examples that
+    it has answered."""
+    if jax.process_count() == 1:
+        yield lambda done: None
+        return
+    own = Heartbeat(workdir)
+    way_on, grace = "the same command goes on with what is answered", 1.5 * heartbeat.EVERY
+    with naming_lost_processes(own, way_on, grace), own.kept_up():
+        yield own.beat
 
 
 def _known(config: ConfigDict, workdir: Path, fingerprint: str) -> dict[str, Any]:
@@ -195,8 +215,11 @@ def _is_model(folder: Path) -> bool:
     return (folder / checkpoint.MODEL_FOLDER).is_dir() or any(folder.glob("*.safetensors"))
 
 
-def decode(config: ConfigDict, workdir: Path, examples: list[Example], fingerprint: str) -> None:
-    """Decodes this process's share of the examples, as far as it is not done, and appends it to its file."""
+def decode(
+    config: ConfigDict, workdir: Path, examples: list[Example], fingerprint: str, beat: Callable[[int], None]
+) -> None:
+    """Decodes this process's share of the examples, as far as it is not done, and appends it to its file; `beat` is
+    told how many are."""
     path = processes.own_lines(workdir / PREDICTIONS)
     records = _finished(path, fingerprint)
     own = share(examples, jax.process_index(), jax.process_count())
@@ -211,6 +234,7 @@ def decode(config: ConfigDict, workdir: Path, examples: list[Example], fingerpri
             file.write(to_line(record, fingerprint))
             file.flush()
             done += 1
+            beat(done)
             if processes.is_first():
                 shown.show(done, partial(headline, records.values()))
 

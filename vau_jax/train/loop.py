@@ -10,9 +10,7 @@ import errno
 import json
 import math
 import operator
-import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +21,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax.common import processes, progress, sharding
+from vau_jax.common import heartbeat, processes, progress, sharding
 from vau_jax.common.about import about
 from vau_jax.common.checks import COUNT, NOT_NEGATIVE, check_choices, check_ranges
 from vau_jax.common.chips import chip
 from vau_jax.common.fields import Fields
 from vau_jax.common.files import InputError, check_range, dump_json, read_json, short, write_text
+from vau_jax.common.heartbeat import naming_lost_processes
 from vau_jax.common.metric_writer import RunLog
 from vau_jax.common.processes import Rows
 from vau_jax.data import pipeline
@@ -48,6 +47,7 @@ from vau_jax.types import TrainBatch
 from vau_jax.vlm import DTYPES, VideoLM
 
 PREEMPTED = "preempted.json"  # in the workdir of a run that was preempted
+WAY_ON = "the same command resumes from the last checkpoint"
 STOPPED = "stopped.json"  # in the workdir of a run that stopped early
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -327,12 +327,12 @@ def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preempti
     log = RunLog(config, workdir, done)
     while done < config.steps:
         log.begin(done + 1)
-        with _naming_lost_processes(log):
+        with naming_lost_processes(log.heartbeat, WAY_ON):
             metrics, samples = run.step(done)
         done += 1
         if not config.skip_nonfinite:
             check_finite(metrics, done, checkpoints.latest())
-        with _naming_lost_processes(log):
+        with naming_lost_processes(log.heartbeat, WAY_ON):
             evaluated = run.evaluate(done, metrics, preemption)
         log.end(done, metrics | evaluated, samples, run.headline(metrics), always=bool(evaluated))
         run.best.add(metrics | evaluated)
@@ -347,23 +347,6 @@ def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preempti
     run.close()
     log.close()
     return done
-
-
-@contextmanager
-def _naming_lost_processes(log: RunLog) -> Iterator[None]:
-    """Ends the process with a message that names the other processes of the run that have ended, if any."""
-    try:
-        yield
-    except Exception as error:
-        if jax.process_count() == 1 or isinstance(error, InputError) or not (lost := log.heartbeat.lost(error)):
-            raise
-        print(
-            f"error: process {jax.process_index()} of {jax.process_count()} ends because it lost {lost}; the same "
-            f"command resumes from the last checkpoint ({short(error)})",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # an orderly end would wait for those that have ended
 
 
 def _exit_preempted(workdir: Path, done: int) -> None:
@@ -397,7 +380,7 @@ def _describe(run: Run, workdir: Path, source: checkpoint.Source) -> None:
     config = run.config
     for note in (PREEMPTED, STOPPED):
         (workdir / note).unlink(missing_ok=True)
-    shutil.rmtree(workdir / "heartbeats", ignore_errors=True)
+    shutil.rmtree(workdir / heartbeat.FOLDER, ignore_errors=True)
     checkpoint.copy_model_files(run.processor.folder, workdir)
     if motion := run.processor.motion:
         numbers = run.learner.state.params["visual"]["motion_prompt"]
