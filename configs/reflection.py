@@ -11,6 +11,7 @@ def get_config() -> ConfigDict:
     c.seed = 0
     c.data = train.data
     c.data.style = "think"  # of the student's first answer
+    c.mesh = train.mesh  # devices of a student of ours, of each host
     c.dry_run = 0  # print so many of the teacher's prompts and stop
 
     c.student = base.endpoint()  # answers first; neither url nor checkpoint: drafts by rule from the annotation

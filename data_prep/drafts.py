@@ -3,17 +3,19 @@
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax.common import files
+from vau_jax.common import files, processes, sharding
 from vau_jax.common.chat import Chat, Message, Reply, frames_content
 from vau_jax.common.files import dump_json
+from vau_jax.common.heartbeat import signs_of_life
 from vau_jax.common.progress import Progress
 from vau_jax.data import pipeline
 from vau_jax.data.video import clips
@@ -35,24 +37,60 @@ class Draft:
     score: float  # in [0, 1], as training scores it
 
 
+DRAFTS = "drafts.jsonl"
 Drafted = tuple[Example, list[Draft], str]  # and, where there are no drafts, why
 
 
 def make(config: ConfigDict, workdir: Path, examples: list[Example]) -> list[Drafted]:
-    """Drafts of every example; a student's are kept in drafts.jsonl and sampled once for the same settings."""
+    """Drafts of every example; a student's are kept in drafts.jsonl and sampled once for the same settings.
+
+    Of several processes each samples from a student of ours for its share of the videos; the first gets all drafts, the
+    others none. A student behind an endpoint is asked by the first.
+    """
     student = config.student
     if not (student.checkpoint or student.url):
         return [(e, by_rule(e, config.keep.wrong_share, config.seed), "") for e in examples]
-    path = workdir / "drafts.jsonl"
     settings = hashlib.sha256(f"{student}{config.data}{config.seed}".encode()).hexdigest()
+    known: dict[str, dict[str, Any]] = {}
+    with signs_of_life(workdir, "the same command goes on with the drafts that are there") as beat:
+        processes.together(lambda: known.update(_asked(config, workdir, examples, settings, beat)))
+    if not processes.is_first():
+        return []
+    path = workdir / DRAFTS
+    parts = sorted(workdir.glob(f"{path.stem}.{'[0-9]' * 5}{path.suffix}"))
+    for part in parts:
+        known |= _read_drafts(part, settings)
+    if parts:
+        order = {example.id: i for i, example in enumerate(examples)}
+        kept = sorted(known.values(), key=lambda record: order.get(record["example"], -1))
+        files.write_text(path, "".join(dump_json(record) + "\n" for record in kept))
+    for part in parts:
+        part.unlink()
+    results = [known[example.id] for example in examples]
+    return [(e, [Draft(**d) for d in r["drafts"]], r["reason"]) for e, r in zip(examples, results, strict=True)]
+
+
+def _read_drafts(path: Path, settings: str) -> dict[str, dict[str, Any]]:
+    """The complete records of a file that were made with the same settings, by example."""
     whole = [line for line in files.read_lines(path) if line.endswith("\n")] if path.exists() else []
     records = [record for _, record in tables.json_lines(path, "".join(whole))]
-    known = {record["example"]: record for record in records if record.get("settings") == settings}
-    todo = [example for example in examples if example.id not in known]
-    progress = Progress("drafts", len(examples), "example", start=len(known))
+    return {record["example"]: record for record in records if record.get("settings") == settings}
+
+
+def _asked(
+    config: ConfigDict, workdir: Path, examples: list[Example], settings: str, beat: Callable[[int], None]
+) -> dict[str, dict[str, Any]]:
+    """This process's share of the records, and those of an earlier call; `beat` is told how many there are."""
+    path = processes.own_lines(workdir / DRAFTS)
+    known = _read_drafts(path, settings)
+    own = examples if processes.is_first() else []
+    if config.student.checkpoint:
+        own = pipeline.share(examples, jax.process_index(), jax.process_count())
+    todo = [example for example in own if example.id not in known]
+    progress = Progress("drafts", len(own), "example", start=len(own) - len(todo))
     files.write_text(path, "".join(dump_json(record) + "\n" for record in known.values()))
-    failed = 0
-    asked = (by_model if student.checkpoint else by_endpoint)(config, workdir, todo) if todo else ()
+    done = failed = 0
+    asked = (by_model if config.student.checkpoint else by_endpoint)(config, workdir, todo) if todo else ()
     with path.open("a", encoding="utf-8") as file:
         for example, drafts, reason in asked:
             record = {"settings": settings, "example": example.id, "drafts": [asdict(d) for d in drafts]}
@@ -60,10 +98,11 @@ def make(config: ConfigDict, workdir: Path, examples: list[Example]) -> list[Dra
             if not reason.startswith(UNANSWERED):  # such a question is asked again by the next call
                 file.write(dump_json(known[example.id]) + "\n")
                 file.flush()
-            failed += not drafts
-            progress.show(len(known), f"without a draft {failed}")
-    results = [known[example.id] for example in examples]
-    return [(e, [Draft(**d) for d in r["drafts"]], r["reason"]) for e, r in zip(examples, results, strict=True)]
+            done, failed = done + 1, failed + (not drafts)
+            beat(done)
+            if processes.is_first():
+                progress.show(len(own) - len(todo) + done, f"without a draft {failed}")
+    return known
 
 
 # --- A student ----------------------------------------------------------------------------------------------------
@@ -74,13 +113,15 @@ UNANSWERED = "the student did not answer"
 def by_model(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iterator[Drafted]:
     """The answers of config.student.checkpoint, student.samples to a question, its options in the row's own order."""
     s = config.student
-    vlm = VideoLM.load(s.checkpoint, s.dtype)
+    mesh = sharding.make_mesh(config.mesh, jax.local_devices())
+    sharding.check_divisible(s.batch_size, mesh)
+    vlm = VideoLM.load(s.checkpoint, s.dtype, mesh)
     loader = pipeline.make_loader(vlm.processor, config.data, augment=False)
     batches = pipeline.eval_batches(examples, loader, s.batch_size, config.seed)
     for number, host in enumerate(batches):
         out = sampling.sample(
             vlm.variables,
-            host.batch,
+            jax.device_put(host.batch, sharding.examples(mesh)),
             pipeline.sampling_keys(host.examples, config.seed),
             s.temperature,
             model=vlm.model,

@@ -26,11 +26,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax import cli
-from vau_jax.common import files, progress
+from vau_jax.common import files, heartbeat, processes, progress
 from vau_jax.common.files import InputError, dump_json
 from vau_jax.data import pipeline
 from vau_jax.data_prep import drafts, teacher
-from vau_jax.data_prep.drafts import Draft
+from vau_jax.data_prep.drafts import Draft, Drafted
 from vau_jax.datasets import vau_bench
 from vau_jax.tasks import TASKS, grammar, parsing, prompts, rewards
 from vau_jax.tasks.example import Example, Reflection
@@ -150,7 +150,8 @@ def _in_turn(records: list[tuple[Example, Reflection]], wrong: bool, seed: int) 
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
-    """Builds the records in `workdir` and returns the card."""
+    """Builds the records in `workdir` and returns the card. Of several processes each samples from the student for its
+    share of the videos; the first does the rest."""
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     config = config.copy_and_resolve_references()
@@ -163,13 +164,20 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         )
     examples = _examples(config)
     drafted = drafts.make(config, workdir, examples)
+    card = processes.broadcast_from_first(lambda: _build(config, workdir, drafted))
+    heartbeat.forget(workdir)
+    return card
+
+
+def _build(config: ConfigDict, workdir: Path, drafted: list[Drafted]) -> dict[str, Any]:
+    """The records of drafted questions, and their card."""
     chosen = [_choose(config, example, result) for example, result, _ in drafted if result]
     if config.dry_run:
         for one in chosen[: config.dry_run]:
             print("\n".join(f"--- {m['role']}\n{m['content']}" for m in teacher.messages(*one, [])), flush=True)
         return {}
     written, teacher_card = teacher.reflect(config, workdir, chosen)
-    accepted, likeness = [], {name: Likeness(config.keep.likeness) for name in drafted_tasks}
+    accepted, likeness = [], defaultdict(lambda: Likeness(config.keep.likeness))
     rejected = [(example, reason) for example, result, reason in drafted if not result]
     for (example, draft, right), (texts, error) in zip(chosen, written, strict=True):
         reason, record = error, None
@@ -187,7 +195,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     files.write_text(
         workdir / "rejected.jsonl", "".join(dump_json({"example": e.id, "reason": r}) + "\n" for e, r in rejected)
     )
-    counts = {"questions": len(examples), "with_a_draft": len(chosen), "accepted": len(accepted)}
+    counts = {"questions": len(drafted), "with_a_draft": len(chosen), "accepted": len(accepted)}
     card = counts | _card(config, counts, [reason for _, reason in rejected], kept, teacher_card)
     files.write_text(workdir / "card.json", dump_json(card, indent=1))
     print(dump_json(card, indent=1), flush=True)
@@ -203,7 +211,8 @@ def _examples(config: ConfigDict) -> list[Example]:
     else:
         rows, audit = vau_bench.load(config.data.csv, config.data.time_rules, config.data.protocol)
         examples = vau_bench.examples_of(rows, config.data.tasks, Path(), audit)[: config.data.max_examples or None]
-    print(audit.table(), flush=True)
+    if processes.is_first():
+        print(audit.table(), flush=True)
     return examples
 
 
@@ -255,8 +264,8 @@ def _card(
 
 
 def summary(config: ConfigDict, workdir: Path) -> str:
-    """The last lines of the program."""
-    if config.dry_run:
+    """The last lines of the program; empty in all processes but the first."""
+    if config.dry_run or not processes.is_first():
         return ""
     records = workdir / "reflection.jsonl"
     places = {"records": records, "rejected": workdir / "rejected.jsonl", "card": workdir / "card.json"}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from vau_jax.common.files import InputError
-from vau_jax.eval import evaluate
+from vau_jax.data import pipeline
 from vau_jax.tasks.example import Example
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +92,23 @@ def test_the_files_are_those_of_one_process(
     assert said.count("evaluated") == 1, "the first process sums up"
 
 
+@pytest.mark.long
+def test_a_students_drafts_on_two_processes_are_those_of_one(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+    """Files and card; a process draws for whole videos, so that each reads its own."""
+    shared = ("data.csv", "data.videos", "data.wording", "data.max_frames", "data.max_completion_tokens", "data.bucket")
+    values = dict(argument[9:].split("=", 1) for argument in options(model_folder, dataset, tmp_path)[1:])
+    values = {name: values[name] for name in shared} | {"data.tasks": "('qa',)", "data.max_examples": 10}
+    values |= {"student.checkpoint": model_folder, "student.dtype": "float32", "student.batch_size": 4}
+    args = ["--config=reflection", *(f"--config.{name}={value}" for name, value in values.items())]
+    for count in (1, 2):
+        process = start(count, [*args, f"--workdir={tmp_path / str(count)}"], "vau_jax.data_prep.reflection")
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-3000:]
+        assert output.count("reflection: built") == 1, "the first process sums up"
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "12")
+    assert one == two and len(one["drafts.jsonl"].splitlines()) == 10
+
+
 def test_a_mistake_of_one_process_is_said_by_all_and_none_waits(
     model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -119,7 +136,7 @@ def example(video: str, task: str) -> Example:
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_each_example_has_one_process_and_each_video_too(count: int) -> None:
     every = [example(f"{n}.mp4", task) for task in ("qa", "grounding") for n in range(5)]
-    shares = [evaluate.share(every, number, count) for number in range(count)]
+    shares = [pipeline.share(every, number, count) for number in range(count)]
     assert sorted(e.id for one in shares for e in one) == sorted(e.id for e in every)
     videos = [{e.media for e in one} for one in shares]
     assert all(not a & b for i, a in enumerate(videos) for b in videos[:i])

@@ -3,17 +3,19 @@
 import json
 import math
 import os
+import shutil
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from vau_jax.common import processes
 from vau_jax.common.files import InputError, dump_json, read_json, short, write_text
 
 FOLDER = "heartbeats"  # in the folder of a run
@@ -85,6 +87,12 @@ class Heartbeat:
                     print(f"no sign for {SILENT:.0f} s of {_name(line)}", file=sys.stderr, flush=True)
 
 
+def forget(workdir: Path) -> None:
+    """Removes the signs of work that is done; called by all processes, after they were together."""
+    if processes.is_first():
+        shutil.rmtree(workdir / FOLDER, ignore_errors=True)
+
+
 def _name(line: dict[str, Any]) -> str:
     return (
         f"process {line['process']} ({line['host']}, pid {line['pid']}, last seen {line['time']} after step "
@@ -108,3 +116,15 @@ def naming_lost_processes(heartbeat: Heartbeat, way_on: str, grace: float = 3.0)
             flush=True,
         )
         os._exit(1)  # an orderly end would wait for those that have ended
+
+
+@contextmanager
+def signs_of_life(workdir: Path, way_on: str) -> Iterator[Callable[[int], None]]:
+    """For work that processes do each alone: each says how far it is, and names those that are lost. Yields what tells
+    how much of its work a process has done."""
+    if jax.process_count() == 1:
+        yield lambda done: None
+        return
+    own = Heartbeat(workdir)
+    with naming_lost_processes(own, way_on, grace=1.5 * EVERY), own.kept_up():
+        yield own.beat

@@ -534,6 +534,12 @@ def sampling_keys(items: Sequence[Loaded], seed: int) -> jax.Array:
     return keys_of(jax.random.key(seed), draw_numbers(items))
 
 
+def share(examples: Sequence[Example], number: int, count: int) -> list[Example]:
+    """What process `number` of `count` of an evaluation decodes: every `count`-th video with all its questions."""
+    videos = {media: i for i, media in enumerate(dict.fromkeys(example.media for example in examples))}
+    return [example for example in examples if videos[example.media] % count == number]
+
+
 def make_loader(processor: Processor, config: ConfigDict, augment: bool, blind: bool = False, text: str = "") -> Loader:
     """A loader that decodes videos that are not in config.cache in config.workers processes."""
     cache = FrameCache(config.cache, DecoderPool(config.workers, config.video_seconds).read)

@@ -11,10 +11,8 @@ questions. The first joins the shares, and the files are those of one process.
 
 import hashlib
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +24,7 @@ from ml_collections import ConfigDict
 from vau_jax.common import heartbeat, processes, progress, sharding
 from vau_jax.common.about import about
 from vau_jax.common.files import InputError, check_range, dump_json, read_json, read_lines, write_text
-from vau_jax.common.heartbeat import Heartbeat, naming_lost_processes
+from vau_jax.common.heartbeat import signs_of_life
 from vau_jax.common.progress import Progress
 from vau_jax.data import pipeline
 from vau_jax.datasets.audit import Audit
@@ -67,25 +65,12 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         model = _model(config)
         if processes.is_first() and model.get("style", config.data.style) != config.data.style:
             print(f"{config.name}: asks in style {config.data.style} a run trained in {model['style']}", flush=True)
-        with _signs_of_life(workdir) as beat:
+        with signs_of_life(workdir, "the same command goes on with what is answered") as beat:
             processes.together(lambda: decode(config, workdir, examples, fingerprint, beat))
         result = processes.broadcast_from_first(lambda: _finish(config, workdir, examples, audit, fingerprint, model))
-        if processes.is_first() and not _is_model(workdir):  # a run's folder keeps the run's
-            shutil.rmtree(workdir / heartbeat.FOLDER, ignore_errors=True)
+        if not _is_model(workdir):  # a run's folder keeps the run's
+            heartbeat.forget(workdir)
         return result
-
-
-@contextmanager
-def _signs_of_life(workdir: Path) -> Iterator[Callable[[int], None]]:
-    """Of several processes each says how far it is, and names those that are lost; yields what tells the examples that
-    it has answered."""
-    if jax.process_count() == 1:
-        yield lambda done: None
-        return
-    own = Heartbeat(workdir)
-    way_on, grace = "the same command goes on with what is answered", 1.5 * heartbeat.EVERY
-    with naming_lost_processes(own, way_on, grace), own.kept_up():
-        yield own.beat
 
 
 def _known(config: ConfigDict, workdir: Path, fingerprint: str) -> dict[str, Any]:
@@ -222,7 +207,7 @@ def decode(
     told how many are."""
     path = processes.own_lines(workdir / PREDICTIONS)
     records = _finished(path, fingerprint)
-    own = share(examples, jax.process_index(), jax.process_count())
+    own = pipeline.share(examples, jax.process_index(), jax.process_count())
     todo = [example for example in own if _key(example) not in records]
     done = len(own) - len(todo)
     shown = Progress(config.name, len(own), "example", start=done)
@@ -237,12 +222,6 @@ def decode(
             beat(done)
             if processes.is_first():
                 shown.show(done, partial(headline, records.values()))
-
-
-def share(examples: Sequence[Example], number: int, count: int) -> list[Example]:
-    """What process `number` of `count` decodes: every `count`-th video with all its questions."""
-    videos = {media: i for i, media in enumerate(dict.fromkeys(example.media for example in examples))}
-    return [example for example in examples if videos[example.media] % count == number]
 
 
 def _joined(workdir: Path, examples: Sequence[Example], fingerprint: str) -> list[Record]:
