@@ -46,6 +46,10 @@ quoted() { # its arguments as words for any shell: $'..' is bash's own, a line b
   printf '%s\n' "${words[*]}"
 }
 
+checksum() { # a number for a program and its arguments
+  quoted "$@" | cksum | cut -d ' ' -f 1
+}
+
 yaml() { # its argument as a YAML string, in ASCII
   local LC_ALL=C.UTF-8 text=$1 out="" char i
   for ((i = 0; i < ${#text}; i++)); do

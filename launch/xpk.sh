@@ -3,8 +3,9 @@
 #   bash launch/xpk.sh [--dry-run] create PROGRAM ARGUMENTS | manifest PROGRAM ARGUMENTS | logs | status | delete
 #
 # Environment: PROJECT, ZONE, CLUSTER, NAME (of the workload), TYPE (as XPK names it: v5litepod-16, v5p-128, v6e-64),
-# SLICES (default 1), IMAGE (a container with this repository in /vau_jax and its packages), RESTARTS (default 3),
-# PORT by which the processes find each other (default 8476).
+# SLICES (default 1), IMAGE (a container with this repository in /vau_jax and its packages), PORT by which the processes
+# find each other (default 8476), RESTARTS (default 3): how often run.sh restarts a process that failed, and how often the
+# JobSet starts all anew after a preemption, or after run.sh gave up.
 # manifest prints YAML and needs also: TOPOLOGY (4x4), ACCELERATOR (tpu-v5-lite-podslice), HOSTS (4), CHIPS a host (4).
 # Workdirs must be on storage that all hosts see, such as a mounted Filestore.
 set -euo pipefail
@@ -14,14 +15,15 @@ source launch/lib.sh
 action=${1:-}
 [ $# -gt 0 ] && shift
 RESTARTS=${RESTARTS:-3} SLICES=${SLICES:-1} PORT=${PORT:-8476}
+PREEMPTED=75 GRACE=300 # exit code of a preempted run, which is not complete; seconds for its last step and checkpoint
 need NAME "a name for the workload" name
 need RESTARTS "a number" number
 need SLICES "a number" count
 need PORT "of the first host, open to the others" count
 
-remote() { # what a host runs
-  local settings="RUN_PYTHON=python RESTARTS=$RESTARTS JAX_COORDINATOR_PORT=$PORT"
-  printf '%s\n' "cd /vau_jax && $settings bash launch/run.sh $(quoted "$@")"
+remote() { # what a host runs; by exec, as signals reach only a container's first process
+  local settings="RUN_PYTHON=python RESTARTS=$RESTARTS PREEMPTED_CODE=$PREEMPTED JAX_COORDINATOR_PORT=$PORT"
+  printf '%s\n' "cd /vau_jax && exec env $settings bash launch/run.sh $(quoted "$@")"
 }
 
 in_cluster() {
@@ -39,6 +41,7 @@ case $action in
     need IMAGE "a container image with this repository" image
     [[ $* != *$'\n'* ]] || fail "XPK writes the command into YAML as it is: no line breaks in arguments; use manifest"
     run xpk workload create "${place[@]}" --workload="$NAME" --tpu-type="$TYPE" --num-slices="$SLICES" \
+      --max-restarts="$RESTARTS" --restart-on-exit-codes="$PREEMPTED" --termination-grace-period-seconds="$GRACE" \
       --docker-image="$IMAGE" --command="$(remote "$@")"
     ;;
   manifest)
@@ -67,7 +70,7 @@ spec:
           template:
             spec:
               restartPolicy: Never
-              terminationGracePeriodSeconds: 300
+              terminationGracePeriodSeconds: $GRACE
               nodeSelector:
                 cloud.google.com/gke-tpu-accelerator: $(yaml "$ACCELERATOR")
                 cloud.google.com/gke-tpu-topology: $(yaml "$TOPOLOGY")

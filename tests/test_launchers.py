@@ -120,6 +120,7 @@ SETTINGS = [
     (POD | {"WORKER": "-1"}, ("tpu_vm.sh", "--dry-run", "logs")),
     ({"PORT": "x"}, ("local_multi.sh", "--dry-run", "2", "x")),
     ({"RESTARTS": "many"}, ("run.sh", "--dry-run", "x")),
+    ({"PREEMPTED_CODE": "130"}, ("run.sh", "--dry-run", "x")),
     ({}, ("run.sh", "--dry-run", "--version")),
     (GKE, ("xpk.sh", "--dry-run", "create", "x", "two\nlines")),
 ]
@@ -192,6 +193,7 @@ def test_sigterm_is_passed_on_to_the_run(tmp_path: Path) -> None:
     (tmp_path / "program_of_a_test.py").write_text(PROGRAM)
     (tmp_path / "tries").write_text("x")
     env = {**os.environ, "RUN_PYTHON": sys.executable, "RESTARTS": "2", "ALONE": "1", "PYTHONPATH": str(tmp_path)}
+    env |= {"PREEMPTED_CODE": "75"}
     command = ["bash", "launch/run.sh", "program_of_a_test", str(tmp_path / "tries"), "0"]
     process = subprocess.Popen(command, cwd=ROOT, env=env)
     deadline = time.monotonic() + 30
@@ -199,5 +201,35 @@ def test_sigterm_is_passed_on_to_the_run(tmp_path: Path) -> None:
         time.sleep(0.05)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(20) == 75
     assert (tmp_path / "tries").read_text() == "xx", "it was not begun again"
+
+
+NOTE = """
+import pathlib, sys
+note = pathlib.Path(sys.argv[1].partition("=")[2]) / "preempted.json"
+note.touch() if sys.argv[2] == "preempted" else note.unlink(missing_ok=True)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("preempted", 75), ("done", 0)])
+def test_a_preempted_run_ends_with_the_code_that_was_asked_for(end: str, code: int, tmp_path: Path) -> None:
+    """Also on a host that got no signal; a note of an earlier end is gone when the program ends well."""
+    (tmp_path / "program_of_a_test.py").write_text(NOTE)
+    (tmp_path / "preempted.json").touch()
+    settings = {"RUN_PYTHON": sys.executable, "ALONE": "1", "PYTHONPATH": str(tmp_path), "PREEMPTED_CODE": "75"}
+    assert call(settings, "run.sh", "program_of_a_test", f"--workdir={tmp_path}", end).returncode == code
+
+
+@pytest.mark.parametrize("code", ["0", "2"])
+def test_the_exit_code_is_left_in_a_file(code: str, tmp_path: Path) -> None:
+    """With the checksum of the program and its arguments, by which a launcher knows its own run."""
+    said = "import pathlib, sys; print(pathlib.Path(sys.argv[1]).read_text()); sys.exit(int(sys.argv[2]))"
+    (tmp_path / "program_of_a_test.py").write_text(said)
+    file = tmp_path / "run.code"
+    settings = {"RUN_PYTHON": sys.executable, "ALONE": "1", "PYTHONPATH": str(tmp_path), "CODE_FILE": str(file)}
+    words = ("program_of_a_test", str(file), code)
+    during = call(settings, "run.sh", *words).stdout.split()
+    sum_of_words = subprocess.run(["cksum"], input=" ".join(words) + "\n", capture_output=True, text=True, check=True)
+    assert during[0] == "running" and during[2] == sum_of_words.stdout.split()[0]
+    assert file.read_text().split() == [code, *during[1:]]
