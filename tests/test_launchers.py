@@ -1,6 +1,5 @@
 """The launchers: what they would do is what their golden files say, and the shell finds nothing wrong with them."""
 
-import json
 import os
 import shutil
 import signal
@@ -12,29 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
+from tests.launchers import GKE, JOBSET, POD, ROOT, RUN, call, read_by
+
 GOLDEN = Path(__file__).parent / "data" / "launch"
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"])
-RUN = (
-    "vau_jax.train",
-    "--config=configs/vau_r1_sft.py",
-    "--workdir=runs/sft",
-    "--config.data.tasks=('qa', 'grounding')",
-)
-POD = {"PROJECT": "lab", "ZONE": "us-west4-a", "NAME": "pod", "TYPE": "v5litepod-16", "BUCKET": "lab-runs"}
-GKE = {
-    "PROJECT": "lab",
-    "ZONE": "us-west4-a",
-    "NAME": "sft",
-    "CLUSTER": "c",
-    "TYPE": "v5litepod-16",
-    "IMAGE": "image:1",
-}
-JOBSET = {"TOPOLOGY": "4x4", "ACCELERATOR": "tpu-v5-lite-podslice", "HOSTS": "4", "CHIPS": "4"}
 CASES = {
     "tpu_vm_create": (POD | {"SPOT": "1"}, ("tpu_vm.sh", "--dry-run", "create")),
     "tpu_vm_setup": (POD, ("tpu_vm.sh", "--dry-run", "setup")),
     "tpu_vm_run": (POD, ("tpu_vm.sh", "--dry-run", "run", *RUN)),
+    "tpu_vm_keep": (POD, ("tpu_vm.sh", "--dry-run", "keep", *RUN)),
     "tpu_vm_logs": (POD, ("tpu_vm.sh", "--dry-run", "logs")),
     "tpu_vm_status": (POD, ("tpu_vm.sh", "--dry-run", "status")),
     "tpu_vm_delete": (POD, ("tpu_vm.sh", "--dry-run", "delete")),
@@ -44,12 +29,6 @@ CASES = {
     "slurm": ({}, ("slurm.sbatch", "--dry-run", *RUN)),
     "local_multi": ({"PORT": "20000"}, ("local_multi.sh", "--dry-run", "2", *RUN)),
 }
-
-
-def call(settings: dict[str, str], *command: str) -> subprocess.CompletedProcess:
-    env = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **settings}
-    run = ["bash", f"launch/{command[0]}", *command[1:]]
-    return subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -73,13 +52,6 @@ HARD = (
     "$'\\n'",
     "é\u2028\u0085\x01\x7f🎥",
 )
-
-
-def read_by(shell: str, words: str) -> list[str]:
-    """The arguments that a shell makes of a command's text."""
-    show = "import json, sys; print(json.dumps([a.encode(errors='surrogateescape').decode() for a in sys.argv[1:]]))"
-    done = subprocess.run([shell, "-c", f'"$0" -c "$1" {words}', sys.executable, show], capture_output=True, check=True)
-    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("shell", ["dash", "bash"])
@@ -117,6 +89,8 @@ SETTINGS = [
     (POD | {"BUCKET": "x; id"}, ("tpu_vm.sh", "--dry-run", "setup")),
     (POD | {"RESTARTS": "1; id"}, ("tpu_vm.sh", "--dry-run", "run", "x")),
     (POD | {"PORT": "1; id"}, ("tpu_vm.sh", "--dry-run", "run", "x")),
+    *((POD | {name: "x"}, ("tpu_vm.sh", "--dry-run", "keep", "x")) for name in ("POLL", "WAIT")),
+    (POD | {"REVISION": "-x"}, ("tpu_vm.sh", "--dry-run", "setup")),
     (POD | {"WORKER": "-1"}, ("tpu_vm.sh", "--dry-run", "logs")),
     ({"PORT": "x"}, ("local_multi.sh", "--dry-run", "2", "x")),
     ({"RESTARTS": "many"}, ("run.sh", "--dry-run", "x")),
