@@ -94,6 +94,7 @@ SETTINGS = [
     (POD | {"WORKER": "-1"}, ("tpu_vm.sh", "--dry-run", "logs")),
     ({"PORT": "x"}, ("local_multi.sh", "--dry-run", "2", "x")),
     ({"RESTARTS": "many"}, ("run.sh", "--dry-run", "x")),
+    ({"RESTARTS": "many"}, ("slurm.sbatch", "--dry-run", "x", "--workdir=x")),
     ({"PREEMPTED_CODE": "130"}, ("run.sh", "--dry-run", "x")),
     ({}, ("run.sh", "--dry-run", "--version")),
     (GKE, ("xpk.sh", "--dry-run", "create", "x", "two\nlines")),
@@ -207,3 +208,21 @@ def test_the_exit_code_is_left_in_a_file(code: str, tmp_path: Path) -> None:
     sum_of_words = subprocess.run(["cksum"], input=" ".join(words) + "\n", capture_output=True, text=True, check=True)
     assert during[0] == "running" and during[2] == sum_of_words.stdout.split()[0]
     assert file.read_text().split() == [code, *during[1:]]
+
+
+@pytest.mark.parametrize(("count", "ends", "did"), [("", 0, "requeue 7"), ("1", 0, "requeue 7"), ("2", 1, "")])
+def test_a_preempted_job_goes_back_into_the_queue_so_often(count: str, ends: int, did: str, tmp_path: Path) -> None:
+    (tmp_path / "preempted.json").touch()
+    for name in ("srun", "scontrol", "bash"):  # bash sets up the packages
+        (tmp_path / name).write_text(f'#!/bin/sh\n[ {name} != scontrol ] || echo "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "RESTARTS": "2",
+        "SLURM_RESTART_COUNT": count,
+    }
+    command = ["/bin/bash", "launch/slurm.sbatch", "vau_jax.train", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == ends and done.stdout.strip() == did
+    assert ("RESTARTS" in done.stderr) == bool(ends)
