@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by demo.sh and test.sh: makes .venv in the repository with pinned packages, once, and enters the repository.
-# PYTHON names another interpreter; VENV another folder. Usage: source launch/venv.sh [EXTRA], or bash to install alone.
+# PYTHON names another interpreter; VENV another folder; PACKAGES_ONLY=1 leaves the project itself out. Usage: source
+# launch/venv.sh [EXTRA], or bash to install alone.
 # Where no Python 3.11 or 3.12 is on PATH (TPU VMs ship 3.10), uv fetches one into the user's own folder, once.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -70,6 +71,5 @@ if [ ! -e "$stamp" ]; then
   install --require-hashes --requirement $pins-build.txt &&
     install --require-hashes --requirement $pins-run.txt ${extra:+--requirement "$pins-$extra.txt"} &&
     { [ "$extra" != test ] || "$VENV/bin/python" -m pip install --quiet --requirement $pins-torch.txt; } &&
-    install --editable . &&
-    touch "$stamp" || exit
+    { [ "${PACKAGES_ONLY:-0}" = 1 ] || { install --editable . && touch "$stamp"; }; } || exit
 fi

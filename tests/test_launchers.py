@@ -108,12 +108,20 @@ def test_a_setting_of_another_kind_is_one_line(settings: dict[str, str], command
     assert (len(done.stderr.splitlines()) == 1 and "expected" in done.stderr) or "no line breaks" in done.stderr
 
 
+def linter(name: str) -> str:
+    """The path of a program whose package is for x86-64 alone."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    return found or pytest.skip(f"no {name}: its package is for x86-64 alone")
+
+
+def test_hadolint_finds_nothing() -> None:
+    done = subprocess.run([linter("hadolint"), ROOT / "launch" / "Dockerfile"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout.decode()
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script: Path) -> None:
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if not shellcheck:
-        pytest.skip("no shellcheck: its package is for x86-64 alone; install Debian's")
-    done = subprocess.run([shellcheck, "-x", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([linter("shellcheck"), "-x", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert script.name in ("lib.sh", "venv.sh") or "set -euo pipefail" in script.read_text()
 
