@@ -22,7 +22,7 @@ GKE = {
     "TYPE": "v5litepod-16",
     "IMAGE": "image:1",
 }
-JOBSET = {"TOPOLOGY": "4x4", "ACCELERATOR": "tpu-v5-lite-podslice", "HOSTS": "4", "CHIPS": "4"}
+JOBSET = {"TOPOLOGY": "4x4", "ACCELERATOR": "tpu-v5-lite-podslice", "HOSTS": "4", "CHIPS": "4", "BUCKET": "lab-runs"}
 
 
 def call(settings: dict[str, str], *command: str) -> subprocess.CompletedProcess:

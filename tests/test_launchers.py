@@ -79,6 +79,44 @@ def test_a_manifest_keeps_names_that_yaml_would_read_otherwise(name: str) -> Non
     assert job["metadata"]["name"] == name
 
 
+def pod_of(**settings: str) -> dict:
+    """The template of a host's pod."""
+    job = yaml.safe_load(call(GKE | JOBSET | settings, "xpk.sh", "manifest", *RUN).stdout)
+    return job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+
+
+def test_a_manifest_mounts_a_bucket_as_runs() -> None:
+    """By the driver of GKE, which takes effect only with its annotation, as the account that may use the bucket."""
+    pod = pod_of(ACCOUNT="trainer")
+    assert pod["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+    assert pod["spec"]["serviceAccountName"] == "trainer"
+    runs = next(volume for volume in pod["spec"]["volumes"] if volume["name"] == "runs")
+    attributes = {"bucketName": "lab-runs", "mountOptions": "implicit-dirs"}
+    assert runs["csi"] == {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}
+
+
+def test_a_manifest_mounts_a_claim_as_runs() -> None:
+    pod = pod_of(BUCKET="", CLAIM="filestore")
+    assert "metadata" not in pod
+    assert {"name": "runs", "persistentVolumeClaim": {"claimName": "filestore"}} in pod["spec"]["volumes"]
+
+
+@pytest.mark.parametrize("storage", ["BUCKET", "CLAIM"])
+def test_what_a_manifest_mounts_are_its_volumes(storage: str) -> None:
+    pod = pod_of(**({"BUCKET": "", "CLAIM": ""} | {storage: "lab-runs"}))["spec"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounts == {"runs": "/runs", "shm": "/dev/shm"}
+    assert {volume["name"] for volume in pod["volumes"]} == set(mounts)
+    assert {"name": "shm", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
+
+
+@pytest.mark.parametrize(("slices", "placed"), [("1", False), ("2", True)])
+def test_slices_get_node_pools_of_their_own(slices: str, placed: bool) -> None:
+    job = yaml.safe_load(call(GKE | JOBSET | {"SLICES": slices}, "xpk.sh", "manifest", *RUN).stdout)
+    key = "alpha.jobset.sigs.k8s.io/exclusive-topology"
+    assert (job["metadata"].get("annotations", {}).get(key) == "cloud.google.com/gke-nodepool") == placed
+
+
 INJECTED = "a\n    evil: true"
 MANIFEST, CREATE = ("xpk.sh", "manifest", "x"), ("xpk.sh", "--dry-run", "create", "x")
 SETTINGS = [
@@ -86,6 +124,9 @@ SETTINGS = [
     *((GKE | {name: INJECTED}, CREATE) for name in ("NAME", "PROJECT", "ZONE", "CLUSTER", "TYPE", "IMAGE")),
     *((POD | {name: INJECTED}, ("tpu_vm.sh", "--dry-run", "create")) for name in ("NAME", "PROJECT", "ZONE", "TYPE")),
     *((GKE | JOBSET | {"NAME": name}, MANIFEST) for name in ("A", "-a", "a-", "1a", "a_b", "a" * 40, "é")),
+    (GKE | JOBSET | {"BUCKET": "", "CLAIM": INJECTED}, MANIFEST),
+    (GKE | JOBSET | {"ACCOUNT": INJECTED}, MANIFEST),
+    (GKE | JOBSET | {"CLAIM": "runs"}, MANIFEST),
     (POD | {"BUCKET": "x; id"}, ("tpu_vm.sh", "--dry-run", "setup")),
     (POD | {"RESTARTS": "1; id"}, ("tpu_vm.sh", "--dry-run", "run", "x")),
     (POD | {"PORT": "1; id"}, ("tpu_vm.sh", "--dry-run", "run", "x")),
@@ -133,6 +174,7 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
         (POD | {"TYPE": "v9-8"}, ("tpu_vm.sh", "--dry-run", "create"), "TYPE=v9-8 is unknown"),
         (POD, ("tpu_vm.sh", "run"), "run what?"),
         (GKE, ("xpk.sh", "manifest", "x"), "TOPOLOGY is not set"),
+        (GKE | JOBSET | {"BUCKET": ""}, ("xpk.sh", "manifest", "x"), "BUCKET is not set"),
         ({}, ("slurm.sbatch", "--dry-run", "vau_jax.train"), "--workdir=DIR is needed"),
         ({}, ("local_multi.sh", "none", "x"), "N=none cannot be used: expected a number of processes"),
         ({}, ("local_multi.sh", "2"), "usage:"),
