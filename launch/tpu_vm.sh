@@ -81,6 +81,7 @@ again() { # counts an attempt to go on
 
 begin() {
   if bash launch/tpu_vm.sh setup && bash launch/tpu_vm.sh run "$@"; then
+    begun=1
     trouble="the run left no trace"
   else
     trouble="the run could not be set up or started"
@@ -88,7 +89,7 @@ begin() {
 }
 
 keep() {
-  local sum state before="" code whose since=$SECONDS silent=0 created=0 attempts=0 trouble=""
+  local sum state before="" code whose since=$SECONDS silent=0 created=0 begun=0 attempts=0 trouble=""
   sum=$(checksum "$@")
   while true; do
     state=$(state_of)
@@ -108,14 +109,17 @@ keep() {
         ;;
       ACTIVE)
         since=$SECONDS code="" whose=""
-        read -r code _ whose < <(run_code) || true
+        read -r code _ whose < <(run_code | grep -E '^[a-z0-9]+ [-0-9]+ [-0-9]+$') || true # gcloud may say more
         if [ -n "$code" ] && [ "$whose" != "$sum" ]; then
           [ "$code" != running ] || fail "keep: another run is on $NAME: let it end, or take another NAME"
           code=none
         fi
         [ -z "$code" ] || silent=0
+        case $begun$code in # a failure from before this call: the cause may be gone
+          0[1-9] | 0[1-9][0-9]) [ "$code" = "$PREEMPTED" ] || code=none ;;
+        esac
         case $code in
-          running) trouble="" ;;
+          running) begun=1 trouble="" ;;
           0)
             say "done; $NAME is still there: bash launch/tpu_vm.sh delete"
             return

@@ -23,6 +23,7 @@ case "$*" in
   *code=none*)
     code=$(next codes)
     [ "$code" != silent ] || exit 255
+    echo "SSH: Attempting to connect to worker 0..."
     echo "$code 17 $(cat "$PLAY/checksum")"
     ;;
   *queued-resources\ create*) echo create >>"$PLAY/log" ;;
@@ -100,6 +101,12 @@ def test_a_run_that_failed_is_not_repeated(code: str, ends: int, play: Path) -> 
     done, did = keep(play, "ACTIVE", f"running {code}")
     assert done.returncode == ends and did == []
     assert "tpu_vm.sh logs" in done.stderr
+
+
+@pytest.mark.parametrize("code", ["1", "2"])
+def test_a_failure_from_before_is_tried_again(code: str, play: Path) -> None:
+    done, did = keep(play, "ACTIVE", f"{code} running 0")
+    assert done.returncode == 0 and did == ["setup", "run"]
 
 
 def test_the_end_of_another_run_does_not_count(play: Path) -> None:
