@@ -28,6 +28,7 @@ need() {
   case $3 in
     name) pattern='[a-z]([-a-z0-9]{0,37}[a-z0-9])?' ;; # RFC 1035, and short enough for what GKE makes of it
     project) pattern='[a-z0-9][-a-z0-9.:]{0,99}' ;;
+    bucket) pattern='[a-z0-9][-a-z0-9._]{1,220}[a-z0-9]' ;;
     image) pattern='[a-zA-Z0-9][-a-zA-Z0-9._/:@]{0,254}' ;;
     count) pattern='[1-9][0-9]{0,5}' ;;
     number) pattern='0|[1-9][0-9]{0,5}' ;;
@@ -44,6 +45,10 @@ quoted() { # its arguments as words for any shell: $'..' is bash's own, a line b
     words+=("$word")
   done
   printf '%s\n' "${words[*]}"
+}
+
+checksum() { # a number for a program and its arguments
+  quoted "$@" | cksum | cut -d ' ' -f 1
 }
 
 yaml() { # its argument as a YAML string, in ASCII

@@ -1,11 +1,12 @@
 """Runs the trials of a sweep and tabulates them.
 
-    vau sweep --config=configs/sweeps/X.py --workdir=DIR [--backend=local|xpk|slurm] [--jobs=N] [--dry-run]
+    vau sweep --config=SWEEP --workdir=DIR [--backend=local|gke|xpk|slurm] [--submit] [--jobs=N] [--dry-run]
 
 Each trial has a folder in DIR, named by the fields that distinguish it, with its output in log.txt. Finished trials are
 skipped, killed ones resume where their program can. DIR/sweep.md is the table, means over seeds; DIR/sweep.html a plot
 with a point for each trial. With another backend than local DIR/jobs.sh is written, which submits a job for each trial
-that is not finished; call the sweep again for the table.
+that is not finished; call the sweep again for the table. --submit runs that script at once and writes nothing here, as
+DIR may be a folder that only the jobs see.
 """
 
 import argparse
@@ -85,9 +86,10 @@ class Trial:
 
 COLOURS = qualitative.D3
 NAME_BYTES = 200  # of a folder's name, of which file systems take 255
-BACKENDS = {  # what submits a job, before the program and its arguments; {name} is the trial's
-    "xpk": "NAME={name} bash launch/xpk.sh create",
-    "slurm": "sbatch --job-name={name} launch/slurm.sbatch",
+BACKENDS = {  # what submits the job of a trial's program, with its arguments
+    "gke": "NAME={name} bash launch/xpk.sh manifest {program} | kubectl apply --filename=-",
+    "xpk": "NAME={name} bash launch/xpk.sh create {program}",
+    "slurm": "sbatch --job-name={name} launch/slurm.sbatch {program}",
 }
 
 
@@ -100,8 +102,8 @@ def jobs(trials: Sequence[Trial], backend: str) -> str:
         if not trial.finished:
             short = re.sub(r"^[^a-z]+", "", re.sub(r"[^a-z0-9]+", "-", trial.name.lower()))[:28].strip("-")
             name = f"{short or 'trial'}-{_hash(trial.name)}"  # unique, and a name that launch/xpk.sh takes
-            program = trial.command[trial.command.index("-m") + 1 :]
-            lines.append(f"{BACKENDS[backend].format(name=name)} {shlex.join(program)}")
+            program = shlex.join(trial.command[trial.command.index("-m") + 1 :])
+            lines.append(BACKENDS[backend].format(name=name, program=program))
     return "\n".join(lines) + "\n"
 
 
@@ -232,14 +234,18 @@ def _cell(values: list[float]) -> str:
     return f"{np.mean(values):.2f}{spread}" if values else "-"
 
 
-def run(config: str, workdir: Path, backend: str, at_once: int, dry_run: bool) -> int:
-    """Runs what is not finished, so many at a time, or writes the jobs that will, and the table and plot of what is.
-    The exit code: 1 when a trial failed."""
+def run(config: str, workdir: Path, backend: str, at_once: int, dry_run: bool, submit: bool = False) -> int:
+    """Runs what is not finished, so many at a time, or writes or submits the jobs that will, and the table and plot of
+    what is. The exit code: 1 when a trial failed."""
     result = trials(load(config), workdir)
+    if submit and backend == "local":
+        raise InputError(f"--submit is for trials elsewhere: expected --backend={'|'.join(BACKENDS)} with it")
     if dry_run:
         local = "\n".join(shlex.join(trial.command) for trial in result)
         print(local if backend == "local" else jobs(result, backend), flush=True)
         return 0
+    if submit:
+        return subprocess.run(["bash", "-c", jobs(result, backend)], check=False).returncode  # noqa: S603, S607
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):
         return _run(result, workdir, backend, at_once)
@@ -270,7 +276,7 @@ def _run(trials: list[Trial], workdir: Path, backend: str, at_once: int) -> int:
 
 def main(args: argparse.Namespace) -> None:
     """The program: see its options in `vau_jax.cli`."""
-    sys.exit(run(args.config, args.workdir, args.backend, args.jobs, args.dry_run))
+    sys.exit(run(args.config, args.workdir, args.backend, args.jobs, args.dry_run, args.submit))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def installed(extra: str, python: str, machine: str) -> set[str]:
     return {canonicalize_name(pin.name) for pin in found if not pin.marker or pin.marker.evaluate(where)}
 
 
-@pytest.mark.parametrize("name", ["build", "run", *EXTRAS])
+@pytest.mark.parametrize("name", ["build", "run", "uv", *EXTRAS])
 def test_every_package_has_one_version_and_hashes(name: str) -> None:
     assert pins(name)
     for pin, hashes in pins(name):

@@ -34,6 +34,7 @@ def options(stage: str, model: Path, data: Path, workdir: Path, steps: int = STE
 
 def start(processes: int, args: list[str], told: Path | None = None) -> subprocess.Popen:
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "RUN_PYTHON": sys.executable, "TOLD": str(told or "")}
+    env["PREEMPTED_CODE"] = "75"
     command = ["bash", "launch/local_multi.sh", str(processes), "vau_jax.train", *args]
     if processes == 1:
         command, env["ALONE"] = ["bash", "launch/run.sh", "vau_jax.train", *args], "1"
@@ -83,7 +84,7 @@ def test_sft_preempted_on_two_processes_resumes_on_another_number(
     signal_one(1, tmp_path / "many", signal.SIGTERM, 1)
     began = time.monotonic()
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
+    assert process.returncode == 75, output[-3000:]
     assert time.monotonic() - began < 60
     step = json.loads((tmp_path / "many" / "preempted.json").read_text())["step"]
     assert step < STEPS and checkpoint.steps(tmp_path / "many")[-1] == step

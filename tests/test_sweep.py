@@ -1,13 +1,17 @@
 """Sweeps: their trials, what is run, skipped and gone on with, and the table at the end."""
 
 import importlib
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.launchers import GKE, JOBSET
 from vau_jax.common import config_flags
 from vau_jax.common.files import InputError
 from vau_jax.configs import sweeps
@@ -21,9 +25,10 @@ PROGRAM, CONFIG = "tests.sweep_program", "tests/sweep_program.py"
 """
 
 
-def call(file: Path, workdir: Path, *options: str) -> subprocess.CompletedProcess:
+def call(file: Path, workdir: Path, *options: str, **settings: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "launch/sweep.py", f"--config={file}", f"--workdir={workdir}", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    env = os.environ | settings
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 def written(folder: Path, body: str) -> Path:
@@ -72,7 +77,7 @@ def test_trials_are_run_once_and_tabulated(tmp_path: Path) -> None:
     assert again.stdout.count("is finished") == 4 and "begins" not in again.stdout
 
 
-@pytest.mark.parametrize("backend", ["xpk", "slurm"])
+@pytest.mark.parametrize("backend", ["gke", "xpk", "slurm"])
 def test_jobs_are_written_for_what_is_not_finished(backend: str, tmp_path: Path) -> None:
     file = written(tmp_path, 'over("seed", (0, 1, 2))')
     (tmp_path / "runs" / "seed=1").mkdir(parents=True)
@@ -83,11 +88,35 @@ def test_jobs_are_written_for_what_is_not_finished(backend: str, tmp_path: Path)
     assert head[0] == "#!/usr/bin/env bash"
     program = f"tests.sweep_program --config=tests/sweep_program.py --workdir={tmp_path}/runs/seed=0 --config.seed=0"
     start = {
+        "gke": r"NAME=seed-0-\w{6} bash launch/xpk.sh manifest",
         "xpk": r"NAME=seed-0-\w{6} bash launch/xpk.sh create",
         "slurm": r"sbatch --job-name=seed-0-\w{6} launch/\S+",
     }
-    assert re.fullmatch(f"{start[backend]} {re.escape(program)}", first)
+    end = r" \| kubectl apply --filename=-" if backend == "gke" else ""
+    assert re.fullmatch(f"{start[backend]} {re.escape(program)}{end}", first)
     assert "seed=2" in second and not (tmp_path / "runs" / "seed=0").exists()
+
+
+def test_a_sweep_is_submitted_to_gke_as_a_jobset_for_each_trial(tmp_path: Path) -> None:
+    """Under a name and with a workdir of its own, which need not be on this machine."""
+    (tmp_path / "kubectl").write_text(f'#!/bin/sh\n(cat; echo ---) >> "{tmp_path}/applied"\n')
+    (tmp_path / "kubectl").chmod(0o755)
+    file = written(tmp_path, 'product(over("seed", (0, 1)), over("options", (("a b", 1),)))')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = call(file, Path("/runs/of a sweep"), "--backend=gke", "--submit", **GKE, **JOBSET, PATH=path)
+    assert done.returncode == 0, done.stderr
+    sets = [one for one in yaml.safe_load_all((tmp_path / "applied").read_text()) if one]
+    assert [one["kind"] for one in sets] == ["JobSet"] * 2
+    assert len({one["metadata"]["name"] for one in sets}) == 2
+    for seed, one in enumerate(sets):
+        pod = one["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        words = shlex.split(pod["containers"][0]["args"][0])
+        assert f"--workdir=/runs/of a sweep/seed={seed}" in words and "--config.options=('a b', 1)" in words
+
+
+def test_a_sweep_on_this_machine_is_not_submitted(tmp_path: Path) -> None:
+    done = call(written(tmp_path, 'over("seed", (0, 1))'), tmp_path / "runs", "--submit")
+    assert done.returncode == 2 and "--backend=gke|xpk|slurm" in done.stderr and not (tmp_path / "runs").exists()
 
 
 def test_a_trial_that_fails_is_reported_and_resumed(tmp_path: Path) -> None:

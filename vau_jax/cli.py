@@ -154,7 +154,10 @@ def random_model(parser: Parser) -> None:
 def sweep(parser: Parser) -> None:
     parser.add_argument("--config", required=True, metavar="configs/sweeps/X.py", help="a sweep: its path or name")
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--backend", default="local", choices=("local", "xpk", "slurm"), help="where the trials run")
+    parser.add_argument(
+        "--backend", default="local", choices=("local", "gke", "xpk", "slurm"), help="where the trials run"
+    )
+    parser.add_argument("--submit", action="store_true", help="submit the jobs of another backend than local")
     parser.add_argument("--jobs", type=at_least(1), default=1, help="trials at once, with --backend=local")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
 
