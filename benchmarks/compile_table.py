@@ -35,12 +35,22 @@ class Pod(NamedTuple):
     topology: str
     fsdp: int
     tensor: int
+    slices: int = 1  # each holds a whole row of data
+
+    @property
+    def chips(self) -> str:
+        """As a table names them."""
+        return f"{self.slices} x " * (self.slices > 1) + self.topology.replace(":", " ")
 
 
 PODS = {
     "v5e16": Pod("v5e:4x4", 4, 4),
     "v5e64": Pod("v5e:8x8", 16, 4),
     "v5e256": Pod("v5e:16x16", 64, 4),
+    "2xv5e16": Pod("v5e:4x4", 4, 4, 2),
+    "4xv5e64": Pod("v5e:8x8", 16, 4, 4),
+    "2xv5e256": Pod("v5e:16x16", 64, 4, 2),
+    "4xv5e256": Pod("v5e:16x16", 64, 4, 4),
     "v5p64": Pod("v5p:4x4x4", 64, 1),
     "v6e64": Pod("v6e:8x8", 32, 2),
 }
@@ -55,12 +65,13 @@ def rows() -> Iterator[tuple[str, str, str, Pod]]:
 
 
 def compile_row(model: str, training: str, pod: Pod, file: Path) -> None:
-    """Runs compile_check; the printed report stays beside the JSON file. One prompt for each part of fsdp."""
+    """Runs compile_check; the printed report stays beside the JSON file. One prompt for each part of data x fsdp."""
     config, options = TRAINING[training]
     command = [sys.executable, "launch/compile_check.py", f"--config=configs/{config}.py", f"--json={file}"]
     command += [f"--topology={pod.topology}", f"--size=qwen2.5-vl-{model}", "--only=update", *options]
     command += [f"--config.mesh.fsdp={pod.fsdp}", f"--config.mesh.tensor={pod.tensor}"]
-    command += [f"--config.batch_size={pod.fsdp}", "--config.data.max_completion_tokens=512"]
+    command += [f"--slices={pod.slices}", f"--config.mesh.data={pod.slices}"]
+    command += [f"--config.batch_size={pod.slices * pod.fsdp}", "--config.data.max_completion_tokens=512"]
     with file.with_suffix(".log").open("w") as log:
         subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)  # noqa: S603
 
@@ -69,9 +80,8 @@ def line(model: str, training: str, pod: Pod, report: dict[str, Any]) -> list[st
     """A row of the first table."""
     programs = {program["program"]: program for program in report["programs"]}
     update, decode = programs["update"], programs.get("decode step")
-    chips = pod.topology.replace(":", " ")
     kind, _, lora = training.partition("-")
-    cells = [model.upper(), kind.upper() + (", LoRA 16" if lora else ""), chips, f"{pod.fsdp}, {pod.tensor}"]
+    cells = [model.upper(), kind.upper() + (", LoRA 16" if lora else ""), pod.chips, f"{pod.fsdp}, {pod.tensor}"]
     if not update["seconds"]:
         return [*cells, update["problem"], *[""] * 7]
     cells += [f"{update[name] / GIB:.2f} GiB" for name in ("peak", "needed")]

@@ -1,0 +1,148 @@
+"""Data-parallel efficiency and goodput on paper: of programs compiled for pods, with saves and restarts measured here.
+
+    python benchmarks/compile_table.py --folder=DIR --only grpo-3b-v5e16 grpo-3b-2xv5e16 grpo-3b-4xv5e256 ...
+    python benchmarks/efficiency.py --folder=DIR [--gb=2] [--restart=60]
+
+Prints two Markdown tables over the rows of DIR, and one JSON object last.
+
+Efficiency: prompts per chip and second, relative to the fewest chips. A step is the update, 512 steps of decoding, and
+two forward passes (the prompts before sampling, the reference's scores), each a quarter of the update, which computes
+forward twice and backward. Once with everything that is sent hidden behind the work, once with nothing of it hidden.
+
+Goodput: the share of the time that goes into steps, where a preemption comes every so many hours. Each costs the save
+that SIGTERM asks for and a restart: the slice again and the programs compiled (--restart), the process started, the
+checkpoint read. One without notice costs half the steps between two checkpoints instead of the save.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import compile_table
+from vau_jax.launch import hlo
+from vau_jax.models import checkpoint, hf
+from vau_jax.models import config as model_config
+from vau_jax.types import State
+
+HOURS = (1, 6, 24)
+CHIPS_A_HOST = 4
+NEW_TOKENS = 512  # of compile_table's rows
+EVERY = 100  # steps between checkpoints, the default
+
+
+class Costs(NamedTuple):
+    """What was measured on this machine."""
+
+    start: float  # seconds of a process until it could read a checkpoint
+    save: float  # bytes a second of a host, with hashes and fsync
+    read: float
+
+
+def measured(gb: float) -> Costs:
+    """Starts a process, and writes and reads a checkpoint of so many GB."""
+    began = time.monotonic()
+    program = "import jax; from vau_jax.train import loop; jax.devices()"
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)  # noqa: S603
+    start = time.monotonic() - began
+    rows = int(gb * 1e9 / 12) // 2**20  # float32 parameters and two moments, in blocks of 4 MiB
+    state = State(jnp.int32(0), *(_blocks(rows, n) for n in (1, 2)), None)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        checkpoints = checkpoint.Checkpoints(folder)
+        began = time.monotonic()
+        checkpoints.save(1, state, {}, 0.0)
+        saved = time.monotonic()
+        checkpoints.restore(1, state)
+        done = time.monotonic()
+        checkpoints.close()
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    return Costs(start, size / (saved - began), size / (done - saved))
+
+
+def _blocks(rows: int, copies: int) -> dict[str, jax.Array]:
+    keys = jax.random.split(jax.random.key(copies), copies * rows)
+    return {str(i): jax.random.normal(key, (2**20,), jnp.float32) for i, key in enumerate(keys)}
+
+
+def seconds(report: dict[str, Any]) -> tuple[float, float]:
+    """Of a step: with everything that is sent hidden behind the work, and with nothing."""
+    programs = {program["program"]: program for program in report["programs"]}
+    chip, update, decode = report["chip"], programs["update"], programs["decode step"]
+    work = {name: max(p["flops"] / chip["flops"], p["bytes"] / chip["bandwidth"]) for name, p in programs.items()}
+    sent = {
+        name: hlo.total(p["collectives"]) / chip["links"]
+        + (hlo.total(p["between"]) / chip["network"] if p["between"] else 0.0)
+        for name, p in programs.items()
+    }
+    passes = 1 + 2 / 4
+    hidden = passes * max(update["seconds"], work["update"]) + NEW_TOKENS * decode["seconds"]
+    plain = passes * (work["update"] + sent["update"]) + NEW_TOKENS * (work["decode step"] + sent["decode step"])
+    return hidden, plain
+
+
+def goodput(hours: float, step: float, save: float, restart: float, notice: bool) -> float:
+    """Share of the time in steps."""
+    steady = EVERY * step / (EVERY * step + save)
+    lost = restart + (save if notice else EVERY * step / 2)
+    return steady * max(0.0, 1 - lost / (hours * 3600))
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="of compile_table.py's results")
+    parser.add_argument("--model", default="3b", choices=compile_table.MODELS)
+    parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint that is written and read here")
+    parser.add_argument("--restart", type=float, default=60.0, help="seconds for the slice, and to compile")
+    args = parser.parse_args()
+    found = {}
+    for name, pod in compile_table.PODS.items():
+        file = args.folder / f"grpo-{args.model}-{name}.json"
+        if pod.topology.startswith("v5e") and file.exists():
+            found[name] = pod, json.loads(file.read_text())
+    if not found:
+        parser.error(f"--folder={args.folder} has no row such as grpo-{args.model}-v5e16.json")
+    costs = measured(args.gb)
+    sizes = hf.parameter_shapes(model_config.from_hf(model_config.SIZES[f"qwen2.5-vl-{args.model}"]))
+    state = 12 * sum(map(math.prod, sizes.values()))  # float32 parameters and AdamW's two moments
+    results = {}
+    for name, (pod, report) in sorted(found.items(), key=lambda item: (chips(item[1][0]), item[1][0].slices)):
+        hidden, plain = seconds(report)
+        hosts = chips(pod) / CHIPS_A_HOST
+        save = state / hosts / costs.save
+        restart = args.restart + costs.start + state / hosts / costs.read
+        shares = {h: [goodput(h, plain, save, restart, notice) for notice in (True, False)] for h in HOURS}
+        results[name] = {"chips": chips(pod), "seconds": (hidden, plain), "save": save, "restart": restart}
+        results[name] |= {"prompts": pod.slices * pod.fsdp, "goodput": shares, "name": pod.chips}
+    first = next(iter(results.values()))
+    rate = [first["prompts"] / first["chips"] / s for s in first["seconds"]]
+    rows, lost = [], []
+    for r in results.values():
+        r["efficiency"] = [r["prompts"] / r["chips"] / s / base for s, base in zip(r["seconds"], rate, strict=True)]
+        rows.append([r["name"], str(r["chips"]), str(r["prompts"]), *(f"{s:.2f} s" for s in r["seconds"])])
+        rows[-1] += [f"{share:.0%}" for share in r["efficiency"]]
+        lost.append([r["name"], f"{r['save']:.1f} s", f"{r['restart']:.0f} s"])
+        lost[-1] += [" / ".join(f"{share:.1%}" for share in shares) for shares in r["goodput"].values()]
+    heads = ["slices", "chips", "prompts", "step, all hidden", "step, nothing hidden", "efficiency, hidden", "nothing"]
+    print(markdown(heads, rows) + "\n")
+    print(markdown(["slices", "save", "restart", *(f"every {h} h" for h in HOURS)], lost) + "\n")
+    print(json.dumps({"costs": costs._asdict(), "rows": results}))
+
+
+def chips(pod: compile_table.Pod) -> int:
+    return pod.slices * math.prod(int(side) for side in pod.topology.partition(":")[2].split("x"))
+
+
+if __name__ == "__main__":
+    main()
