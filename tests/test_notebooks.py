@@ -139,7 +139,7 @@ def test_on_a_tpu_a_session_that_is_over_goes_on_in_the_next(dataset: Path, tmp_
         time.sleep(0.01)
     trainer = int((runs / "sft" / ".lock").read_text().split()[1])
     os.kill(trainer, signal.SIGTERM)
-    said, _ = first.communicate(timeout=60)
+    said, _ = first.communicate(timeout=600)
     done = read_json(runs / "sft" / "preempted.json")["step"]
     assert first.returncode == 1 and "sft was asked to end before its last step: run all cells again" in said
     assert checkpoint.steps(runs / "sft") == [done] and 0 < done < 8 and not (runs / "grpo").exists()
