@@ -343,6 +343,7 @@ def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preempti
         if stop or due or run.is_best_at(done):
             # A checkpoint in between has no mean to be the best by; an evaluation is of its own step.
             value = run.best.take() if due or run.best.by_evaluation else -np.inf
+            log.save()
             checkpoints.save(done, run.learner.state, run.position(), value)
         if stop and done < config.steps:
             break
