@@ -78,6 +78,34 @@ class Lines:
         self.file.close()
 
 
+def size_text(size: float) -> str:
+    """A number of bytes for people to read."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def free_space(folder: str | os.PathLike) -> float:
+    """Free bytes of the file system that `folder`, which need not exist, belongs to.
+
+    Infinite where it does not say: mounted buckets report nothing, or a petabyte.
+    """
+    folder = Path(folder).resolve()
+    usage = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
+    return usage.free if 0 < usage.free < 2**50 else math.inf
+
+
+def check_space(what: str, folder: str | os.PathLike, likely: float, least: float, way_out: str) -> None:
+    """Prints that `folder` is to hold `what`, which takes `likely` bytes, and how many are free.
+
+    Raises InputError where not even `least` are.
+    """
+    free = free_space(folder)
+    room = "room is not known" if free == math.inf else f"{size_text(free)} free"
+    if free < least:
+        raise InputError(f"{folder} has {room}, and {what} need {size_text(least)} at least: {way_out}")
+    warning = "warning: this may not fit: " if free < likely else ""
+    print(f"{warning}{folder} needs about {size_text(likely)} for {what}; {room}", flush=True)
+
+
 def lacking(folder: str | os.PathLike) -> set[str]:
     """What the file system of `folder`, which exists, lacks: some of "locks" and "sync" (fsync of folders).
 
