@@ -19,6 +19,6 @@ compile() { # compile FILE INPUT [OPTIONS]: of the versions that fit together
 echo setuptools | compile $pins-build.txt -
 compile $pins-run.txt pyproject.toml
 mapfile -t run < <(sed -n 's/^\([^ =]*\)==.*/--no-emit-package=\1/p' $pins-run.txt | sort -u)
-for extra in app cuda12 docs test tpu; do # each has what comes on top of requirements-run.txt
+for extra in app cuda12 docs gcs test tpu; do # each has what comes on top of requirements-run.txt
   compile $pins-$extra.txt pyproject.toml --extra "$extra" "${run[@]}"
 done

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vau_jax.common import remote
 from vau_jax.common.checks import COUNT, NOT_NEGATIVE, SHARE, check_choices, check_ranges
 from vau_jax.common.files import InputError, check_range, content_hash
 from vau_jax.data.processor import Encoded, Message, Processor, Shape, Visual
@@ -91,7 +92,9 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], Audit]:
     if not folder.is_dir():
         raise InputError(f"video folder {folder} does not exist (config.data.videos)")
     examples, audit = DATASETS[config.dataset](config)
-    examples = _with_media(_chosen(examples, config, audit), audit)
+    examples = _chosen(examples, config, audit)
+    remote.fetch_below(folder, (path for example in examples for path in example.media))
+    examples = _with_media(examples, audit)
     if config.reflection:
         examples = reflections.attach(examples, reflections.load(config.reflection), audit)
     if not examples:
