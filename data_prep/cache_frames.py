@@ -38,7 +38,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     videos = list(dict.fromkeys(path for example in examples for path in example.media))
     shown = Progress("frames", len(videos), "video")
     pool = DecoderPool(config.data.workers, config.data.video_seconds)
-    counts = frame_cache.build(workdir, videos, sampling, pool.read, config.data.workers, shown.show)
+    counts = frame_cache.build(workdir, videos, sampling, pool.read, config.data.workers, shown.show, pool.probe)
     print(f"frames: {', '.join(f'{n} {what}' for what, n in sorted(counts.items()))} ({workdir})", flush=True)
 
 

@@ -31,7 +31,7 @@ from vau_jax import cli
 from vau_jax.common import progress
 from vau_jax.common.chat import Chat
 from vau_jax.common.chips import GIB
-from vau_jax.common.files import InputError, locked, short, write_bytes
+from vau_jax.common.files import InputError, lacking, short, write_bytes
 from vau_jax.configs import base
 from vau_jax.configs import demo as demo_config
 from vau_jax.data.video.clips import VideoOptions
@@ -146,20 +146,21 @@ def memory() -> Finding:
 
 
 def disk(folder: Path) -> Finding:
-    """Room in the folder of runs, its speed, and whether it has locks."""
+    """Room in the folder of runs, its speed, and whether it has locks and can rename folders."""
     place = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
     try:
         with tempfile.TemporaryDirectory(prefix=".vau_doctor_", dir=place) as inside:
-            said = io.StringIO()
-            with redirect_stdout(said), locked(inside):
-                began = time.monotonic()
-                write_bytes(Path(inside) / "probe", os.urandom(2**20) * (PROBE_BYTES // 2**20))
-                seconds = time.monotonic() - began
+            lacks = lacking(inside)
+            began = time.monotonic()
+            write_bytes(Path(inside) / "probe", os.urandom(2**20) * (PROBE_BYTES // 2**20))
+            seconds = time.monotonic() - began
+    except InputError as error:
+        return Finding("error", str(error))
     except OSError as error:
         return Finding("error", f"{place} cannot be written to: {short(error)}", "choose another with --workdir")
     free = shutil.disk_usage(place).free
     text = f"{free / GIB:.0f} GiB free in {place}, written at {PROBE_BYTES / seconds / 2**20:.0f} MiB/s"
-    if said.getvalue():
+    if "locks" in lacks:
         return Finding("warning", f"{text}, no locks", "two runs in one folder would not notice each other there")
     if free < LEAST_DISK:
         return Finding("warning", text, f"checkpoints of published sizes need more than {LEAST_DISK / GIB:.0f} GiB")

@@ -20,6 +20,6 @@ echo setuptools | compile $pins-build.txt -
 echo uv | compile $pins-uv.txt - "$@" # no package needs it: its version is that of the file, or the newest
 compile $pins-run.txt pyproject.toml
 mapfile -t run < <(sed -n 's/^\([^ =]*\)==.*/--no-emit-package=\1/p' $pins-run.txt | sort -u)
-for extra in app cuda12 docs test tpu; do # each has what comes on top of requirements-run.txt
+for extra in app cuda12 docs gcs test tpu; do # each has what comes on top of requirements-run.txt
   compile $pins-$extra.txt pyproject.toml --extra "$extra" "${run[@]}"
 done

@@ -47,9 +47,9 @@ fetch_python() { # prints the path of a Python that uv fetches, by the checksum 
 VENV="${VENV:-.venv}"
 extra="${1:-}"
 case $extra in
-  "" | app | cuda12 | docs | test | tpu) ;;
+  "" | app | cuda12 | docs | gcs | test | tpu) ;;
   *)
-    echo "error: EXTRA=$(printf '%q' "$extra") is unknown: expected app, cuda12, docs, test, tpu or nothing" >&2
+    echo "error: EXTRA=$(printf '%q' "$extra") is unknown: expected app, cuda12, docs, gcs, test, tpu or nothing" >&2
     exit 2
     ;;
 esac

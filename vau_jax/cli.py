@@ -379,10 +379,28 @@ def call(words: Sequence[str]) -> None:
             print(text, flush=True)
     elif command.fields:
         args, own = parser_of(name).parse_known_args(rest)
+        _fetch_addresses(args)
         importlib.import_module(command.module).main(args, own)
     else:
         args = parser_of(name).parse_args(rest, argparse.Namespace(command=name))
+        _fetch_addresses(args)
         importlib.import_module(command.module).main(args)
+
+
+def _fetch_addresses(args: argparse.Namespace) -> None:
+    """Replaces gs:// addresses of models and videos by paths of their copies. Raises InputError, and for an address of
+    anything else."""
+    for name, value in vars(args).items():
+        values = value if isinstance(value, list) else [value]
+        if not any(isinstance(v, str | Path) and str(v).startswith("gs:/") for v in values):
+            continue
+        from vau_jax.common import remote  # noqa: PLC0415 - needed for addresses alone
+
+        for number, one in enumerate(values):
+            if name in ("model", "video") and remote.is_address(one):
+                values[number] = remote.fetch(one, name)
+            remote.refuse(values[number], f"--{name.replace('_', '-')}")
+        setattr(args, name, values if isinstance(value, list) else values[0])
 
 
 def _split(words: Sequence[str]) -> tuple[str, list[str]]:

@@ -16,6 +16,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, FieldReference
 from ml_collections import config_flags as ml_config_flags
 
+from vau_jax.common import remote
 from vau_jax.common.config_help import CONFIGS, known
 from vau_jax.common.files import InputError, exit_on_input_error
 
@@ -40,8 +41,8 @@ def main(run: Callable[[ConfigDict, Path], Any]) -> None:
 
 
 def parse(arguments: Sequence[str], config: str = "", workdir: str = "") -> tuple[ConfigDict, Path]:
-    """(config, workdir) of a program's command line, whose defaults are given; joins the other processes of the run.
-    Raises InputError."""
+    """(config, workdir) of a program's command line, whose defaults are given; joins the other processes of the run,
+    and fetches inputs that are named by gs:// addresses. Raises InputError."""
     read_config, values = read(arguments, config)
     folder = values["workdir"].value or workdir
     if not folder:
@@ -50,6 +51,8 @@ def parse(arguments: Sequence[str], config: str = "", workdir: str = "") -> tupl
         from vau_jax.common import processes  # noqa: PLC0415 - imports JAX, and printing a config needs none
 
         processes.start()
+    remote.refuse(folder, "--workdir")
+    remote.replace_addresses(read_config)
     return read_config, Path(folder)
 
 

@@ -10,10 +10,11 @@ import shutil
 import socket
 import stat
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,101 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     os.replace(part, path)
 
 
+class Lines:
+    """Lines appended to a file; other programs of the same host see each when `write` returns.
+
+    What a mounted bucket has of an open file is lost with its host: it is uploaded when the file is closed, by `save`.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path, self.saved = Path(path), time.monotonic()
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def write(self, lines: Iterable[str]) -> None:
+        self.file.writelines(lines)
+        self.file.flush()
+
+    def save(self, every: float = 0.0) -> None:
+        """Returns when all lines are on disk; does nothing within `every` seconds of the last call that did."""
+        if time.monotonic() - self.saved < every:
+            return
+        self.close()
+        self.file, self.saved = self.path.open("a", encoding="utf-8"), time.monotonic()
+
+    def close(self) -> None:
+        """Saves the lines and closes the file."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def size_text(size: float) -> str:
+    """A number of bytes for people to read."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def free_space(folder: str | os.PathLike) -> float:
+    """Free bytes of the file system that `folder`, which need not exist, belongs to.
+
+    Infinite where it does not say: mounted buckets report nothing, or a petabyte.
+    """
+    folder = Path(folder).resolve()
+    usage = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
+    return usage.free if 0 < usage.free < 2**50 else math.inf
+
+
+def check_space(what: str, folder: str | os.PathLike, likely: float, least: float, way_out: str) -> None:
+    """Prints that `folder` is to hold `what`, which takes `likely` bytes, and how many are free.
+
+    Raises InputError where not even `least` are.
+    """
+    free = free_space(folder)
+    room = "room is not known" if free == math.inf else f"{size_text(free)} free"
+    if free < least:
+        raise InputError(f"{folder} has {room}, and {what} need {size_text(least)} at least: {way_out}")
+    warning = "warning: this may not fit: " if free < likely else ""
+    print(f"{warning}{folder} needs about {size_text(likely)} for {what}; {room}", flush=True)
+
+
+def lacking(folder: str | os.PathLike) -> set[str]:
+    """What the file system of `folder`, which exists, lacks: some of "locks" and "sync" (fsync of folders).
+
+    Raises InputError where it cannot rename folders, which nothing can replace, and OSError where it cannot be written.
+    """
+    result = set()
+    with tempfile.TemporaryDirectory(prefix=".probe_", dir=folder) as name:
+        before, after = Path(name, "before"), Path(name, "after")
+        before.mkdir()
+        (before / "file").touch()
+        try:
+            before.rename(after)
+        except OSError as error:
+            raise InputError(
+                f"the file system of {folder} cannot rename folders ({error.strerror}), so that a kill could "
+                "leave half of a checkpoint: mount a bucket with hierarchical namespace, or choose another folder"
+            ) from error
+        try:
+            sync(after)
+        except OSError:
+            result.add("sync")
+        with (after / "file").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                result.add("locks")
+    return result
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which replaces `path` when the block succeeds, and is removed when it fails."""
+    """A folder to fill, which replaces `path` when the block succeeds, and is removed when it fails. Raises InputError
+    on a file system that cannot rename folders, before the block begins."""
     path = Path(path)
     part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
+        lacking(part)
         yield part
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -69,7 +157,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Returns when a file that another library wrote is on disk."""
+    """Returns when a file that another library wrote, or a folder's list of names, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

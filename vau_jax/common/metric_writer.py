@@ -8,14 +8,14 @@ import os
 import resource
 from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax.common import processes
-from vau_jax.common.files import InputError, dump_json, read_lines, write_text
+from vau_jax.common.files import InputError, Lines, dump_json, read_lines, write_text
 from vau_jax.common.heartbeat import Heartbeat
 from vau_jax.common.progress import Progress
 
@@ -40,14 +40,17 @@ class MetricWriter:
     def write(self, step: int, scalars: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         """Scalars are turned to float; those that are not finite are null in JSON. Samples are for people to read."""
         values = {name: float(np.asarray(value)) for name, value in scalars.items()}
-        self.metrics.write(dump_json({"step": step, **values}) + "\n")
-        self.samples.writelines(dump_json({"step": step, **sample}) + "\n" for sample in samples)
-        for file in (self.metrics, self.samples):
-            file.flush()
+        self.metrics.write([dump_json({"step": step, **values}) + "\n"])
+        self.samples.write(dump_json({"step": step, **sample}) + "\n" for sample in samples)
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(values, step=step)
+
+    def save(self) -> None:
+        """Returns when metrics.jsonl and samples.jsonl are on disk; TensorBoard's file is when it is closed."""
+        for file in (self.metrics, self.samples):
+            file.save()
 
     def close(self) -> None:
         """Closes the run's files."""
@@ -131,6 +134,11 @@ class RunLog:
         if self.progress:
             self.progress.show(step, note)
 
+    def save(self) -> None:
+        """To be called before a checkpoint, which a run resumes after: the lines of its steps are not written again."""
+        if self.writer:
+            self.writer.save()
+
     def _end_trace(self) -> None:
         if self.tracing:
             jax.profiler.stop_trace()
@@ -142,11 +150,11 @@ class RunLog:
             self.writer.close()
 
 
-def _append_after(path: Path, step: int) -> TextIO:
+def _append_after(path: Path, step: int) -> Lines:
     """Opens a JSONL file for appending, without the lines of steps after `step`."""
     kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
     write_text(path, "".join(kept))
-    return path.open("a", encoding="utf-8")
+    return Lines(path)
 
 
 def _whole_lines(path: Path) -> list[str]:

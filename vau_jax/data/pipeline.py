@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vau_jax.common import remote
 from vau_jax.common.checks import COUNT, NOT_NEGATIVE, SHARE, check_choices, check_ranges
 from vau_jax.common.files import InputError, check_range, content_hash
 from vau_jax.data.processor import Encoded, Message, Processor, Shape, Visual
@@ -90,7 +92,9 @@ def load_examples(config: ConfigDict) -> tuple[list[Example], Audit]:
     if not folder.is_dir():
         raise InputError(f"video folder {folder} does not exist (config.data.videos)")
     examples, audit = DATASETS[config.dataset](config)
-    examples = _with_media(_chosen(examples, config, audit), audit)
+    examples = _chosen(examples, config, audit)
+    remote.fetch_below(folder, (path for example in examples for path in example.media))
+    examples = _with_media(examples, audit)
     if config.reflection:
         examples = reflections.attach(examples, reflections.load(config.reflection), audit)
     if not examples:
@@ -159,8 +163,11 @@ def check(config: ConfigDict) -> None:
 def _with_media(examples: Sequence[Example], audit: Audit) -> list[Example]:
     """The examples whose files exist; a row that lacks one is noted once."""
     usable, noted = [], set()
+    paths = list(dict.fromkeys(path for example in examples for path in example.media))
+    with ThreadPoolExecutor(16) as pool:  # a bucket takes its time for each
+        there = dict(zip(paths, pool.map(os.path.isfile, paths), strict=True))
     for example in examples:
-        missing = next((path for path in example.media if not os.path.isfile(path)), None)
+        missing = next((path for path in example.media if not there[path]), None)
         if missing is None:
             usable.append(example)
         elif (row := (example.meta.get("line"), example.video)) not in noted:

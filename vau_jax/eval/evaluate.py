@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 
 from vau_jax.common import heartbeat, processes, progress, sharding
 from vau_jax.common.about import about
-from vau_jax.common.files import InputError, check_range, dump_json, read_json, read_lines, write_text
+from vau_jax.common.files import InputError, Lines, check_range, dump_json, read_json, read_lines, write_text
 from vau_jax.common.heartbeat import signs_of_life
 from vau_jax.common.progress import Progress
 from vau_jax.data import pipeline
@@ -211,13 +212,13 @@ def decode(
     todo = [example for example in own if _key(example) not in records]
     done = len(own) - len(todo)
     shown = Progress(config.name, len(own), "example", start=done)
-    with path.open("a", encoding="utf-8") as file:
+    with closing(Lines(path)) as file:
         for record in _answers(todo, config, workdir) if todo else ():
             if _key(record) in records:  # the last example fills up the last batch
                 continue
             records[_key(record)] = record
-            file.write(to_line(record, fingerprint))
-            file.flush()
+            file.write([to_line(record, fingerprint)])
+            file.save(every=60)
             done += 1
             beat(done)
             if processes.is_first():

@@ -18,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from vau_jax.common import checksums, processes
 from vau_jax.common.fields import Fields
-from vau_jax.common.files import InputError, dump_json, read_json, short, write_text
+from vau_jax.common.files import InputError, dump_json, lacking, read_json, short, write_text
 from vau_jax.models import lora
 from vau_jax.models.lora import LoRA
 from vau_jax.types import Params, State
@@ -41,13 +41,15 @@ STATE = "state/"  # prefix of a checkpoint's large files
 class Checkpoints:
     """The checkpoints of a workdir: the newest `keep`, the best one, and those that other runs started from.
 
-    A step is complete or absent; one that was damaged later is moved away, with a warning.
+    A step is complete or absent; one that was damaged later is moved away, with a warning. Raises InputError where
+    folders cannot be renamed.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2) -> None:
         self.workdir = Path(workdir).resolve()
         self.folder = self.workdir / CHECKPOINTS
         self.removed = self.folder / "removed"
+        processes.together(lambda: _do_without(lacking(self.workdir)))
         self._empty()
         self._quarantine_damaged()
         best = BestN(get_metric_fn=_score, n=1)
@@ -129,6 +131,19 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def _do_without(lacks: set[str]) -> None:
+    """Has orbax do without what a file system lacks (`files.lacking`), for as long as the process lives."""
+    if not lacks:
+        return
+    from orbax.checkpoint._src.serialization import tensorstore_utils  # noqa: PLC0415 - it has no public option
+
+    for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+        if "locks" in lacks:
+            context["file_io_locking"] = {"mode": "lockfile"}  # each process writes files of its own anyway
+        if "sync" in lacks:
+            context["file_io_sync"] = False  # of files too; what a power failure cut short, its checksum tells
 
 
 def _check_format(number: int, like: State, path: Path) -> None:
@@ -415,7 +430,7 @@ def copy_model_files(source: str | os.PathLike, workdir: str | os.PathLike) -> N
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     for file in _model_files(Path(source)):
-        shutil.copy2(file, part)
+        shutil.copyfile(file, part / file.name)  # a bucket has no modes
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
 

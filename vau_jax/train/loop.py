@@ -40,7 +40,7 @@ from vau_jax.rl.engine import Engine
 from vau_jax.rl.rollout import Clock, RolloutWorker
 from vau_jax.rl.scorer import Scorer
 from vau_jax.tasks import prompts
-from vau_jax.train import evaluation, memory, optim, update
+from vau_jax.train import evaluation, memory, optim, space, update
 from vau_jax.train.evaluation import Evaluation
 from vau_jax.train.learner import Learner, shapes_of
 from vau_jax.types import TrainBatch
@@ -289,6 +289,7 @@ def _train(config: ConfigDict, workdir: Path) -> None:
     read = processes.broadcast_from_first(lambda: inputs(config, workdir))
     source = checkpoint.read_source(Fields(read["source"], checkpoint.INPUTS))
     run = Run(config, workdir, source.path)
+    processes.broadcast_from_first(lambda: space.check(config, run.learner.abstract_state, workdir))
     if processes.is_first():
         _describe(run, workdir, source)
         write_text(workdir / checkpoint.INPUTS, dump_json(read, indent=1))
@@ -341,6 +342,7 @@ def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preempti
         if stop or due or run.is_best_at(done):
             # A checkpoint in between has no mean to be the best by; an evaluation is of its own step.
             value = run.best.take() if due or run.best.by_evaluation else -np.inf
+            log.save()
             checkpoints.save(done, run.learner.state, run.position(), value)
         if stop and done < config.steps:
             break

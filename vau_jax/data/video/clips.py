@@ -186,6 +186,16 @@ def probe(path: str | os.PathLike) -> Probe:
     raise VideoError(f"{path}: its first frame cannot be decoded", "damaged")
 
 
+def clip_bytes(probed: Probe, sampling: Sampling) -> int:
+    """The size of the frames that `read` returns; where frames are not evenly spaced, nearly."""
+    options, multiple = sampling.options, sampling.multiple
+    end = probed.duration if options.video_end is None else min(options.video_end, probed.duration)
+    seconds = max(0.0, end - (options.video_start or 0.0))
+    count = frame_count(seconds, round(seconds * probed.fps), options, multiple)
+    height, width = frame_size(probed.height, probed.width, count, options, sampling.factor, multiple)
+    return (count + options.lead) * height * width * 3
+
+
 class _Frames:
     """The frames of a clip as they come out of a decoder: resized at once, so that never all are held in full size."""
 

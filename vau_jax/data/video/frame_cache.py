@@ -27,11 +27,12 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from vau_jax.common import files
 from vau_jax.common.files import InputError, dump_json
 from vau_jax.data.video import clips
-from vau_jax.data.video.clips import Clip, Sampling, VideoOptions
+from vau_jax.data.video.clips import Clip, Probe, Sampling, VideoOptions
 from vau_jax.data.video.decode_worker import decode_clip, encode_clip
 from vau_jax.data.video.decoders import VideoError
 
 SHARD_BYTES = 2**28  # approximate size of a shard, and the most that a killed call loses
+PROBED = 32  # videos that the size of a cache is calculated from
 SETTLED = 10**9  # nanoseconds since a file changed after which its modification time reveals any later change
 VERSION = 2  # of the keys; to be changed where the same settings give other frames
 FIELDS = (  # fields of VideoOptions that determine a record
@@ -207,8 +208,11 @@ def build(
     decode: Decode,
     workers: int,
     show: Callable[[int, str], None],
+    probe: Callable[[Path], Probe] = clips.probe,
 ) -> Counter[str]:
     """Brings a cache folder up to date for `videos`; a killed call resumes after its last whole shard.
+
+    Prints first what that takes, by `probe` of some videos. Raises InputError where it is certain not to fit.
 
     Records are verified; stale ones (of a video that changed) and damaged ones are rebuilt. `show(done, note)` reports
     how far it is. Returns how many were "kept", "written", "failed" (a broken video, listed with its reason), and, of
@@ -225,6 +229,7 @@ def build(
     counts += _drop_bad(known, keys, sampling)
     cache = FrameCache(folder)
     todo = [path for path, key in keys.items() if key is None or key not in cache.places]
+    _check_space(folder, todo, sampling, workers, probe)
     counts["kept"] = len(keys) - len(todo)
     counts["failed"] = sum(bool(cache.places[key][2].failure) for key in keys.values() if key in cache.places)
     numbers = [int(shard.stem.split("-")[1]) for shard, _ in shards(folder)]
@@ -246,6 +251,28 @@ def build(
     if shard:
         shard.finish()
     return counts
+
+
+def _check_space(
+    folder: Path, videos: list[Path], sampling: Sampling, workers: int, probe: Callable[[Path], Probe]
+) -> None:
+    """Prints the size of the clips of `videos`, calculated from those of PROBED, and what is free in `folder`."""
+
+    def size(path: Path) -> int:
+        try:
+            return clips.clip_bytes(probe(path), sampling)
+        except VideoError:
+            return 0
+
+    some = videos[:: -(-len(videos) // PROBED)] if videos else []
+    if not some:
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        likely = sum(pool.map(size, some)) / len(some) * len(videos)
+    certain = 0.9 if len(some) == len(videos) else 0.5  # the others may be smaller
+    way_out = "choose another --workdir, or lower config.data.max_pixels, total_pixels or max_frames"
+    what = f"the frames of {len(videos)} video{'s' * (len(videos) > 1)}"
+    files.check_space(what, folder, likely, certain * likely, way_out)
 
 
 def _content_or_none(cache: FrameCache, path: Path) -> tuple[str, Mark] | None:
