@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks import efficiency
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -37,3 +41,19 @@ def test_video_pipeline(tmp_path: Path) -> None:
     result = last_line("benchmarks/video_pipeline.py", *sizes, f"--clips={tmp_path}")
     assert result["frames_per_s"] > 0
     assert result["clips"]["96x64_4s"]["frames"] == {"ours": 8, "reference": 8, "cached": 8}
+
+
+def test_goodput_is_what_saves_restarts_and_lost_steps_leave() -> None:
+    """A checkpoint every hundred steps of 2 s; of six hours, ten minutes are spent in a restart."""
+    assert efficiency.goodput(6, 2.0, save=0.0, restart=0.0, notice=True) == 1
+    assert efficiency.goodput(6, 2.0, save=0.0, restart=600.0, notice=True) == pytest.approx(35 / 36)
+    without = efficiency.goodput(6, 2.0, save=10.0, restart=600.0, notice=False)
+    assert without == pytest.approx(200 / 210 * (1 - (600 + 100) / 21600))
+    assert efficiency.goodput(0.1, 2.0, save=10.0, restart=600.0, notice=True) == 0
+
+
+def test_a_save_and_a_restart_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    costs = efficiency.measured(gb=0.02)
+    assert 0.1 < costs.start < 120 and 1e6 < costs.save < 1e11 and 1e6 < costs.read < 1e11
+    assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import compile_table
+from benchmarks import compile_table, efficiency
 from tests.runs import TRAINING, WITH_LIBTPU, small
 from tests.small_models import make_model
 from vau_jax.common import sharding
@@ -63,6 +63,8 @@ def test_a_small_config_compiles_for_two_slices_of_four_chips(tmp_path: Path) ->
     cells = compile_table.line("3b", "grpo", compile_table.PODS["v5e16"], found)
     assert len(cells) == len(compile_table.HEADS) and cells[1] == "GRPO" and all(cells)
     assert "GB" in compile_table.collectives(found)[0]
+    hidden, plain = efficiency.seconds(found)
+    assert programs["update"]["seconds"] + 512 * programs["decode step"]["seconds"] < hidden < plain
 
 
 @WITH_LIBTPU
