@@ -14,6 +14,7 @@ import pytest
 
 from tests import bucket_program
 from tests.bucket_program import EVERY, STEPS
+from vau_jax.common import files
 from vau_jax.common.metric_writer import MetricWriter, read_metrics
 from vau_jax.eval.records import load
 from vau_jax.models import checkpoint
@@ -98,6 +99,13 @@ def test_a_bucket_without_hierarchical_namespace_is_one_line_before_the_run_begi
     assert process.returncode == 2
     (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "cannot rename folders" in error and "hierarchical namespace" in error
+
+
+def test_what_a_bucket_lacks_is_found_and_nothing_left_behind(shim: Path, tmp_path: Path) -> None:
+    program = "import sys; from vau_jax.common import files; print(sorted(files.lacking(sys.argv[1])))"
+    said, _ = start(shim, tmp_path, "-c", program, tmp_path).communicate(timeout=60)
+    assert said == "['locks', 'sync']\n" and not list(tmp_path.iterdir())
+    assert files.lacking(tmp_path) == set()
 
 
 def test_the_metrics_of_a_checkpoint_are_uploaded_before_it(tmp_path: Path) -> None:
