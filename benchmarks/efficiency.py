@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import compile_table
+from vau_jax.common.files import dump_json
 from vau_jax.launch import hlo
 from vau_jax.models import checkpoint, hf
 from vau_jax.models import config as model_config
@@ -137,7 +138,7 @@ def main() -> None:
     heads = ["slices", "chips", "prompts", "step, all hidden", "step, nothing hidden", "efficiency, hidden", "nothing"]
     print(markdown(heads, rows) + "\n")
     print(markdown(["slices", "save", "restart", *(f"every {h} h" for h in HOURS)], lost) + "\n")
-    print(json.dumps({"costs": costs._asdict(), "rows": results}))
+    print(dump_json({"costs": costs._asdict(), "rows": results}))
 
 
 def chips(pod: compile_table.Pod) -> int:

@@ -1,6 +1,5 @@
 """Signs of life of a run's processes, in its folder: which one hangs, is slow, or has ended."""
 
-import json
 import math
 import os
 import shutil
@@ -78,7 +77,7 @@ class Heartbeat:
         while not done.wait(self.every):
             self._write()
             for line in self._lines():
-                number, text = line["process"], json.dumps(line)
+                number, text = line["process"], dump_json(line)
                 if number not in seen or seen[number][0] != text:
                     seen[number] = text, time.monotonic()
                     silent.discard(number)

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from vau_jax.common.files import InputError, short
+from vau_jax.common.files import InputError, dump_json, short
 
 LONGEST = 1024  # bytes of a line; whatever else connects is turned away
 ALIVE = 5.0  # seconds between process 0's lines to those that wait
@@ -146,7 +146,7 @@ class _Host:
         connection.close()
 
     def _tell(self, message: dict[str, Any]) -> None:
-        line = json.dumps(message).encode() + b"\n"
+        line = dump_json(message).encode() + b"\n"
         for connection, _ in list(self.present.values()):
             try:
                 if connection:
@@ -168,7 +168,7 @@ class _Host:
 
 def _join(place: tuple[str, int], count: int, number: int, seconds: float, every: float) -> None:
     lines = _Lines(f"process {number} of {count}", seconds, every)
-    hello = json.dumps({"process": number, "of": count, "host": socket.gethostname()}).encode() + b"\n"
+    hello = dump_json({"process": number, "of": count, "host": socket.gethostname()}).encode() + b"\n"
     where = f"process 0 at {place[0]}:{place[1]}"
     while True:
         try:
