@@ -118,6 +118,7 @@ def test_a_mistake_of_one_process_is_said_by_all_and_none_waits(
     assert output.count("error: process 0 of 2: mesh data=1, fsdp=2, tensor=1 does not fit 1 device(s)") == 2
 
 
+@pytest.mark.long
 def test_a_judge_and_a_report_are_the_first_processs(alone: Path, tmp_path: Path) -> None:
     """Both end on two processes; the judge is told by all that there are no descriptions, the report is written."""
     asked = (f"--workdir={alone}", "--config.url=http://localhost:1/v1", "--config.model=m")

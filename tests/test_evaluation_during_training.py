@@ -98,23 +98,23 @@ def test_the_best_checkpoint_is_the_one_evaluated_best(
 ) -> None:
     """Also where it is not the step of a checkpoint; and the run stops after two evaluations that are no better. The
     same command says so, and goes on with more patience."""
-    scores = {2: 0.1, 4: 0.2, 6: 0.9, 8: 0.3, 10: 0.4, 12: 0.5}
+    scores = {1: 0.1, 2: 0.2, 3: 0.9, 4: 0.3, 5: 0.4, 6: 0.5}
     left = iter(scores.values())
     monkeypatch.setattr(evaluation, "scalars", lambda answered, protocol: {checkpoint.SCORE: next(left)})
     run, changed = tmp_path / "run", {"eval.max_examples": 1, "eval.patience": 2, "data.max_completion_tokens": 8}
-    c = config(model_folder, dataset, 12, **changed)
+    c = config(model_folder, dataset, 6, **changed, **{"eval.every": 1, "checkpoint.every": 2})
     loop.run(c, run)
-    assert read_json(run / "best.json") == {"step": 6, "metric": "eval/score"}
-    assert checkpoint.steps(run) == [6, 8, 10]
-    assert read_json(run / "stopped.json") == {"step": 10, "without_improvement": 2}
-    assert "10 steps are done, and no more: its last 2 evaluations" in loop.summary(c, run)
+    assert read_json(run / "best.json") == {"step": 3, "metric": "eval/score"}
+    assert checkpoint.steps(run) == [3, 4, 5]
+    assert read_json(run / "stopped.json") == {"step": 5, "without_improvement": 2}
+    assert "5 steps are done, and no more: its last 2 evaluations" in loop.summary(c, run)
     loop.run(c, run)
-    assert len(read_metrics(run)) == 10, "it is done"
+    assert len(read_metrics(run)) == 5, "it is done"
     c.eval.patience = 4
     loop.run(c, run)
-    assert checkpoint.steps(run) == [6, 10, 12] and len(read_metrics(run)) == 12
-    assert not (run / "stopped.json").exists() and read_json(run / "best.json")["step"] == 6
-    _, position = checkpoint.Checkpoints(run).restore(12, loop.Run(c).learner.abstract_state)
+    assert checkpoint.steps(run) == [3, 5, 6] and len(read_metrics(run)) == 6
+    assert not (run / "stopped.json").exists() and read_json(run / "best.json")["step"] == 3
+    _, position = checkpoint.Checkpoints(run).restore(6, loop.Run(c).learner.abstract_state)
     assert position["evaluation"]["history"] == [list(pair) for pair in scores.items()], "it went on from what it was"
 
 

@@ -155,6 +155,7 @@ def test_rewards_are_computed_once_and_where_the_samples_are(
     assert all(not set(a) & set(b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.long  # three minutes; of an evaluation, and of one process, in the short list
 def test_the_others_end_when_one_is_killed_and_the_run_resumes_to_the_same_bits(
     rft_of_two: Path, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
