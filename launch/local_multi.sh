@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ $# -ge 2 ] || fail "usage: bash launch/local_multi.sh [--dry-run] N PROGRAM [ARGUMENTS]"
 N=$1 PORT=${PORT:-$((20000 + RANDOM % 20000))}
 need N "a number of processes" count
-need PORT "a number" count
+need PORT "a number" port
 shift
 here=$(dirname "${BASH_SOURCE[0]}")
 

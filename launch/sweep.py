@@ -57,8 +57,9 @@ class Trial:
     @property
     def finished(self) -> bool:
         done, end = self.folder / "done.json", self.folder / "best.json"
-        submitted = end.exists() and not (self.folder / PREEMPTED).exists()  # a training run that came to its end
-        return submitted or (done.exists() and read_json(done) == self.command[1:])
+        if done.exists():
+            return read_json(done) == self.command[1:]
+        return end.exists() and not (self.folder / PREEMPTED).exists()  # a submitted training that came to its end
 
     def run(self) -> bool:
         """Calls the program unless it is finished; whether it ended well."""

@@ -24,7 +24,7 @@ need PROJECT "the Google Cloud project" project
 need ZONE "such as us-west4-a" name
 need NAME "a name for the slice" name
 need RESTARTS "a number" number
-need PORT "of the first host, open to the others" count
+need PORT "of the first host, open to the others" port
 need REVISION "a commit" '[A-Za-z0-9][-A-Za-z0-9._/]*'
 need WORKER "a number, or all" 'all|[0-9]{1,6}'
 place=(--project="$PROJECT" --zone="$ZONE")

@@ -22,11 +22,15 @@ PREEMPTED=75 GRACE=300 # exit code of a preempted run, which is not complete; se
 need NAME "a name for the workload" name
 need RESTARTS "a number" number
 need SLICES "a number" count
-need PORT "of the first host, open to the others" count
+need PORT "of the first host, open to the others" port
 
 remote() { # what a host runs; by exec, as signals reach only a container's first process
   local settings="RUN_PYTHON=python RESTARTS=$RESTARTS PREEMPTED_CODE=$PREEMPTED JAX_COORDINATOR_PORT=$PORT"
   printf '%s\n' "cd /vau_jax && exec env $settings bash launch/run.sh $(quoted "$@")"
+}
+
+literal() { # its argument as Kubernetes leaves it: $(NAME) is a variable there, and $$ a dollar
+  printf '%s' "${1//\$/\$\$}"
 }
 
 volume() { # what is mounted as /runs
@@ -132,7 +136,7 @@ $(bucket_access)
                   image: $(yaml "$IMAGE")
                   command: ["bash", "-c"]
                   args:
-                    - $(yaml "$(remote "$@")")
+                    - $(yaml "$(literal "$(remote "$@")")")
                   resources:
                     limits:
                       google.com/tpu: $CHIPS

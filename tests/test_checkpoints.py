@@ -153,3 +153,11 @@ def test_a_config_of_a_later_format_is_refused_in_a_line(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({"format": config.format + 1}))
     with pytest.raises(InputError, match="of a later version"):
         loop.check_same_run(config, tmp_path)
+
+
+def test_of_equal_steps_the_first_is_kept_as_the_best(tmp_path: Path) -> None:
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    for step, score in enumerate((0.1, 0.5, 0.5, -np.inf, 0.5), 1):
+        checkpoints.save(step, state(step), {}, score)
+    assert checkpoint.steps(tmp_path) == [2, 5] and checkpoints.best() == 2
+    checkpoints.close()

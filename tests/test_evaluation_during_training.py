@@ -110,12 +110,34 @@ def test_the_best_checkpoint_is_the_one_evaluated_best(
     assert "5 steps are done, and no more: its last 2 evaluations" in loop.summary(c, run)
     loop.run(c, run)
     assert len(read_metrics(run)) == 5, "it is done"
+    (run / "stopped.json").unlink()  # as where a kill came before it was written
+    loop.run(c, run)
+    assert checkpoint.steps(run) == [3, 4, 5] and read_json(run / "stopped.json")["step"] == 5
     c.eval.patience = 4
     loop.run(c, run)
     assert checkpoint.steps(run) == [3, 5, 6] and len(read_metrics(run)) == 6
     assert not (run / "stopped.json").exists() and read_json(run / "best.json")["step"] == 3
     _, position = checkpoint.Checkpoints(run).restore(6, loop.Run(c).learner.abstract_state)
     assert position["evaluation"]["history"] == [list(pair) for pair in scores.items()], "it went on from what it was"
+
+
+def test_an_evaluation_without_the_metric_is_none_of_the_best(
+    model_folder: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mean of errors that no answer gave: no improvement, and no end of the run."""
+    name = "eval/grounding/start_error"
+    given = {"checkpoint.best": f"-{name}", "eval.max_examples": 0, "data.tasks": ("grounding",)}
+    run = loop.Run(config(model_folder, dataset, **given))
+    found = iter(({}, {name: 3.0}, {}, {name: 2.0}))
+    monkeypatch.setattr(evaluation, "scalars", lambda answered, protocol: next(found))
+    monkeypatch.setattr(run.evaluation, "_answers", lambda *_: [])
+    seen = []
+    for step in (1, 2, 3, 4):
+        run.evaluation.config.every = 1
+        run.evaluation.after(step, 1e9, run.learner, lambda: False)
+        seen.append((run.evaluation.improved_at(step), run.evaluation.without_improvement, run.evaluation.last))
+    assert seen == [(False, 0, {}), (True, 0, {name: 3.0}), (False, 1, {}), (True, 0, {name: 2.0})]
+    run.close()
 
 
 def test_a_run_that_is_asked_to_end_gives_its_evaluation_up(
@@ -148,6 +170,8 @@ def test_which_examples_are_asked_does_not_depend_on_their_order(model_folder: P
         ({"eval.csv": "", "checkpoint.best": "eval/score"}, "set eval.csv"),
         ({"eval.share": 0.0}, "eval.share=0"),
         ({"eval.csv": "absent.csv"}, "absent.csv"),
+        ({"checkpoint.best": "eval/qa/nonsense"}, "is no metric of these examples: expected one of .*eval/qa/accuracy"),
+        ({"eval.videos": "/nope"}, "evaluations during training .*video folder /nope does not exist"),
     ],
     ids=str,
 )

@@ -1,6 +1,7 @@
 """The launchers: what they would do is what their golden files say, and the shell finds nothing wrong with them."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -64,7 +65,9 @@ def test_words_survive_every_shell(launcher: str, shell: str) -> None:
     elif launcher == "manifest":
         job = yaml.safe_load(call(GKE | JOBSET, "xpk.sh", "manifest", *HARD).stdout)
         pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-        told = pod["containers"][0]["args"][0].partition("launch/run.sh ")[2]
+        (sent,) = pod["containers"][0]["args"]
+        assert not re.search(r"(?<!\$)(\$\$)*\$(?!\$)", sent), "a single dollar may begin a variable of Kubernetes"
+        told = sent.replace("$$", "$").partition("launch/run.sh ")[2]
     elif launcher == "slurm":
         said = call({}, "slurm.sbatch", "--dry-run", *HARD, "--workdir=x").stdout
         told = said.partition("launch/run.sh ")[2].rpartition(" --workdir=x\n")[0]
@@ -130,6 +133,7 @@ SETTINGS = [
     (POD | {"BUCKET": "x; id"}, ("tpu_vm.sh", "--dry-run", "setup")),
     (POD | {"RESTARTS": "1; id"}, ("tpu_vm.sh", "--dry-run", "run", "x")),
     (POD | {"PORT": "1; id"}, ("tpu_vm.sh", "--dry-run", "run", "x")),
+    (POD | {"PORT": "65536"}, ("tpu_vm.sh", "--dry-run", "run", "x")),
     *((POD | {name: "x"}, ("tpu_vm.sh", "--dry-run", "keep", "x")) for name in ("POLL", "WAIT")),
     (POD | {"REVISION": "-x"}, ("tpu_vm.sh", "--dry-run", "setup")),
     (POD | {"WORKER": "-1"}, ("tpu_vm.sh", "--dry-run", "logs")),

@@ -168,7 +168,7 @@ def test_a_download_that_breaks_off_leaves_nothing(
     ],
 )
 def test_a_folder_that_is_written_to_has_to_be_mounted(words: tuple[str, ...]) -> None:
-    with pytest.raises(InputError, match=r"expected a folder\. Mount the bucket \(gcsfuse .* my-runs FOLDER"):
+    with pytest.raises(InputError, match=r"a path of this machine\. Mount the bucket \(gcsfuse .* my-runs FOLDER"):
         cli.call(words)
 
 

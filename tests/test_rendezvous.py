@@ -119,7 +119,13 @@ def test_a_taken_port_and_another_program_behind_it_are_named(start: Any) -> Non
             start(1, seconds=0.5).result(timeout=20)
 
 
-@pytest.mark.parametrize("address", ["host", ":8476", "host:x", ""])
+@pytest.mark.parametrize("address", ["host", ":8476", "host:x", "", "host:0", "host:65536"])
 def test_an_address_without_a_port_is_named(address: str) -> None:
     with pytest.raises(InputError, match="expected host:port of process 0"):
         rendezvous.meet(address, 2, 1, 1.0)
+
+
+@pytest.mark.parametrize("number", [-1, 2])
+def test_a_number_that_is_none_of_the_processes_is_named(number: int) -> None:
+    with pytest.raises(InputError, match=f"this is process {number} of 2: expected a number from 0 to 1"):
+        rendezvous.meet("localhost:8476", 2, number, 1.0)

@@ -38,6 +38,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 def config(steps: int = 100, keep: int = 2) -> ConfigDict:
     given = {"steps": steps, "batch_size": 4, "log_every": 10, "checkpoint": {"every": 10, "keep": keep}}
+    given["eval"] = {"csv": ""}
     return ConfigDict(given)
 
 
@@ -77,6 +78,13 @@ def test_checkpoints_that_are_there_count(tmp_path: Path, capsys: pytest.Capture
 def test_a_run_that_is_short_needs_no_more_than_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     space.check(config(steps=25), state(1), tmp_path)
     assert "for 3 more checkpoints of" in capsys.readouterr().out
+
+
+def test_checkpoints_that_evaluations_cause_count(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    c = config(steps=10)
+    c.eval.csv = "val.csv"
+    space.check(c, state(1), tmp_path)
+    assert "for 4 more checkpoints of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("free", [0, 2**50, 2**62])

@@ -75,6 +75,9 @@ def test_trials_are_run_once_and_tabulated(tmp_path: Path) -> None:
     assert all(f"seed={seed},skill={skill}" in page for seed in (0, 2) for skill in (0.2, 0.5))
     again = call(file, tmp_path / "runs")
     assert again.stdout.count("is finished") == 4 and "begins" not in again.stdout
+    changed = written(tmp_path, 'product([{"options": (3, 5)}], over("seed", (0, 2)), over("skill", (0.2, 0.5)))')
+    done = call(changed, tmp_path / "runs", "--jobs=2")
+    assert done.stdout.count("begins") == 4 and "is finished" not in done.stdout, "with other settings"
 
 
 @pytest.mark.parametrize("backend", ["gke", "xpk", "slurm"])

@@ -399,7 +399,7 @@ def _fetch_addresses(args: argparse.Namespace) -> None:
         for number, one in enumerate(values):
             if name in ("model", "video") and remote.is_address(one):
                 values[number] = remote.fetch(one, name)
-            remote.refuse(values[number], f"--{name.replace('_', '-')}")
+            remote.refuse(values[number], name)
         setattr(args, name, values if isinstance(value, list) else values[0])
 
 

@@ -93,10 +93,8 @@ def forget(workdir: Path) -> None:
 
 
 def _name(line: dict[str, Any]) -> str:
-    return (
-        f"process {line['process']} ({line['host']}, pid {line['pid']}, last seen {line['time']} after step "
-        f"{line['step']})"
-    )
+    after = "" if line["step"] is None else f" after step {line['step']}"
+    return f"process {line['process']} ({line['host']}, pid {line['pid']}, last seen {line['time']}{after})"
 
 
 @contextmanager

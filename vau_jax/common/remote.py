@@ -5,6 +5,7 @@ which the object was made. It is fetched again when the bucket has an object of 
 what the program reads is fetched. Programs write to folders alone: a bucket for workdirs has to be mounted.
 """
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -56,7 +57,7 @@ def replace_addresses(config: ConfigDict) -> None:
 
 def is_address(value: Any) -> bool:
     """Whether a value is the address of an object, or of a folder of them."""
-    return isinstance(value, str) and value.startswith(SCHEME)
+    return isinstance(value, str) and re.match("gs:", value, re.IGNORECASE) is not None
 
 
 def fetch(address: str, field: str) -> str:
@@ -65,7 +66,7 @@ def fetch(address: str, field: str) -> str:
     Of a run its newest checkpoint, or the one named, is fetched; of a folder of videos its tables, and videos by
     `fetch_below`. Raises InputError.
     """
-    address, wanted = address.rstrip("/"), KINDS.get(field, _all)
+    address, wanted = SCHEME + _key(re.sub("(?<=[^/])/+$", "", address)), KINDS.get(field, _all)
     step = STEP.fullmatch(address)
     found = {o.name.removeprefix(f"{_key(step[1])}/"): o for o in _objects(step[1])} if step else None
     if found is None:
@@ -91,8 +92,8 @@ def refuse(folder: str | os.PathLike, option: str) -> None:
     if re.match("gs:/", str(folder)):
         bucket = str(folder).removeprefix("gs:").strip("/").split("/")[0]
         raise InputError(
-            f"{option}={folder}: expected a folder. Mount the bucket (gcsfuse --implicit-dirs {bucket} FOLDER, as "
-            "launch/tpu_vm.sh does), and name what is below FOLDER"
+            f"{option}={folder}: expected a path of this machine. Mount the bucket (gcsfuse --implicit-dirs {bucket} "
+            "FOLDER, as launch/tpu_vm.sh does), and name what is below FOLDER"
         )
 
 
@@ -135,13 +136,13 @@ KINDS: dict[str, Callable[[Iterable[str]], list[str]]] = {
 
 
 def _root() -> Path:
-    return Path(os.environ.get("VAU_CACHE", "~/.cache/vau_jax")).expanduser().resolve() / "gs"
+    return Path(os.environ.get("VAU_CACHE") or "~/.cache/vau_jax").expanduser().resolve() / "gs"
 
 
 def _key(address: str) -> str:
     """BUCKET/KEY. Raises InputError for what is no address of a file."""
     key = address.removeprefix(SCHEME)
-    if not _is_path(key):
+    if not (address.startswith(SCHEME) and _is_path(key)):
         raise InputError(f"{address}: expected gs://BUCKET/NAME")
     return key
 
@@ -156,6 +157,7 @@ def _bucket(address: str) -> Any:
         import gcsfs  # noqa: PLC0415 - slow, and needed for addresses alone
     except ImportError as error:
         raise InputError(f"{address} needs the package: pip install gcsfs") from error
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs each attempt's traceback, and raises the last
     token = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None
     return gcsfs.GCSFileSystem(token=token, skip_instance_cache=True)
 
@@ -182,6 +184,10 @@ def _download(address: str, objects: Iterable[Object]) -> None:
     if not todo:
         return
     root, size = _root(), sum(o.size for o in todo)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {root} ({short(error)}): name another folder in VAU_CACHE") from error
     check_space(f"{len(todo)} objects of {address}", root, size, size, "name a folder with more room in VAU_CACHE")
     bucket = _bucket(address)
 
@@ -209,6 +215,6 @@ def _explained(address: str) -> Iterator[None]:
         raise InputError(f"{address} does not exist") from error
     except Exception as error:  # gcsfs, google.auth and aiohttp raise types of their own
         raise InputError(
-            f"cannot read {address} ({short(error)}): has this machine's account the role Storage Object Viewer? "
-            "On a machine of your own: gcloud auth application-default login"
+            f"cannot read {address} ({short(error)}): is there a connection, and has this machine's "
+            "account the role Storage Object Viewer? On a machine of your own: gcloud auth application-default login"
         ) from error

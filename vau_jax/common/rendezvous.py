@@ -25,8 +25,10 @@ def meet(address: str, count: int, number: int, seconds: float, every: float = 3
     processes have, for processes that were told different counts, and where the port is taken.
     """
     host, _, port = address.rpartition(":")
-    if not (host and port.isdigit()):
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise InputError(f"coordinator address {address!r}: expected host:port of process 0")
+    if not 0 <= number < count:
+        raise InputError(f"this is process {number} of {count}: expected a number from 0 to {count - 1}")
     if count == 1:
         return
     if number == 0:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN, PreservationPolicy
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
 from vau_jax.common import checksums, processes
 from vau_jax.common.fields import Fields
@@ -52,10 +52,9 @@ class Checkpoints:
         processes.together(lambda: _do_without(lacking(self.workdir)))
         self._empty()
         self._quarantine_damaged()
-        best = BestN(get_metric_fn=_score, n=1)
         options = ocp.CheckpointManagerOptions(
             best_fn=_score,  # without it no metrics are kept
-            preservation_policy=AnyPreservationPolicy([LatestN(keep), best, _Needed(self.workdir)]),
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), _Best(), _Needed(self.workdir)]),
             create=True,
             enable_async_checkpointing=False,
             todelete_subdir=self.removed.name,  # as one folder, so that a kill leaves no part of it among the others
@@ -114,8 +113,8 @@ class Checkpoints:
             shutil.rmtree(self.removed, ignore_errors=True)
 
     def best(self) -> int | None:
-        """The step of the best score."""
-        scores = {step: _score(self.manager.metrics(step)) for step in self.manager.all_steps()}
+        """The step of the best score; of equal ones, the first."""
+        scores = {step: _score(self.manager.metrics(step)) for step in sorted(self.manager.all_steps())}
         return max(scores, key=scores.get) if scores else None
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
@@ -361,6 +360,14 @@ def need(source: Source, workdir: str | os.PathLike) -> None:
         write_text(note, dump_json({"step": int(path.name), "by": user}))
     except OSError as error:
         print(f"warning: {path} cannot be marked as needed ({short(error)}): keep it", flush=True)
+
+
+class _Best(PreservationPolicy):
+    """Keeps the first of the best, as evaluations count it (orbax's BestN keeps the last of equals)."""
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        scores = [-np.inf if one.metrics is None else _score(one.metrics) for one in checkpoints]
+        return [i == scores.index(max(scores)) for i in range(len(scores))]
 
 
 class _Needed(PreservationPolicy):

@@ -9,6 +9,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from vau_jax.data.processor import Processor
 from vau_jax.eval import records, scores
 from vau_jax.models.checkpoint import EVALUATED, SCORE
 from vau_jax.rl import sampling
-from vau_jax.tasks import TASKS
+from vau_jax.tasks import TASKS, prompts
 from vau_jax.tasks.example import Example
 from vau_jax.tasks.record import Record
 from vau_jax.train.learner import Learner
@@ -47,9 +48,19 @@ def check(config: ConfigDict) -> None:
     if not e.csv:
         return
     data = data_of(config)
-    pipeline.check(data)
+    with _of_evaluations():
+        pipeline.check(data)
     if not any(TASKS[task].verifiable for task in data.tasks):
         raise InputError(f"eval.tasks={tuple(data.tasks)} have no score to compare checkpoints by: expected another")
+
+
+@contextmanager
+def _of_evaluations() -> Iterator[None]:
+    """Says in an InputError about `data` that it is about the evaluations'."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"evaluations during training (config.eval stands in for config.data): {error}") from error
 
 
 def data_of(config: ConfigDict) -> ConfigDict:
@@ -84,14 +95,16 @@ class Evaluation:
         """Raises InputError where the examples cannot be read."""
         self.config, self.data = config.eval, data_of(config)
         self.processor, self.last_step = processor, config.steps
-        found, audit = pipeline.load_examples(self.data)
+        with _of_evaluations():
+            found, audit = pipeline.load_examples(self.data)
         self.examples = chosen(found, config.eval.max_examples)
         self.placer = Placer(Rows(config.batch_size, mesh), pipeline.Collator(processor, self.data))
         self.loader = pipeline.make_loader(processor, self.data, augment=False)
         best = config.checkpoint.best
         self.metric = best if best.removeprefix("-").startswith(EVALUATED) else SCORE
         self._sign = -1 if self.metric.startswith("-") else 1
-        self.history: list[tuple[int, float]] = []  # (step, value of the metric; higher is better)
+        self._check_metric()
+        self.history: list[tuple[int, float | None]] = []  # (step, value, higher is better; None: it has none)
         self.spent = self.trained = 0.0  # seconds in evaluations, and in steps
         if processes.is_first():
             asked = Counter(example.task for example in self.examples)
@@ -103,6 +116,18 @@ class Evaluation:
                 flush=True,
             )
 
+    def _check_metric(self) -> None:
+        """Raises InputError for a metric that the right answers do not have."""
+        if self.metric == SCORE or self.data.style in prompts.WITH_DRAFT:  # with drafts, there are more metrics
+            return
+        answers = [(e, prompts.completion(e, "direct")) for e in self.examples if TASKS[e.task].verifiable]
+        right = [records.make(e, ["".join(span.text for span in spans)], "direct") for e, spans in answers]
+        known = [name for name in scalars(right, self.data.protocol) if name.startswith(EVALUATED)]
+        if self.metric.removeprefix("-") not in known:
+            raise InputError(
+                f"checkpoint.best={self.metric!r} is no metric of these examples: expected one of {', '.join(known)}"
+            )
+
     # --- Where the evaluations stand ---
 
     @property
@@ -112,23 +137,25 @@ class Evaluation:
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        self.history = [(int(step), float(value)) for step, value in state["history"]]
+        self.history = [(int(step), value) for step, value in state["history"]]
         self.spent, self.trained = state["spent"], state["trained"]
 
     @property
     def last(self) -> dict[str, float]:
         """The metric that checkpoints are compared by, of the last evaluation; empty before."""
-        return {self.metric.removeprefix("-"): self.history[-1][1] * self._sign} if self.history else {}
+        value = self.history[-1][1] if self.history else None
+        return {} if value is None else {self.metric.removeprefix("-"): value * self._sign}
 
     @property
     def without_improvement(self) -> int:
         """The number of evaluations since the best one."""
-        values = [value for _, value in self.history]
+        values = [-np.inf if value is None else value for _, value in self.history]
         return len(values) - 1 - int(np.argmax(values)) if values else 0
 
     def improved_at(self, step: int) -> bool:
         """Whether `step` was evaluated, and is the best so far."""
-        return bool(self.history) and self.history[-1][0] == step and not self.without_improvement
+        at, value = self.history[-1] if self.history else (None, None)
+        return at == step and value is not None and not self.without_improvement
 
     @property
     def ends_run(self) -> bool:
@@ -155,11 +182,8 @@ class Evaluation:
             return {}
         metrics = scalars(answered, self.data.protocol)
         metrics["seconds/eval"] = took
-        name = self.metric.removeprefix("-")
-        if name not in metrics:
-            known = ", ".join(n for n in metrics if n.startswith(EVALUATED))
-            raise InputError(f"checkpoint.best={self.metric!r} is not a metric: expected one of {known}")
-        self.history.append((step, metrics[name] * self._sign))
+        value = metrics.get(self.metric.removeprefix("-"))  # a mean of errors, say, where no answer could be read
+        self.history.append((step, None if value is None else value * self._sign))
         return metrics
 
     def _affordable(self, step: int) -> bool:

@@ -53,7 +53,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 RANGES = {
-    "steps": COUNT,
+    "steps": (1, 10**9),
     "epochs": NOT_NEGATIVE,
     "log_every": COUNT,
     "seed": (0, 2**31 - 1),
@@ -326,7 +326,7 @@ def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preempti
     """Trains from the last checkpoint; returns the steps done, fewer than all when the run was preempted."""
     config, done = run.config, run.resume(checkpoints)
     log = RunLog(config, workdir, done)
-    while done < config.steps:
+    while done < config.steps and not run.stops_early:  # a kill may have come before it was noted
         log.begin(done + 1)
         with naming_lost_processes(log.heartbeat, WAY_ON):
             metrics, samples = run.step(done)

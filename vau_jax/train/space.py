@@ -22,6 +22,8 @@ def check(config: ConfigDict, state: State, workdir: Path) -> None:
     done = there[-1] if there else 0
     every, keep = config.checkpoint.every, config.checkpoint.keep
     to_come = -(-config.steps // every) - done // every
+    if config.eval.csv:  # each step that is the best so far is saved too
+        to_come = config.steps - done
     # The newest, the best, and the one that is written before one of these goes; the best may be among the newest.
     most, least = (max(1, min(n - len(there), to_come)) for n in (keep + 2, keep + 1))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -31,5 +33,5 @@ def check(config: ConfigDict, state: State, workdir: Path) -> None:
         workdir,
         most * size + logs,
         least * size * COMPRESSED,
-        f"set config.checkpoint.keep (now {keep}) lower, or choose another --workdir",
+        "choose another --workdir" + f", or set config.checkpoint.keep (now {keep}) lower" * (keep > 1 and least > 1),
     )
