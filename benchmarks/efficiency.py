@@ -27,6 +27,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+if not __package__:  # called by its path, sys.path has this file's folder instead of the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks import compile_table
 from vau_jax.common.files import dump_json
 from vau_jax.launch import hlo
