@@ -9,9 +9,10 @@ rows as Markdown: memory and time, then the collectives of an update. A row take
 import argparse
 import itertools
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +39,18 @@ class Pod(NamedTuple):
     slices: int = 1  # each holds a whole row of data
 
     @property
-    def chips(self) -> str:
-        """As a table names them."""
+    def chips(self) -> int:
+        """In all slices."""
+        return self.slices * math.prod(int(side) for side in self.topology.partition(":")[2].split("x"))
+
+    @property
+    def prompts(self) -> int:
+        """Of a batch: one for each part of data x fsdp."""
+        return self.slices * self.fsdp
+
+    @property
+    def label(self) -> str:
+        """As tables name it."""
         return f"{self.slices} x " * (self.slices > 1) + self.topology.replace(":", " ")
 
 
@@ -65,13 +76,13 @@ def rows() -> Iterator[tuple[str, str, str, Pod]]:
 
 
 def compile_row(model: str, training: str, pod: Pod, file: Path) -> None:
-    """Runs compile_check; the printed report stays beside the JSON file. One prompt for each part of data x fsdp."""
+    """Runs compile_check; the printed report stays beside the JSON file."""
     config, options = TRAINING[training]
     command = [sys.executable, "launch/compile_check.py", f"--config=configs/{config}.py", f"--json={file}"]
     command += [f"--topology={pod.topology}", f"--size=qwen2.5-vl-{model}", "--only=update", *options]
     command += [f"--config.mesh.fsdp={pod.fsdp}", f"--config.mesh.tensor={pod.tensor}"]
     command += [f"--slices={pod.slices}", f"--config.mesh.data={pod.slices}"]
-    command += [f"--config.batch_size={pod.slices * pod.fsdp}", "--config.data.max_completion_tokens=512"]
+    command += [f"--config.batch_size={pod.prompts}", "--config.data.max_completion_tokens=512"]
     with file.with_suffix(".log").open("w") as log:
         subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)  # noqa: S603
 
@@ -81,7 +92,7 @@ def line(model: str, training: str, pod: Pod, report: dict[str, Any]) -> list[st
     programs = {program["program"]: program for program in report["programs"]}
     update, decode = programs["update"], programs.get("decode step")
     kind, _, lora = training.partition("-")
-    cells = [model.upper(), kind.upper() + (", LoRA 16" if lora else ""), pod.chips, f"{pod.fsdp}, {pod.tensor}"]
+    cells = [model.upper(), kind.upper() + (", LoRA 16" if lora else ""), pod.label, f"{pod.fsdp}, {pod.tensor}"]
     if not update["seconds"]:
         return [*cells, update["problem"], *[""] * 7]
     cells += [f"{update[name] / GIB:.2f} GiB" for name in ("peak", "needed")]
@@ -100,11 +111,9 @@ def collectives(report: dict[str, Any]) -> list[str]:
     return [f"{cell['count']:,.0f}: {cell['bytes'] / 1e9:.1f} GB" if cell["count"] else "" for cell in cells]
 
 
-def print_tables(cells: list[list[str]], sent: list[list[str]]) -> None:
-    for names, table in ((HEADS, cells), ([*HEADS[:4], *COLLECTIVES], sent)):
-        for row in (names, ["---"] * len(names), *table):
-            print("| " + " | ".join(row) + " |")
-        print()
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, with a blank line after it."""
+    return "".join("| " + " | ".join(row) + " |\n" for row in (heads, ["---"] * len(heads), *rows)) + "\n"
 
 
 def main() -> None:
@@ -128,7 +137,7 @@ def main() -> None:
         cells.append(line(model, training, pod, result))
         sent.append([*cells[-1][:4], *collectives(result)])
         print(" | ".join(cells[-1]), file=sys.stderr, flush=True)  # how far it is
-    print_tables(cells, sent)
+    print(markdown(HEADS, cells) + markdown([*HEADS[:4], *COLLECTIVES], sent), end="")
 
 
 if __name__ == "__main__":

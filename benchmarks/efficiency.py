@@ -7,7 +7,7 @@ Prints two Markdown tables over the rows of DIR, and one JSON object last.
 
 Efficiency: prompts per chip and second, relative to the fewest chips. A step is the update, 512 steps of decoding, and
 two forward passes (the prompts before sampling, the reference's scores), each a quarter of the update, which computes
-forward twice and backward. Once with everything that is sent hidden behind the work, once with nothing of it hidden.
+forward twice and backward. Once with all communication hidden behind the work, once with none.
 
 Goodput: the share of the time that goes into steps, where a preemption comes every so many hours. Each costs the save
 that SIGTERM asks for and a restart: the slice again and the programs compiled (--restart), the process started, the
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 if not __package__:  # called by its path, sys.path has this file's folder instead of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import compile_table
+from benchmarks.compile_table import MODELS, PODS, Pod, markdown
 from vau_jax.common.files import dump_json
 from vau_jax.launch import hlo
 from vau_jax.models import checkpoint, hf
@@ -77,17 +77,16 @@ def _blocks(rows: int, copies: int) -> dict[str, jax.Array]:
 
 
 def seconds(report: dict[str, Any]) -> tuple[float, float]:
-    """Of a step: with everything that is sent hidden behind the work, and with nothing."""
+    """Of a step: with all communication hidden behind the work, and with none."""
     programs = {program["program"]: program for program in report["programs"]}
     chip, update, decode = report["chip"], programs["update"], programs["decode step"]
     work = {name: max(p["flops"] / chip["flops"], p["bytes"] / chip["bandwidth"]) for name, p in programs.items()}
     sent = {
-        name: hlo.total(p["collectives"]) / chip["links"]
-        + (hlo.total(p["between"]) / chip["network"] if p["between"] else 0.0)
+        name: hlo.total(p["collectives"]) / chip["links"] + hlo.total(p["between"]) / chip["network"]
         for name, p in programs.items()
     }
     passes = 1 + 2 / 4
-    hidden = passes * max(update["seconds"], work["update"]) + NEW_TOKENS * decode["seconds"]
+    hidden = passes * update["seconds"] + NEW_TOKENS * decode["seconds"]
     plain = passes * (work["update"] + sent["update"]) + NEW_TOKENS * (work["decode step"] + sent["decode step"])
     return hidden, plain
 
@@ -99,53 +98,58 @@ def goodput(hours: float, step: float, save: float, restart: float, notice: bool
     return steady * max(0.0, 1 - lost / (hours * 3600))
 
 
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
+def compiled(folder: Path, model: str) -> dict[str, tuple[Pod, dict[str, Any]]]:
+    """The rows of a folder of compile_table.py for one kind of chip, the fewest chips first."""
+    files = {name: folder / f"grpo-{model}-{name}.json" for name in PODS}
+    found = {n: (PODS[n], json.loads(f.read_text())) for n, f in files.items() if n.count("v5e") and f.exists()}
+    return dict(sorted(found.items(), key=lambda item: (item[1][0].chips, item[1][0].slices)))
+
+
+def row(pod: Pod, report: dict[str, Any], state: int, costs: Costs, restart: float) -> dict[str, Any]:
+    """What is known of a run with a state of so many bytes on these chips; `restart` are the seconds that a restart
+    takes besides those of the process and the checkpoint."""
+    hidden, plain = seconds(report)
+    host = state / (pod.chips / CHIPS_A_HOST)  # bytes that a host writes and reads
+    save, restart = host / costs.save, restart + costs.start + host / costs.read
+    shares = {h: [goodput(h, plain, save, restart, notice) for notice in (True, False)] for h in HOURS}
+    rates = [pod.prompts / pod.chips / s for s in (hidden, plain)]
+    known = {"label": pod.label, "chips": pod.chips, "prompts": pod.prompts, "seconds": (hidden, plain), "rates": rates}
+    return known | {"save": save, "restart": restart, "goodput": shares}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="of compile_table.py's results")
-    parser.add_argument("--model", default="3b", choices=compile_table.MODELS)
+    parser.add_argument("--model", default="3b", choices=MODELS)
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint that is written and read here")
     parser.add_argument("--restart", type=float, default=60.0, help="seconds for the slice, and to compile")
     args = parser.parse_args()
-    found = {}
-    for name, pod in compile_table.PODS.items():
-        file = args.folder / f"grpo-{args.model}-{name}.json"
-        if pod.topology.startswith("v5e") and file.exists():
-            found[name] = pod, json.loads(file.read_text())
+    found = compiled(args.folder, args.model)
     if not found:
         parser.error(f"--folder={args.folder} has no row such as grpo-{args.model}-v5e16.json")
     costs = measured(args.gb)
     sizes = hf.parameter_shapes(model_config.from_hf(model_config.SIZES[f"qwen2.5-vl-{args.model}"]))
     state = 12 * sum(map(math.prod, sizes.values()))  # float32 parameters and AdamW's two moments
-    results = {}
-    for name, (pod, report) in sorted(found.items(), key=lambda item: (chips(item[1][0]), item[1][0].slices)):
-        hidden, plain = seconds(report)
-        hosts = chips(pod) / CHIPS_A_HOST
-        save = state / hosts / costs.save
-        restart = args.restart + costs.start + state / hosts / costs.read
-        shares = {h: [goodput(h, plain, save, restart, notice) for notice in (True, False)] for h in HOURS}
-        results[name] = {"chips": chips(pod), "seconds": (hidden, plain), "save": save, "restart": restart}
-        results[name] |= {"prompts": pod.slices * pod.fsdp, "goodput": shares, "name": pod.chips}
-    first = next(iter(results.values()))
-    rate = [first["prompts"] / first["chips"] / s for s in first["seconds"]]
-    rows, lost = [], []
+    results = {name: row(pod, report, state, costs, args.restart) for name, (pod, report) in found.items()}
+    steps, lost = [], []
+    first = next(iter(results.values()))["rates"]
     for r in results.values():
-        r["efficiency"] = [r["prompts"] / r["chips"] / s / base for s, base in zip(r["seconds"], rate, strict=True)]
-        rows.append([r["name"], str(r["chips"]), str(r["prompts"]), *(f"{s:.2f} s" for s in r["seconds"])])
-        rows[-1] += [f"{share:.0%}" for share in r["efficiency"]]
-        lost.append([r["name"], f"{r['save']:.1f} s", f"{r['restart']:.0f} s"])
+        r["efficiency"] = [rate / base for rate, base in zip(r["rates"], first, strict=True)]
+        steps.append([r["label"], str(r["chips"]), str(r["prompts"]), *(f"{s:.2f} s" for s in r["seconds"])])
+        steps[-1] += [f"{share:.0%}" for share in r["efficiency"]]
+        lost.append([r["label"], f"{r['save']:.1f} s", f"{r['restart']:.0f} s"])
         lost[-1] += [" / ".join(f"{share:.1%}" for share in shares) for shares in r["goodput"].values()]
-    heads = ["slices", "chips", "prompts", "step, all hidden", "step, nothing hidden", "efficiency, hidden", "nothing"]
-    print(markdown(heads, rows) + "\n")
-    print(markdown(["slices", "save", "restart", *(f"every {h} h" for h in HOURS)], lost) + "\n")
+    heads = [
+        "slices",
+        "chips",
+        "prompts",
+        "step, communication hidden",
+        "not hidden",
+        "efficiency, hidden",
+        "not hidden",
+    ]
+    print(markdown(heads, steps) + markdown(["slices", "save", "restart", *(f"every {h} h" for h in HOURS)], lost))
     print(dump_json({"costs": costs._asdict(), "rows": results}))
-
-
-def chips(pod: compile_table.Pod) -> int:
-    return pod.slices * math.prod(int(side) for side in pod.topology.partition(":")[2].split("x"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from ml_collections import ConfigDict
 
 from vau_jax.common import files, processes, sharding
 from vau_jax.common.chat import Chat, Message, Reply, frames_content
-from vau_jax.common.files import dump_json
-from vau_jax.common.heartbeat import signs_of_life
+from vau_jax.common.files import Lines, dump_json
+from vau_jax.common.heartbeat import monitored
 from vau_jax.common.progress import Progress
 from vau_jax.data import pipeline
 from vau_jax.data.video import clips
@@ -52,12 +53,12 @@ def make(config: ConfigDict, workdir: Path, examples: list[Example]) -> list[Dra
         return [(e, by_rule(e, config.keep.wrong_share, config.seed), "") for e in examples]
     settings = hashlib.sha256(f"{student}{config.data}{config.seed}".encode()).hexdigest()
     known: dict[str, dict[str, Any]] = {}
-    with signs_of_life(workdir, "the same command goes on with the drafts that are there") as beat:
+    with monitored(workdir, "the same command goes on with the drafts that are there") as beat:
         processes.together(lambda: known.update(_asked(config, workdir, examples, settings, beat)))
     if not processes.is_first():
         return []
     path = workdir / DRAFTS
-    parts = sorted(workdir.glob(f"{path.stem}.{'[0-9]' * 5}{path.suffix}"))
+    parts = processes.other_lines(path)
     for part in parts:
         known |= _read_drafts(part, settings)
     if parts:
@@ -91,13 +92,13 @@ def _asked(
     files.write_text(path, "".join(dump_json(record) + "\n" for record in known.values()))
     done = failed = 0
     asked = (by_model if config.student.checkpoint else by_endpoint)(config, workdir, todo) if todo else ()
-    with path.open("a", encoding="utf-8") as file:
+    with closing(Lines(path)) as file:
         for example, drafts, reason in asked:
             record = {"settings": settings, "example": example.id, "drafts": [asdict(d) for d in drafts]}
             known[example.id] = record | {"reason": reason}
             if not reason.startswith(UNANSWERED):  # such a question is asked again by the next call
-                file.write(dump_json(known[example.id]) + "\n")
-                file.flush()
+                file.write([dump_json(known[example.id]) + "\n"])
+                file.save(every=60)
             done, failed = done + 1, failed + (not drafts)
             beat(done)
             if processes.is_first():

@@ -165,7 +165,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     examples = _examples(config)
     drafted = drafts.make(config, workdir, examples)
     card = processes.broadcast_from_first(lambda: _build(config, workdir, drafted))
-    heartbeat.forget(workdir)
+    heartbeat.remove(workdir)
     return card
 
 

@@ -81,9 +81,9 @@ class Report:
     micro_batches: int = 0  # of an update
     problem: str = ""
 
-    def fits(self, room: float) -> bool:
-        """Whether it was compiled and takes at most `room` bytes."""
-        return bool(self.seconds) and self.needed <= room
+    def fits(self, limit: float) -> bool:
+        """Whether it was compiled and takes at most `limit` bytes."""
+        return bool(self.seconds) and self.needed <= limit
 
     @property
     def needed(self) -> float:
@@ -224,8 +224,7 @@ class Programs:
     def update(self) -> "Program":
         learner = self.learner
         arguments = learner.abstract_state, learner.abstract_base, self.train_batch()
-        beside = held(learner.abstract_state.params) if learner.copies_reference else 0.0
-        return Program("update", learner.update_program, arguments, resident=beside)
+        return Program("update", learner.update_program, arguments, resident=learner.beside_update)
 
     @property
     def _copies_weights(self) -> bool:
@@ -371,7 +370,7 @@ def check_update(programs: Programs, known: Chip) -> Report:
     for programs_in_parts in programs.in_parts():
         report = check(programs_in_parts, programs_in_parts.update(), known)
         report.micro_batches = programs_in_parts.config.micro_batches
-        if report.fits(memory.ROOM * known.memory):
+        if report.fits(memory.USABLE * known.memory):
             break
     return report
 
@@ -394,7 +393,7 @@ def check(programs: Programs, program: Program, known: Chip) -> Report:
     report.compile_seconds = time.monotonic() - began
     planned = compiled.memory_analysis()
     report.arguments, report.temporary = planned.argument_size_in_bytes, planned.temp_size_in_bytes
-    report.peak = planned.peak_memory_in_bytes
+    report.peak = memory.planned(compiled)
     chips = programs.mesh.size
     whole = programs.operations(program)
     report.flops = whole / chips
@@ -491,7 +490,7 @@ def estimate(args: argparse.Namespace, programs: Programs, known: Chip) -> int:
     """Prints the memory of a run on GPUs by what holds it; the exit code."""
     for programs_in_parts in programs.in_parts():
         result = programs_in_parts.estimate()
-        fits = max(sum(parts.values()) for parts in result.values()) <= 0.9 * known.memory  # XLA needs room too
+        fits = max(sum(parts.values()) for parts in result.values()) <= 0.9 * known.memory  # XLA needs some too
         if fits:
             break
     model, mesh = args.size or programs.config.model, dict(programs.mesh.shape)

@@ -31,7 +31,7 @@ from vau_jax import cli
 from vau_jax.common import progress
 from vau_jax.common.chat import Chat
 from vau_jax.common.chips import GIB
-from vau_jax.common.files import InputError, lacking, short, write_bytes
+from vau_jax.common.files import InputError, missing_features, short, write_bytes
 from vau_jax.configs import base
 from vau_jax.configs import demo as demo_config
 from vau_jax.data.video.clips import VideoOptions
@@ -70,8 +70,8 @@ def packages() -> Finding:
     """Versions of what is installed."""
     known = {name: _version(name) for name in (*PACKAGES, *OPTIONAL)}
     text = f"Python {platform.python_version()}, " + ", ".join(f"{name} {v}" for name, v in known.items() if v)
-    if lacking := [name for name in PACKAGES if not known[name]]:
-        return Finding("error", text, f"{', '.join(lacking)} missing: install vau_jax again")
+    if missing_features := [name for name in PACKAGES if not known[name]]:
+        return Finding("error", text, f"{', '.join(missing_features)} missing: install vau_jax again")
     absent = [f"{name} ({use})" for name, use in OPTIONAL.items() if not known[name]]
     text += f"; not installed: {', '.join(absent)}" if absent else ""
     if not TESTED[0] <= tuple(map(int, jax.__version__.split(".")[:2])) < TESTED[1]:
@@ -146,11 +146,11 @@ def memory() -> Finding:
 
 
 def disk(folder: Path) -> Finding:
-    """Room in the folder of runs, its speed, and whether it has locks and can rename folders."""
+    """Free space in the folder of runs, its speed, and whether it has locks and can rename folders."""
     place = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
     try:
         with tempfile.TemporaryDirectory(prefix=".vau_doctor_", dir=place) as inside:
-            lacks = lacking(inside)
+            missing = missing_features(inside)
             began = time.monotonic()
             write_bytes(Path(inside) / "probe", os.urandom(2**20) * (PROBE_BYTES // 2**20))
             seconds = time.monotonic() - began
@@ -160,7 +160,7 @@ def disk(folder: Path) -> Finding:
         return Finding("error", f"{place} cannot be written to: {short(error)}", "choose another with --workdir")
     free = shutil.disk_usage(place).free
     text = f"{free / GIB:.0f} GiB free in {place}, written at {PROBE_BYTES / seconds / 2**20:.0f} MiB/s"
-    if "locks" in lacks:
+    if "locks" in missing:
         return Finding("warning", f"{text}, no locks", "two runs in one folder would not notice each other there")
     if free < LEAST_DISK:
         return Finding("warning", text, f"checkpoints of published sizes need more than {LEAST_DISK / GIB:.0f} GiB")

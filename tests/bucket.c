@@ -48,26 +48,17 @@ int linkat(int from_fd, const char *from, int to_fd, const char *to, int flags) 
 
 int flock(int fd, int operation) { return inside(fd) ? refuse(ENOSYS) : REAL(flock, int, int, int)(fd, operation); }
 
-static int control(const char *name, int fd, int command, void *argument) {
-    int locks = command == F_SETLK || command == F_SETLKW || command == F_OFD_SETLK || command == F_OFD_SETLKW;
-    return locks && inside(fd) ? refuse(ENOSYS) : ((int (*)(int, int, void *))dlsym(RTLD_NEXT, name))(fd, command, argument);
-}
-
-int fcntl(int fd, int command, ...) {
-    va_list rest;
-    va_start(rest, command);
-    void *argument = va_arg(rest, void *);
-    va_end(rest);
-    return control("fcntl", fd, command, argument);
-}
-
-int fcntl64(int fd, int command, ...) {
-    va_list rest;
-    va_start(rest, command);
-    void *argument = va_arg(rest, void *);
-    va_end(rest);
-    return control("fcntl64", fd, command, argument);
-}
+#define CONTROL(name) /* fcntl, and the name that glibc gives it for large files */ \
+    int name(int fd, int command, ...) { \
+        va_list rest; \
+        va_start(rest, command); \
+        void *argument = va_arg(rest, void *); \
+        va_end(rest); \
+        int locks = command == F_SETLK || command == F_SETLKW || command == F_OFD_SETLK || command == F_OFD_SETLKW; \
+        return locks && inside(fd) ? refuse(ENOSYS) : REAL(name, int, int, int, void *)(fd, command, argument); \
+    }
+CONTROL(fcntl)
+CONTROL(fcntl64)
 
 int fsync(int fd) {
     struct stat found;

@@ -102,10 +102,10 @@ def test_a_bucket_without_hierarchical_namespace_is_one_line_before_the_run_begi
 
 
 def test_what_a_bucket_lacks_is_found_and_nothing_left_behind(shim: Path, tmp_path: Path) -> None:
-    program = "import sys; from vau_jax.common import files; print(sorted(files.lacking(sys.argv[1])))"
+    program = "import sys; from vau_jax.common import files; print(sorted(files.missing_features(sys.argv[1])))"
     said, _ = start(shim, tmp_path, "-c", program, tmp_path).communicate(timeout=60)
     assert said == "['locks', 'sync']\n" and not list(tmp_path.iterdir())
-    assert files.lacking(tmp_path) == set()
+    assert files.missing_features(tmp_path) == set()
 
 
 def test_the_metrics_of_a_checkpoint_are_uploaded_before_it(tmp_path: Path) -> None:

@@ -93,20 +93,22 @@ def test_the_files_are_those_of_one_process(
 
 
 @pytest.mark.long
-def test_a_students_drafts_on_two_processes_are_those_of_one(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_students_drafts_on_several_processes_are_those_of_one(
+    model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
     """Files and card; a process draws for whole videos, so that each reads its own."""
     shared = ("data.csv", "data.videos", "data.wording", "data.max_frames", "data.max_completion_tokens", "data.bucket")
     values = dict(argument[9:].split("=", 1) for argument in options(model_folder, dataset, tmp_path)[1:])
-    values = {name: values[name] for name in shared} | {"data.tasks": "('qa',)", "data.max_examples": 10}
+    values = {name: values[name] for name in shared} | {"data.tasks": "('qa', 'grounding')", "data.max_examples": 13}
     values |= {"student.checkpoint": model_folder, "student.dtype": "float32", "student.batch_size": 4}
     args = ["--config=reflection", *(f"--config.{name}={value}" for name, value in values.items())]
-    for count in (1, 2):
+    for count in (1, 2, 3):
         process = start(count, [*args, f"--workdir={tmp_path / str(count)}"], "vau_jax.data_prep.reflection")
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-3000:]
         assert output.count("reflection: built") == 1, "the first process sums up"
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "12")
-    assert one == two and len(one["drafts.jsonl"].splitlines()) == 10
+    one, *others = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "123")
+    assert others == [one, one] and len(one["drafts.jsonl"].splitlines()) == 13
 
 
 def test_a_mistake_of_one_process_is_said_by_all_and_none_waits(

@@ -1,5 +1,6 @@
 """The pod recipe of launch/README.md, command by command, on processes of this machine with sixteen devices in all."""
 
+import json
 import os
 import re
 import shlex
@@ -63,6 +64,6 @@ def test_the_recipe_goes_from_videos_to_the_report(
         assert done.returncode == 0, (command, done.stdout[-3000:], done.stderr[-1000:])
     assert (runs / "rft" / "checkpoints" / "1").is_dir()
     page = (runs / "report.html").read_text(encoding="utf-8")
-    assert "rft" in page and "accuracy" in page
-    examples = (runs / "eval" / "rft" / "predictions.jsonl").read_text().splitlines()
-    assert len(examples) == 36, "three questions of each of twelve videos"
+    scores = json.loads((runs / "eval" / "rft" / "metrics.json").read_text())
+    assert scores["examples"] == 36 and scores["failed"] == 0, "three questions of each of twelve videos"
+    assert f"{scores['tasks']['qa']['accuracy']['value']:.2f}" in page and "test_00000.mp4" in page

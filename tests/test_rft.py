@@ -533,12 +533,12 @@ def test_a_resumed_run_remembers_difficulty_and_tokens(model_folder: Path, datas
     assert t.difficulty.accuracy and set(t.difficulty.accuracy.values()) == {0.0}
 
 
-def fitted(t: loop.Run, batch: TrainBatch, room: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Metrics of an update with micro_batches=auto on devices with so much room, which CPUs do not tell."""
+def fitted(t: loop.Run, batch: TrainBatch, limit: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Metrics of an update with micro_batches=auto on devices with so much memory, which CPUs do not report."""
     config = t.config.copy_and_resolve_references()
     with config.ignore_type():
         config.micro_batches = "auto"
-    monkeypatch.setattr(memory, "room", lambda: room)
+    monkeypatch.setattr(memory, "limit", lambda: limit)
     again = learner.Learner(config, t.learner.model.config, learner.shapes_of(t.learner.state.params), t.mesh)
     again.base, again.reference = t.learner.base, t.learner.reference
     again.state = jax.tree.map(jnp.copy, t.learner.state)
@@ -552,7 +552,8 @@ def test_micro_batches_are_as_few_as_fit_by_the_compilers_plan(
     t, batch = rolled
     plans, planned = [], memory.planned
     monkeypatch.setattr(memory, "planned", lambda program: plans.append(planned(program)) or plans[-1])
-    beside = memory.held(t.learner.state.params)  # the reference policy
+    beside = t.learner.beside_update
+    assert beside == memory.held(t.learner.state.params), "the reference policy"
     with pytest.raises(InputError, match=r"micro_batches=auto: with one prompt a device at a time .* lora.rank=16"):
         fitted(t, batch, beside, monkeypatch)
     assert len(plans) == 3 and plans[0] > plans[1] > plans[2] > 0, "in 1, 2 and 4 parts"

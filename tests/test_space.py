@@ -88,12 +88,12 @@ def test_checkpoints_that_evaluations_cause_count(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("free", [0, 2**50, 2**62])
-def test_a_bucket_that_does_not_say_its_room_is_not_refused(
+def test_a_bucket_that_does_not_report_free_space_is_not_refused(
     free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=free, used=0, free=free))
     space.check(config(), state(2**20), tmp_path)
-    assert "room is not known" in capsys.readouterr().out
+    assert "free space is not known" in capsys.readouterr().out
 
 
 SAMPLING = Sampling(VideoOptions(min_pixels=28 * 28, max_pixels=112 * 112), 28, 2)

@@ -392,7 +392,7 @@ def _fetch_addresses(args: argparse.Namespace) -> None:
     anything else."""
     for name, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
-        if not any(isinstance(v, str | Path) and str(v).startswith("gs:/") for v in values):
+        if not any(isinstance(v, str | Path) and str(v).lower().startswith("gs:") for v in values):
             continue
         from vau_jax.common import remote  # noqa: PLC0415 - needed for addresses alone
 

@@ -99,14 +99,14 @@ def check_space(what: str, folder: str | os.PathLike, likely: float, least: floa
     Raises InputError where not even `least` are.
     """
     free = free_space(folder)
-    room = "room is not known" if free == math.inf else f"{size_text(free)} free"
+    said = "free space is not known" if free == math.inf else f"{size_text(free)} free"
     if free < least:
-        raise InputError(f"{folder} has {room}, and {what} need {size_text(least)} at least: {way_out}")
+        raise InputError(f"{folder} has {said}, and {what} need {size_text(least)} at least: {way_out}")
     warning = "warning: this may not fit: " if free < likely else ""
-    print(f"{warning}{folder} needs about {size_text(likely)} for {what}; {room}", flush=True)
+    print(f"{warning}{folder} needs about {size_text(likely)} for {what}; {said}", flush=True)
 
 
-def lacking(folder: str | os.PathLike) -> set[str]:
+def missing_features(folder: str | os.PathLike) -> set[str]:
     """What the file system of `folder`, which exists, lacks: some of "locks" and "sync" (fsync of folders).
 
     Raises InputError where it cannot rename folders, which nothing can replace, and OSError where it cannot be written.
@@ -144,7 +144,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        lacking(part)
+        missing_features(part)
         yield part
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Signs of life of a run's processes, in its folder: which one hangs, is slow, or has ended."""
+"""Heartbeats of a run's processes, files in its folder: which process hangs, is slow, or has ended."""
 
 import math
 import os
@@ -18,8 +18,8 @@ from vau_jax.common import processes
 from vau_jax.common.files import InputError, dump_json, read_json, short, write_text
 
 FOLDER = "heartbeats"  # in the folder of a run
-EVERY = 5.0  # seconds between the signs of a process
-SILENT = 20.0  # seconds without one after which a process is named; JAX ends the others some time later
+EVERY = 5.0  # seconds between a process's heartbeats
+TIMEOUT = 20.0  # seconds without a heartbeat after which a process is named; JAX ends the others some time later
 
 
 class Heartbeat:
@@ -60,10 +60,10 @@ class Heartbeat:
         return ", ".join(_name(line) for line in self._lines() if "ended" not in line and line in before)
 
     @contextmanager
-    def kept_up(self) -> Iterator[None]:
-        """Gives a sign every few seconds whatever the process does, and says who of the others has ceased to."""
+    def in_background(self) -> Iterator[None]:
+        """Writes a heartbeat every few seconds whatever the process does, and names others that have stopped to."""
         done = threading.Event()
-        thread = threading.Thread(target=self._keep_up, args=(done,), daemon=True)
+        thread = threading.Thread(target=self._watch, args=(done,), daemon=True)
         thread.start()
         try:
             yield
@@ -71,7 +71,7 @@ class Heartbeat:
             done.set()
             thread.join()
 
-    def _keep_up(self, done: threading.Event) -> None:
+    def _watch(self, done: threading.Event) -> None:
         seen: dict[int, tuple[str, float]] = {}  # process -> its last line, and when that was new by this host's clock
         silent: set[int] = set()
         while not done.wait(self.every):
@@ -81,13 +81,13 @@ class Heartbeat:
                 if number not in seen or seen[number][0] != text:
                     seen[number] = text, time.monotonic()
                     silent.discard(number)
-                elif time.monotonic() - seen[number][1] > SILENT and number not in silent:
+                elif time.monotonic() - seen[number][1] > TIMEOUT and number not in silent:
                     silent.add(number)
-                    print(f"no sign for {SILENT:.0f} s of {_name(line)}", file=sys.stderr, flush=True)
+                    print(f"no heartbeat for {TIMEOUT:.0f} s from {_name(line)}", file=sys.stderr, flush=True)
 
 
-def forget(workdir: Path) -> None:
-    """Removes the signs of work that is done; called by all processes, after they were together."""
+def remove(workdir: Path) -> None:
+    """Removes the heartbeats of finished work; called by all processes, after `processes.together`."""
     if processes.is_first():
         shutil.rmtree(workdir / FOLDER, ignore_errors=True)
 
@@ -98,16 +98,16 @@ def _name(line: dict[str, Any]) -> str:
 
 
 @contextmanager
-def naming_lost_processes(heartbeat: Heartbeat, way_on: str, grace: float = 3.0) -> Iterator[None]:
-    """Ends the process with a message that names the other processes of the run that have ended, if any, and says how
-    it goes on. `grace`: seconds in which one that lives gives a sign."""
+def naming_lost_processes(heartbeat: Heartbeat, resume_hint: str, grace: float = 3.0) -> Iterator[None]:
+    """Ends the process with a message that names the other processes of the run that have ended, if any, and
+    `resume_hint`. `grace`: seconds in which a live process writes a heartbeat."""
     try:
         yield
     except Exception as error:
         if jax.process_count() == 1 or isinstance(error, InputError) or not (lost := heartbeat.lost(error, grace)):
             raise
         print(
-            f"error: process {jax.process_index()} of {jax.process_count()} ends because it lost {lost}; {way_on} "
+            f"error: process {jax.process_index()} of {jax.process_count()} ends because it lost {lost}; {resume_hint} "
             f"({short(error)})",
             file=sys.stderr,
             flush=True,
@@ -116,12 +116,12 @@ def naming_lost_processes(heartbeat: Heartbeat, way_on: str, grace: float = 3.0)
 
 
 @contextmanager
-def signs_of_life(workdir: Path, way_on: str) -> Iterator[Callable[[int], None]]:
-    """For work that processes do each alone: each says how far it is, and names those that are lost. Yields what tells
-    how much of its work a process has done."""
+def monitored(workdir: Path, resume_hint: str) -> Iterator[Callable[[int], None]]:
+    """For work that each process does by itself: each writes heartbeats and names the processes that are lost. Yields a
+    function to be called with the amount of work that is done."""
     if jax.process_count() == 1:
         yield lambda done: None
         return
     own = Heartbeat(workdir)
-    with naming_lost_processes(own, way_on, grace=1.5 * EVERY), own.kept_up():
+    with naming_lost_processes(own, resume_hint, grace=1.5 * EVERY), own.in_background():
         yield own.beat

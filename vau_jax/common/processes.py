@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.clusters import ClusterEnv
+from jax._src.clusters import ClusterEnv  # JAX has no public way to ask for a process's place
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -143,6 +143,11 @@ def own_lines(path: Path) -> Path:
     if lines:
         write_bytes(own, b"".join(line + b"\n" for line in lines))
     return own
+
+
+def other_lines(path: Path) -> list[Path]:
+    """The files of `own_lines` that the other processes have written, for the first to join."""
+    return sorted(path.parent.glob(f"{path.stem}.{'[0-9]' * 5}{path.suffix}"))
 
 
 @contextmanager

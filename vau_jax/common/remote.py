@@ -89,8 +89,8 @@ def fetch_below(folder: str | os.PathLike, paths: Iterable[Path]) -> None:
 
 def refuse(folder: str | os.PathLike, option: str) -> None:
     """Raises InputError where an option that takes folders has an address."""
-    if re.match("gs:/", str(folder)):
-        bucket = str(folder).removeprefix("gs:").strip("/").split("/")[0]
+    if is_address(str(folder)):
+        bucket = str(folder)[len("gs:") :].strip("/").split("/")[0]
         raise InputError(
             f"{option}={folder}: expected a path of this machine. Mount the bucket (gcsfuse --implicit-dirs {bucket} "
             "FOLDER, as launch/tpu_vm.sh does), and name what is below FOLDER"
@@ -187,8 +187,8 @@ def _download(address: str, objects: Iterable[Object]) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write to {root} ({short(error)}): name another folder in VAU_CACHE") from error
-    check_space(f"{len(todo)} objects of {address}", root, size, size, "name a folder with more room in VAU_CACHE")
+        raise InputError(f"cannot write to {root} ({short(error)}): set VAU_CACHE to another folder") from error
+    check_space(f"{len(todo)} objects of {address}", root, size, size, "set VAU_CACHE to a folder with more free space")
     bucket = _bucket(address)
 
     def one(o: Object) -> None:

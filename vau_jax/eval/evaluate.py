@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from vau_jax.common import heartbeat, processes, progress, sharding
 from vau_jax.common.about import about
 from vau_jax.common.files import InputError, Lines, check_range, dump_json, read_json, read_lines, write_text
-from vau_jax.common.heartbeat import signs_of_life
+from vau_jax.common.heartbeat import monitored
 from vau_jax.common.progress import Progress
 from vau_jax.data import pipeline
 from vau_jax.datasets.audit import Audit
@@ -66,11 +66,11 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         model = _model(config)
         if processes.is_first() and model.get("style", config.data.style) != config.data.style:
             print(f"{config.name}: asks in style {config.data.style} a run trained in {model['style']}", flush=True)
-        with signs_of_life(workdir, "the same command goes on with what is answered") as beat:
+        with monitored(workdir, "the same command goes on with what is answered") as beat:
             processes.together(lambda: decode(config, workdir, examples, fingerprint, beat))
         result = processes.broadcast_from_first(lambda: _finish(config, workdir, examples, audit, fingerprint, model))
         if not _is_model(workdir):  # a run's folder keeps the run's
-            heartbeat.forget(workdir)
+            heartbeat.remove(workdir)
         return result
 
 
@@ -228,7 +228,7 @@ def decode(
 def _joined(workdir: Path, examples: Sequence[Example], fingerprint: str) -> list[Record]:
     """The records of all processes in the order of the examples, which become the only file."""
     path = workdir / PREDICTIONS
-    parts = sorted(workdir.glob(f"{path.stem}.{'[0-9]' * 5}{path.suffix}"))
+    parts = processes.other_lines(path)
     records = {_key(record): record for part in (path, *parts) for record in _finished(part, fingerprint).values()}
     ordered = [records[_key(example)] for example in examples]
     write_text(path, "".join(to_line(record, fingerprint) for record in ordered))

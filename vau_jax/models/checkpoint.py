@@ -18,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN,
 
 from vau_jax.common import checksums, processes
 from vau_jax.common.fields import Fields
-from vau_jax.common.files import InputError, dump_json, lacking, read_json, short, write_text
+from vau_jax.common.files import InputError, dump_json, missing_features, read_json, short, write_text
 from vau_jax.models import lora
 from vau_jax.models.lora import LoRA
 from vau_jax.types import Params, State
@@ -49,7 +49,7 @@ class Checkpoints:
         self.workdir = Path(workdir).resolve()
         self.folder = self.workdir / CHECKPOINTS
         self.removed = self.folder / "removed"
-        processes.together(lambda: _do_without(lacking(self.workdir)))
+        processes.together(lambda: _adapt_orbax(missing_features(self.workdir)))
         self._empty()
         self._quarantine_damaged()
         options = ocp.CheckpointManagerOptions(
@@ -132,16 +132,16 @@ class Checkpoints:
         self.manager.close()
 
 
-def _do_without(lacks: set[str]) -> None:
-    """Has orbax do without what a file system lacks (`files.lacking`), for as long as the process lives."""
-    if not lacks:
+def _adapt_orbax(missing: set[str]) -> None:
+    """Has orbax do without the `files.missing_features` of a file system, for the rest of the process."""
+    if not missing:
         return
     from orbax.checkpoint._src.serialization import tensorstore_utils  # noqa: PLC0415 - it has no public option
 
     for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
-        if "locks" in lacks:
+        if "locks" in missing:
             context["file_io_locking"] = {"mode": "lockfile"}  # each process writes files of its own anyway
-        if "sync" in lacks:
+        if "sync" in missing:
             context["file_io_sync"] = False  # of files too; what a power failure cut short, its checksum tells
 
 

@@ -65,6 +65,11 @@ class Learner:
         """Whether the reference policy is a separate, fixed copy of the parameters: with adapters it is the base."""
         return self.has_reference and not self.config.grpo.reference_every and self.lora is None
 
+    @property
+    def beside_update(self) -> float:
+        """Bytes of each device that the run's state occupies and an update does not use."""
+        return memory.held(self.abstract_state.params) if self.copies_reference else 0.0
+
     def begin(self, params: Params) -> None:
         """Starts training from parameters with the shapes that the learner was built for."""
         trained, self.base = self._split(params)
@@ -169,15 +174,14 @@ class Learner:
 
     def _update_for(self, train: TrainBatch) -> update.Update:
         """The update that fits into the devices' memory for batches of these shapes."""
-        room = memory.room()
-        if not (memory.is_auto(self.config) and room):
+        limit = memory.limit()
+        if not (memory.is_auto(self.config) and limit):
             return self.update_program
         shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(train))
         if shapes not in self._fitting:
-            beside = memory.held(self.state.params) if self.copies_reference else 0.0
             heads, arguments = self.model.config.num_heads, (self.state, self.base, train)
             self._fitting[shapes] = memory.fitting(
-                self.config, self.mesh, heads, self.update_in, arguments, room - beside
+                self.config, self.mesh, heads, self.update_in, arguments, limit - self.beside_update
             )
         return self._fitting[shapes]
 

@@ -47,7 +47,7 @@ from vau_jax.types import TrainBatch
 from vau_jax.vlm import DTYPES, VideoLM
 
 PREEMPTED = "preempted.json"  # in the workdir of a run that was preempted
-WAY_ON = "the same command resumes from the last checkpoint"
+RESUME_HINT = "the same command resumes from the last checkpoint"
 STOPPED = "stopped.json"  # in the workdir of a run that stopped early
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -328,12 +328,12 @@ def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preempti
     log = RunLog(config, workdir, done)
     while done < config.steps and not run.stops_early:  # a kill may have come before it was noted
         log.begin(done + 1)
-        with naming_lost_processes(log.heartbeat, WAY_ON):
+        with naming_lost_processes(log.heartbeat, RESUME_HINT):
             metrics, samples = run.step(done)
         done += 1
         if not config.skip_nonfinite:
             check_finite(metrics, done, checkpoints.latest())
-        with naming_lost_processes(log.heartbeat, WAY_ON):
+        with naming_lost_processes(log.heartbeat, RESUME_HINT):
             evaluated = run.evaluate(done, metrics, preemption)
         log.end(done, metrics | evaluated, samples, run.headline(metrics), always=bool(evaluated))
         run.best.add(metrics | evaluated)

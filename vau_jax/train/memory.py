@@ -15,7 +15,7 @@ from vau_jax.common.chips import GIB, chip
 from vau_jax.common.files import InputError, check_range, short
 
 AUTO = "auto"  # micro_batches: as few as fit
-ROOM = 0.95  # of a device's memory that a program may plan with: the next batch's inputs and gaps need some too
+USABLE = 0.95  # share of a device's memory that a program may plan with: the next batch and fragmentation need the rest
 EXHAUSTED = "RESOURCE_EXHAUSTED"  # XLA's status, of a compilation as of an allocation
 PROGRAMS = {  # phase of a step -> the programs it runs, as `vau compile-check` names them
     "data": "vision tower",
@@ -57,12 +57,12 @@ def candidates(config: ConfigDict, mesh: Mesh | AbstractMesh) -> list[int]:
     return [parts for parts in range(1, each + 1) if each % parts == 0]
 
 
-def room() -> float | None:
+def limit() -> float | None:
     """Bytes that a program may take of each device; None where that is unknown, as on CPUs."""
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     known = chip(jax.devices()[0].device_kind)
     least = min(limits) if all(limits) else known and known.memory
-    return least and ROOM * least
+    return least and USABLE * least
 
 
 def held(tree: Any) -> float:
@@ -78,27 +78,27 @@ def planned(program: jax.stages.Compiled) -> float:
 
 
 def fitting(
-    config: ConfigDict, mesh: Mesh, heads: int, make: Callable[[int], Any], arguments: tuple[Any, ...], room: float
+    config: ConfigDict, mesh: Mesh, heads: int, make: Callable[[int], Any], arguments: tuple[Any, ...], limit: float
 ) -> Callable[..., Any]:
-    """The update of `make(parts)` with the fewest parts that the compiler plans at most `room` bytes a device for,
+    """The update of `make(parts)` with the fewest parts that the compiler plans at most `limit` bytes a device for,
     compiled for `arguments`; the same in all processes. Raises InputError where none does."""
     needed = 0.0
     for parts in candidates(config, mesh):
         try:
             program = make(parts).lower(*arguments).compile()
             needed = planned(program)
-        except jax.errors.JaxRuntimeError as error:  # some compilers refuse what they find no room for
+        except jax.errors.JaxRuntimeError as error:  # some compilers refuse what does not fit
             if EXHAUSTED not in str(error):
                 raise
             needed = math.inf
         needed = max(processes.exchange(needed))
-        if needed <= room:
+        if needed <= limit:
             if processes.is_first():
-                print(f"micro_batches={parts}: an update takes {needed / GIB:.2f} of {room / GIB:.2f} GiB", flush=True)
+                print(f"micro_batches={parts}: an update takes {needed / GIB:.2f} of {limit / GIB:.2f} GiB", flush=True)
             return program
     raise InputError(
         f"micro_batches={AUTO}: with one prompt a device at a time an update takes {needed / GIB:.2f} of "
-        f"{room / GIB:.2f} GiB; what would help: {advice(config, mesh, heads)}"
+        f"{limit / GIB:.2f} GiB; what would help: {advice(config, mesh, heads)}"
     )
 
 

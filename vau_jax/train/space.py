@@ -1,4 +1,4 @@
-"""The room that a run needs in its workdir, said before its first step."""
+"""The disk space that a run needs in its workdir, printed before its first step."""
 
 from pathlib import Path
 
