@@ -139,16 +139,9 @@ def main() -> None:
         steps[-1] += [f"{share:.0%}" for share in r["efficiency"]]
         lost.append([r["label"], f"{r['save']:.1f} s", f"{r['restart']:.0f} s"])
         lost[-1] += [" / ".join(f"{share:.1%}" for share in shares) for shares in r["goodput"].values()]
-    heads = [
-        "slices",
-        "chips",
-        "prompts",
-        "step, communication hidden",
-        "not hidden",
-        "efficiency, hidden",
-        "not hidden",
-    ]
-    print(markdown(heads, steps) + markdown(["slices", "save", "restart", *(f"every {h} h" for h in HOURS)], lost))
+    heads = ["slices", "chips", "prompts", "step, communication hidden", "not hidden"]
+    print(markdown([*heads, "efficiency, hidden", "not hidden"], steps), end="")
+    print(markdown(["slices", "save", "restart", *(f"every {h} h" for h in HOURS)], lost), end="")
     print(dump_json({"costs": costs._asdict(), "rows": results}))
 
 

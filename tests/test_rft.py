@@ -561,3 +561,18 @@ def test_micro_batches_are_as_few_as_fit_by_the_compilers_plan(
     assert "micro_batches=2: an update takes" in capfd.readouterr().out
     whole = fitted(t, batch, math.inf, monkeypatch)
     assert metrics.keys() == whole.keys() and metrics["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+
+
+def test_micro_batches_are_as_many_as_fit_in_every_process(
+    model_folder: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Devices of another process have less memory: all take what fits there."""
+    c = config(model_folder, dataset)
+    with c.ignore_type():
+        c.micro_batches = "auto"
+    step = jax.jit(lambda x: x + 1)
+    tried: list[int] = []
+    monkeypatch.setattr(memory.processes, "exchange", lambda fits: [fits, len(tried) == 2])
+    mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
+    memory.fitting(c, mesh, 2, lambda parts: tried.append(parts) or step, (jnp.zeros(4),), math.inf)
+    assert tried == [1, 2]

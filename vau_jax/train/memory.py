@@ -91,8 +91,7 @@ def fitting(
             if EXHAUSTED not in str(error):
                 raise
             needed = math.inf
-        needed = max(processes.exchange(needed))
-        if needed <= limit:
+        if all(processes.exchange(needed <= limit)):  # their devices may differ in what is free
             if processes.is_first():
                 print(f"micro_batches={parts}: an update takes {needed / GIB:.2f} of {limit / GIB:.2f} GiB", flush=True)
             return program
