@@ -62,7 +62,10 @@ def test_a_run_that_cannot_fit_is_one_line_before_its_first_step(disk: Path, mod
 
 def test_a_run_that_fits_says_what_it_takes(disk: Path, capsys: pytest.CaptureFixture) -> None:
     space.check(config(), state(0.5), disk / "run")
-    assert "needs about 2.1 MiB for 4 more checkpoints of 0.5 MiB; 4.0 MiB free" in capsys.readouterr().out
+    assert (
+        "needs about 2.1 MiB for 4 more checkpoints of 0.5 MiB before compression; 4.0 MiB free"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_run_that_may_not_fit_is_warned_of(disk: Path, capsys: pytest.CaptureFixture) -> None:

@@ -26,9 +26,9 @@ def meet(address: str, count: int, number: int, seconds: float, every: float = 3
     """
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise InputError(f"coordinator address {address!r}: expected host:port of process 0")
+        raise InputError(f"coordinator address {address!r}: expected host:port of process 0 (JAX_COORDINATOR_ADDRESS)")
     if not 0 <= number < count:
-        raise InputError(f"this is process {number} of {count}: expected a number from 0 to {count - 1}")
+        raise InputError(f"this is process {number} of {count}: expected from 0 to {count - 1} (JAX_PROCESS_ID)")
     if count == 1:
         return
     if number == 0:

@@ -29,7 +29,7 @@ def check(config: ConfigDict, state: State, workdir: Path) -> None:
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     logs = (config.steps - done) / config.log_every * LOGGED * (1 + config.batch_size)
     files.check_space(
-        f"{most} more checkpoint{'s' * (most > 1)} of {files.size_text(size)}",
+        f"{most} more checkpoint{'s' * (most > 1)} of {files.size_text(size)} before compression",
         workdir,
         most * size + logs,
         least * size * COMPRESSED,
