@@ -36,7 +36,8 @@ from ml_collections import ConfigDict
 from vau_jax.common.files import dump_json, exit_on_input_error
 from vau_jax.configs import vau_r1_multi_rft
 from vau_jax.data import pipeline
-from vau_jax.data.processor import Processor, Shape, least_shape
+from vau_jax.data.processor import Processor
+from vau_jax.data.shapes import Shape, least_shape
 from vau_jax.data_prep import random_model
 from vau_jax.datasets import synthetic
 from vau_jax.train import loop
@@ -96,7 +97,7 @@ def shape_of_prompts(c: ConfigDict) -> Shape:
     processor = Processor(c.model)
     example = pipeline.load_examples(c.data)[0][0]
     loaded = pipeline.make_loader(processor, c.data, augment=False)(example, np.random.default_rng(0))
-    return least_shape([loaded.encoded], processor.vision)
+    return least_shape([loaded.encoded.size], processor.vision)
 
 
 def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:

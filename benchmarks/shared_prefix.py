@@ -24,6 +24,7 @@ from vau_jax.data_prep import random_model
 from vau_jax.models import config as model_config
 from vau_jax.models import qwen_vl
 from vau_jax.models.config import QwenVLConfig
+from vau_jax.models.packing import pack
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.rl import logprobs
 from vau_jax.train import update
@@ -60,10 +61,11 @@ def packed(rows: int, groups: int, prompt: int, length: int) -> tuple[Batch, Com
 
 
 def whole_logits(variables: Any, batch: Batch, completions: Completions, model: QwenVL) -> jax.Array:
-    hidden = model.apply(variables, batch, completions, method="hidden")
-    predicting = logprobs.completion_hidden(hidden, batch.mask, completions.tokens.shape[1])
+    packing = pack(completions)
+    hidden = model.apply(variables, batch, completions, packing, method="hidden")
+    predicting = logprobs.completion_hidden(hidden, batch.mask, packing.starts)
     scores = jax.nn.log_softmax(logprobs.logits(predicting, model.head(variables)))
-    return jnp.take_along_axis(scores, completions.tokens[..., None], axis=-1)
+    return jnp.take_along_axis(scores, packing.take(completions.tokens)[..., None], axis=-1)
 
 
 def measure(loss: Any, params: Any, data: tuple[Batch, Completions], run: bool) -> dict[str, float]:

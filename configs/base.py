@@ -13,9 +13,9 @@ def get_config() -> ConfigDict:
     c.model = ""  # Hugging Face folder: config, tokenizer, safetensors
     c.init_from = ""  # model folder or earlier run (its last checkpoint at this moment) to start from; empty: model
     c.seed = 0  # seed of data order, augmentation and sampling
-    c.steps = 1000  # number of updates
+    c.steps = 1000  # number of updates; in rft of rollouts, each for one update or several
     c.epochs = 0.0  # passes over the examples, which set steps; 0: steps as given
-    c.batch_size = 8  # prompts per update, over all devices
+    c.batch_size = 8  # prompts per update, over all devices; in rft see also rollout.batch_size
     c.micro_batches = FieldReference(1, object)  # gradient accumulation: parts of a batch; auto: as few as fit
     c.skip_nonfinite = False  # skip an update whose loss or gradient is not finite; False: stop the run
     c.log_every = 1  # steps between lines of metrics.jsonl
@@ -77,8 +77,10 @@ def get_config() -> ConfigDict:
     c.data.section_weights = ConfigDict(prompts.SECTION_WEIGHTS)  # in the SFT loss; the end token has weight 1
     c.data.shuffle_options = True  # shuffle the options of a question anew each time
     c.data.max_completion_tokens = 1024  # maximum completion length; longer targets are truncated
-    c.data.bucket = (256, 1024, 16, 64, 16, 64)  # minimum padding: tokens, patches, windows, size, frames, size
-    c.data.length_window = 8  # sort examples by length within this many batches, to reduce padding; 1: no sorting
+    c.data.completion_shares = (0.125, 0.25, 0.375)  # lengths to pack completions into: shares of G times the longest
+    c.data.bucket = (256, 1024, 0, 0, 0, 0)  # minimum padding: tokens, patches, windows, size, frames, size
+    c.data.shapes = 4  # padded prompt shapes, planned where the table of videos has their sizes; 0: rounded by batch
+    c.data.length_window = 128  # sort examples by length within this many batches, to reduce padding; 1: no sorting
     c.data.workers = 2  # decoder processes
     c.data.video_seconds = 120.0  # time limit to decode one video; a timeout is a failed video
 
@@ -104,7 +106,9 @@ def get_config() -> ConfigDict:
     c.optim.clip_norm = 1.0  # gradient-clipping norm: maximum global norm of the gradient
 
     c.rollout = ConfigDict()  # rft only
+    c.rollout.batch_size = 0  # prompts sampled at once, for several updates of batch_size prompts each; 0: batch_size
     c.rollout.num_generations = 4  # completions per prompt (G)
+    c.rollout.annotated = False  # the last of a prompt's G completions is not sampled, but the annotated one
     c.rollout.temperature = 1.0  # temperature of sampling and scoring; at least 0.01
     c.rollout.top_p = 1.0  # nucleus sampling; below 1 the sampling distribution differs from the scored one
     c.rollout.top_k = 0  # top-k sampling, likewise; 0: off

@@ -118,7 +118,7 @@ def by_model(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iter
     sharding.check_divisible(s.batch_size, mesh)
     vlm = VideoLM.load(s.checkpoint, s.dtype, mesh)
     loader = pipeline.make_loader(vlm.processor, config.data, augment=False)
-    batches = pipeline.eval_batches(examples, loader, s.batch_size, config.seed)
+    batches = pipeline.eval_batches(pipeline.Prompts(examples, loader), s.batch_size, config.seed)
     for number, host in enumerate(batches):
         out = sampling.sample(
             vlm.variables,

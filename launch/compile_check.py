@@ -162,7 +162,7 @@ class Programs:
         side = v.window_size // (v.spatial_merge_size * v.patch_size) if v.window_size else 0
 
         def groups(count: int, size: int) -> Groups:
-            return Groups(self._rows(count, size), self._rows(patches))
+            return Groups(self._rows(count, size), self._rows(count, size), self._rows(patches))
 
         windows = groups(frames * -(-rows // side) * -(-cols // side), side * side * unit) if side else None
         width = v.in_channels * v.temporal_patch_size * v.patch_size**2
@@ -222,9 +222,11 @@ class Programs:
         yield self.update()
 
     def update(self) -> "Program":
-        learner = self.learner
-        arguments = learner.abstract_state, learner.abstract_base, self.train_batch()
-        return Program("update", learner.update_program, arguments, resident=learner.beside_update)
+        """The largest program of an update; completions have all their places."""
+        parts = self.config.batch_size // memory.largest_part(self.config)
+        program, arguments, beside = self.learner.largest_update(self.train_batch(), parts)
+        resident = beside + self.learner.beside_update
+        return Program("update", program, arguments, {"length": self.g * self.c}, resident, parts)
 
     @property
     def _copies_weights(self) -> bool:
@@ -279,7 +281,7 @@ class Programs:
     def operations(self, program: "Program") -> float:
         """Of all chips, as the program does them."""
         counted = flops.count(partial(program.function, **program.static), *program.args)
-        return counted + self.kernel_flops(program.name)
+        return counted * program.calls + self.kernel_flops(program.name)
 
     def repeated(self) -> "Programs":
         """The same with each prompt repeated for each of its completions."""
@@ -363,6 +365,7 @@ class Program:
     args: tuple
     static: dict[str, Any] = field(default_factory=dict)
     resident: float = 0.0  # bytes a chip of the run's state that it does not use
+    calls: int = 1  # of a step
 
 
 def check_update(programs: Programs, known: Chip) -> Report:
@@ -398,7 +401,7 @@ def check(programs: Programs, program: Program, known: Chip) -> Report:
     whole = programs.operations(program)
     report.flops = whole / chips
     slices = sharding.slices(programs.mesh.devices.flat)
-    traffic = hlo.read(compiled.as_text(), program.name == "decode step", slices)
+    traffic = hlo.read(compiled.as_text(), program.name == "decode step", slices).times(program.calls)
     report.bytes, report.collectives, report.between = traffic.bytes, traffic.collectives, traffic.between
     if program.name == "decode step":
         report.least_bytes = programs.read_at_least(program)

@@ -22,7 +22,7 @@ from vau_jax.common.files import InputError
 from vau_jax.data.video.clips import VideoOptions
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.eval import gallery, records
-from vau_jax.models.attention import prefix_attention
+from vau_jax.models.attention import Layout, prefix_attention
 from vau_jax.tasks import TASKS
 
 FOLDER = Path(__file__).parent / "diagrams"
@@ -127,7 +127,9 @@ def visible(prompt: int, generations: int, length: int) -> np.ndarray:
     size = prompt + generations * length
     zero = jnp.zeros((1, size, 1, size))
     values = jnp.eye(size)[None, :, None, :]
-    weights = prefix_attention(zero, zero, values, jnp.ones((1, prompt), bool), generations, "jnp")
+    starts = jnp.repeat(jnp.arange(generations) * length, length)[None]
+    layout = Layout(starts, length, fixed=True)
+    weights = prefix_attention(zero, zero, values, jnp.ones((1, prompt), bool), layout, "jnp")
     return np.asarray(weights)[0, :, 0, :] > 0
 
 

@@ -41,6 +41,14 @@ class Traffic:
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)  # kind -> count, bytes sent
     between: dict[str, dict[str, float]] = field(default_factory=dict)  # the same, to other slices
 
+    def times(self, calls: int) -> "Traffic":
+        """That of so many calls."""
+        several = (
+            {kind: {n: calls * x for n, x in of.items()} for kind, of in x.items()}
+            for x in (self.collectives, self.between)
+        )
+        return Traffic(calls * self.bytes, *several)
+
 
 def size(shape: str) -> float:
     """Bytes of the arrays in a shape that lie in the chip's large memory, and not in the fast one beside the cores."""

@@ -7,6 +7,7 @@ behaviour changes on purpose, that part is recorded again: write({**read(), "rea
 import hashlib
 import json
 import lzma
+import re
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.runs import IN_PROPORTION, small
+from tests.runs import IN_PROPORTION, prompts_of, small
 from vau_jax import parsing, rewards
 from vau_jax.common.metric_writer import read_metrics
 from vau_jax.data import pipeline
@@ -99,8 +100,9 @@ def batches(name: str, model: Path, data: Path) -> list[dict[str, Any]]:
     c = small(name, model, data)
     c.data.update_from_flattened_dict(BATCHES[name])
     c.data.difficulty.enabled = c.stage == "rft"
+    c.data.length_window = 8  # the default then
     examples, _ = pipeline.load_examples(c.data)
-    iterator = pipeline.train_iterator(examples, VideoLM.load(model).processor, c.data, 4, seed=3)
+    iterator = pipeline.train_iterator(prompts_of(examples, VideoLM.load(model).processor, c.data), 4, seed=3)
     result = []
     for _ in range(3):
         host = next(iterator)
@@ -111,7 +113,7 @@ def batches(name: str, model: Path, data: Path) -> list[dict[str, Any]]:
                 "ids": [item.example.id for item in host.examples],
                 "prompts": digest([item.prompt for item in host.examples]),
                 "variants": digest([{k: v.prompt for k, v in item.variants.items()} for item in host.examples]),
-                "arrays": {k: digest(x) for k, x in flat.items() if "patches" not in k},
+                "arrays": {k: digest(x) for k, x in flat.items() if not re.search("patches|frames|windows", k)},
                 "pixels": [float(np.abs(x).mean(dtype=np.float64)) for k, x in flat.items() if "patches" in k],
             }
         )

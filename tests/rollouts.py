@@ -8,7 +8,7 @@ import numpy as np
 from vau_jax.rl.outcome import RolloutBatch, SelectedGroups
 from vau_jax.rl.rollout import RolloutWorker
 from vau_jax.rl.scorer import Scorer
-from vau_jax.types import Completions, Sampled
+from vau_jax.types import Sampled
 
 
 def written(r: RolloutWorker, texts: list[str], limit: int = 16) -> Sampled:
@@ -31,10 +31,5 @@ def judged(scorer: tuple, texts: list[str], **changed: Any) -> tuple[RolloutWork
     return r, r.scorer.read(host, written(r, texts))
 
 
-def completions(r: RolloutWorker, draw: RolloutBatch) -> Completions:
-    return r.completions(SelectedGroups(draw, None, draw.sampled, []))
-
-
 def loss_inputs(r: RolloutWorker, draw: RolloutBatch, kl: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    chosen = SelectedGroups(draw, None, draw.sampled, [])
-    return r.loss_inputs(chosen, completions(r, draw).mask, kl)[0]
+    return r.loss_inputs(SelectedGroups(draw, None, draw.sampled, []), kl)[0]

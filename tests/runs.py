@@ -15,6 +15,9 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from vau_jax.data import pipeline
+from vau_jax.data.processor import Processor
+from vau_jax.tasks.example import Example
 from vau_jax.train.loop import Run
 
 IN_PROPORTION = {"optim.eps": 1.0, "optim.lr": 1.0}  # by elements of gradients of norm 1 at most
@@ -77,3 +80,8 @@ def small(name: str, model: Path, data: Path, split: str = "train") -> ConfigDic
     if c.data.style == "reflection":
         c.data.reflection = str(data / "train_reflection.jsonl")
     return c
+
+
+def prompts_of(examples: list[Example], processor: Processor, data: ConfigDict) -> pipeline.Prompts:
+    """The prompts of examples as a training run has them; `data` is config.data."""
+    return pipeline.Prompts(examples, pipeline.make_loader(processor, data, data.augment))

@@ -12,7 +12,7 @@ import pytest
 from tests.runs import WITH_LIBTPU
 from vau_jax.common.files import InputError
 from vau_jax.models import attention
-from vau_jax.models.attention import Keys
+from vau_jax.models.attention import Keys, Layout
 
 B, T, G, C, N, K, H = 2, 40, 3, 9, 4, 2, 16
 
@@ -26,11 +26,35 @@ def prompt_mask(left: bool) -> np.ndarray:
     return np.arange(T) >= T - lengths if left else np.arange(T) < lengths
 
 
-def naive(q: jax.Array, k: jax.Array, v: jax.Array, mask: np.ndarray, generations: int) -> np.ndarray:
+def layout(kind: str) -> Layout | None:
+    """G completions in C places each; or of unequal length one after the other, shorter and longer than a block."""
+    if kind == "prompt":
+        return None
+    if kind == "fixed":
+        return Layout(jnp.tile(jnp.repeat(jnp.arange(G) * C, C), (B, 1)), C, fixed=True)
+    sizes = {"packed": ([5, C, 3], [2, 6, 8]), "short": ([1, 2, 1], [2, 1, 3])}[kind]
+    length = {"packed": 2 * C, "short": 6}[kind]
+    starts = np.tile(np.arange(length), (B, 1))
+    for row, of_row in zip(starts, sizes, strict=True):
+        for first, size in zip(np.cumsum([0, *of_row]), of_row, strict=False):
+            row[first : first + size] = first
+    return Layout(jnp.asarray(starts), C, fixed=False)
+
+
+LAYOUTS = pytest.mark.parametrize("kind", ["prompt", "fixed", "packed", "short"])
+
+
+def size_of(layout: Layout | None) -> int:
+    return T + (0 if layout is None else layout.starts.shape[1])
+
+
+def naive(q: jax.Array, k: jax.Array, v: jax.Array, mask: np.ndarray, layout: Layout | None) -> np.ndarray:
     """numpy in float64, with the mask written out."""
     length = q.shape[1]
-    row, segment = np.arange(length), np.r_[np.full(T, -1), np.repeat(np.arange(generations), C)]
-    seen = (row[:, None] >= row) & ((segment == -1) | (segment[:, None] == segment))
+    row, starts = np.arange(length), np.zeros((B, length), int)
+    if layout is not None:
+        starts[:, T:] = T + layout.starts
+    seen = (row[:, None] >= row) & ((row < T) | (row >= starts[..., None]))
     seen = seen & np.concatenate([mask, np.ones((B, length - T), bool)], axis=1)[:, None]
     k, v = (np.repeat(np.asarray(x, np.float64), N // K, axis=2) for x in (k, v))
     scores = np.einsum("bqnh,bsnh->bnqs", np.asarray(q, np.float64), k) / np.sqrt(q.shape[-1])
@@ -44,63 +68,66 @@ def real(mask: np.ndarray, length: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["jnp", "xla"])
-@pytest.mark.parametrize("generations", [0, G])
+@LAYOUTS
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_prompts_and_completions(rng: np.random.Generator, name: str, generations: int, left: bool) -> None:
-    q, k, v = arrays(rng, T + generations * C)
+def test_prompts_and_completions(rng: np.random.Generator, name: str, kind: str, left: bool) -> None:
+    q, k, v = arrays(rng, size_of(layout(kind)))
     mask = prompt_mask(left)
-    ours = attention.prefix_attention(q, k, v, jnp.asarray(mask), generations, name)
+    ours = attention.prefix_attention(q, k, v, jnp.asarray(mask), layout(kind), name)
     keep = real(mask, q.shape[1])
-    np.testing.assert_allclose(np.asarray(ours)[keep], naive(q, k, v, mask, generations)[keep], atol=2e-6)
+    np.testing.assert_allclose(np.asarray(ours)[keep], naive(q, k, v, mask, layout(kind))[keep], atol=2e-6)
 
 
+@LAYOUTS
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_the_tpu_kernel_interpreted(rng: np.random.Generator, left: bool) -> None:
+def test_the_tpu_kernel_interpreted(rng: np.random.Generator, kind: str, left: bool) -> None:
     """Values and gradients of real tokens; its heads are 128 wide, as in every published model."""
-    q, k, v = arrays(rng, T + G * C, 128)
+    q, k, v = arrays(rng, size_of(layout(kind)), 128)
     mask = prompt_mask(left)
     keep = real(mask, q.shape[1])
     weights = jnp.asarray(rng.normal(size=q.shape) * keep[..., None, None], jnp.float32)
 
     def total(implementation: object, *x: jax.Array) -> jax.Array:
-        return jnp.sum(implementation(*x, jnp.asarray(mask), G) * weights)
+        return jnp.sum(implementation(*x, jnp.asarray(mask), layout(kind)) * weights)
 
     kernel = jax.tree_util.Partial(attention._splash, interpret=True)
-    ours = kernel(q, k, v, jnp.asarray(mask), G)
-    np.testing.assert_allclose(np.asarray(ours)[keep], naive(q, k, v, mask, G)[keep], atol=2e-6)
+    ours = kernel(q, k, v, jnp.asarray(mask), layout(kind))
+    np.testing.assert_allclose(np.asarray(ours)[keep], naive(q, k, v, mask, layout(kind))[keep], atol=2e-6)
     grads = jax.grad(total, argnums=(1, 2, 3))(kernel, q, k, v)
     expected = jax.grad(total, argnums=(1, 2, 3))(attention.IMPLEMENTATIONS["jnp"], q, k, v)
     for a, b in zip(grads, expected, strict=True):
         np.testing.assert_allclose(np.asarray(a)[keep], np.asarray(b)[keep], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "completion", "generations"), [(4096, 1024, 40), (4096, 512, 0), (300, 1, 500)], ids=str
-)
-def test_the_tpu_kernels_mask_of_a_long_sequence(prompt: int, completion: int, generations: int) -> None:
-    """Of its first, middle and last rows, as written out; sequences are padded to the kernel's blocks."""
-    length = -(-(prompt + completion * generations) // 128) * 128
-    mask = attention.SharedPrefixMask(length, prompt, completion)
-    row = np.arange(length)
-    segment = np.where(row < prompt, -1, (row - prompt) // completion)
-    for first in (0, length // 2, length - 256):
+@pytest.mark.parametrize(("prompt", "length", "longest"), [(4096, 40960, 1024), (4096, 0, 0), (300, 500, 100)], ids=str)
+def test_the_tpu_kernels_mask_of_a_long_sequence(prompt: int, length: int, longest: int) -> None:
+    """Of its first, middle and last rows: all that completions of that length can need; sequences are padded to the
+    kernel's blocks."""
+    size = -(-(prompt + length) // 128) * 128
+    mask, row = attention.PackedMask(size, prompt, longest), np.arange(size)
+    for first in (0, size // 2, size - 256):
         some = slice(first, first + 256)
-        expected = (row[some, None] >= row) & ((segment == -1) | (segment[some, None] == segment))
+        own = (row >= prompt) & (row[some, None] - row < max(1, longest))
+        expected = (row[some, None] >= row) & ((row < prompt) | own)
         np.testing.assert_array_equal(mask[some, :], expected)
 
 
-def test_a_sequence_that_the_tpu_kernel_cannot_number_is_refused() -> None:
-    with pytest.raises(InputError, match="at most 1048576 tokens and 2047 completions"):
-        attention.SharedPrefixMask(8192, 1024, 1)
+@pytest.mark.parametrize(("length", "longest"), [(65664, 1), (65536, 32769)], ids=str)
+def test_a_sequence_that_the_tpu_kernel_cannot_number_is_refused(length: int, longest: int) -> None:
+    with pytest.raises(InputError, match="at most 65536 and 32768"):
+        attention.PackedMask(length, 1024, longest)
 
 
-@pytest.mark.parametrize("most", [T * 7, 2 * C * (T + C), 50], ids=["queries", "groups", "one by one"])
-def test_pieces_equal_the_whole(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+@pytest.mark.parametrize("kind", ["fixed", "packed"])
+@pytest.mark.parametrize("most", [T * 7, 2 * C * (T + 2 * C), 50], ids=["queries", "groups", "one by one"])
+def test_pieces_equal_the_whole(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, most: int, kind: str
+) -> None:
     """Values and gradients, however few scores may exist at a time."""
-    x, mask = arrays(rng, T + G * C), jnp.asarray(prompt_mask(False))
+    x, mask = arrays(rng, size_of(layout(kind))), jnp.asarray(prompt_mask(False))
 
     def total(*x: jax.Array) -> jax.Array:
-        out = attention.prefix_attention(*x, mask, G, "jnp")
+        out = attention.prefix_attention(*x, mask, layout(kind), "jnp")
         return jnp.sum(out * jnp.cos(jnp.arange(out.size)).reshape(out.shape))
 
     whole = jax.value_and_grad(total, argnums=(0, 1, 2))(*x)
@@ -136,7 +163,7 @@ def test_no_score_matrix_over_a_long_clip() -> None:
 
 def test_an_unknown_way_lists_the_known(rng: np.random.Generator) -> None:
     with pytest.raises(InputError, match="auto, jnp, xla, cudnn, splash"):
-        attention.prefix_attention(*arrays(rng, T), jnp.ones((B, T), bool), 0, "flash")
+        attention.prefix_attention(*arrays(rng, T), jnp.ones((B, T), bool), None, "flash")
 
 
 SPREAD = """
@@ -148,12 +175,13 @@ from vau_jax.models import attention
 mesh = sharding.make_mesh({"data": 2, "tensor": 4})
 rng = np.random.default_rng(0)
 t, g, c = 40, 2, 9
+layout = attention.Layout(jnp.tile(jnp.repeat(jnp.arange(g) * c, c), (2, 1)), c, True)
 q, k, v = (jnp.asarray(rng.normal(size=(2, t + g * c, n, 128)), jnp.float32) for n in (8, 2, 2))
 mask = jnp.asarray(np.arange(t) < np.asarray([[40], [29]]))
 real = np.concatenate([mask, np.ones((2, g * c), bool)], 1)[..., None, None]
 q, k, v, mask = jax.device_put((q, k, v, mask), sharding.replicated(mesh))
 def total(how, *x):
-    return jnp.sum(how(*x, mask, g) * jnp.cos(jnp.arange(q.size)).reshape(q.shape) * real)
+    return jnp.sum(how(*x, mask, layout) * jnp.cos(jnp.arange(q.size)).reshape(q.shape) * real)
 def kernel(*x):
     with sharding.on(mesh):
         return attention._splash(*x, interpret=True)
@@ -188,13 +216,17 @@ chips = topologies.get_topology_desc(topology_name=name, platform="tpu", chips_p
 mesh = Mesh(np.array(chips.devices).reshape(shape), sharding.AXES)
 place = NamedSharding(mesh, P(sharding.EXAMPLES, None, "tensor"))
 t, g, c = 1000, 4, 128
-def total(q, k, v, mask):
+def total(q, k, v, mask, starts):
     with sharding.on(mesh):
-        return jnp.sum(attention.prefix_attention(q, k, v, mask, g, "splash").astype(jnp.float32))
+        layout = attention.Layout(starts, c, False)
+        return jnp.sum(attention.prefix_attention(q, k, v, mask, layout, "splash").astype(jnp.float32))
 def array(heads):
     return jax.ShapeDtypeStruct((2, t + g * c, heads, 128), jnp.bfloat16, sharding=place)
-mask = jax.ShapeDtypeStruct((2, t), bool, sharding=NamedSharding(mesh, P(sharding.EXAMPLES)))
-text = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(array(16), array(2), array(2), mask).compile().as_text()
+rows = NamedSharding(mesh, P(sharding.EXAMPLES))
+mask = jax.ShapeDtypeStruct((2, t), bool, sharding=rows)
+starts = jax.ShapeDtypeStruct((2, g * c), jnp.int32, sharding=rows)
+program = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(array(16), array(2), array(2), mask, starts)
+text = program.compile().as_text()
 assert text.count("tpu_custom_call") >= 2, "forward and backward are kernels"
 """
 

@@ -31,9 +31,32 @@ def test_grpo_step(model_folder: Path) -> None:
     result = last_line("benchmarks/grpo_step.py", f"--model={model_folder}", "--exact", *sizes)
     assert result["visual_tokens"] == 2 * 2 * 2
     assert result["padded"] == result["shape"]
-    assert result["shape"]["windows"] == result["shape"]["frames"] == 2, "a window holds the whole of a small frame"
+    assert (result["shape"]["frames"], result["shape"]["windows"]) == (2, 1), (
+        "a group of windows holds two small frames"
+    )
     assert 0 < sum(result["split"].values()) <= result["sec_per_step"]
     assert result["completion_tokens_per_s"] > 0
+
+
+def test_an_epoch_of_vau_bench_has_few_programs_and_little_padding() -> None:
+    """The default table: 2,939 prompts, 8 a batch, 8 completions each, of at most 1,024 tokens."""
+    result = last_line("benchmarks/epoch.py")
+    assert result["steps"] == 367
+    assert result["prompt_shapes"] <= 4 and result["completion_lengths"] <= 4 and result["programs"] <= 40
+    assert result["real_prompt_share"] >= 0.88 and result["real_window_share"] >= 0.88
+    assert result["real_completion_share"] >= 0.70
+
+
+def test_an_epoch_of_other_clips_and_lengths(tmp_path: Path) -> None:
+    """Few clips, alike, and completions all of one length: nearly nothing is padding."""
+    rows = [f"{number}.mp4,{20 + number / 100},25,640,360" for number in range(32)]
+    (tmp_path / "clips.csv").write_text("\n".join(["video,seconds,fps,width,height", *rows]))
+    (tmp_path / "lengths").write_text("128\n")
+    sizes = ["--batch_size=4", "--group=4", "--new=128", "--micro_batches=1"]
+    files = [f"--table={tmp_path / 'clips.csv'}", f"--lengths={tmp_path / 'lengths'}"]
+    result = last_line("benchmarks/epoch.py", *sizes, *files)
+    assert (result["steps"], result["real_completion_share"], result["completion_lengths"]) == (8, 1.0, 1)
+    assert result["real_prompt_share"] > 0.95
 
 
 def test_video_pipeline(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from tests.runs import small
+from tests.runs import prompts_of, small
 from vau_jax.common.files import InputError
 from vau_jax.common.metric_writer import read_metrics
 from vau_jax.data import pipeline
@@ -232,7 +232,7 @@ def test_every_format_gives_the_same_examples_and_batches(imported: Path, datase
     for c.dataset, name in FORMATS.items():
         c.csv = str(imported / name)
         examples, _ = pipeline.load_examples(c)
-        iterator = pipeline.train_iterator(examples, Processor(model_folder), c, 4, seed=0)
+        iterator = pipeline.train_iterator(prompts_of(examples, Processor(model_folder), c), 4, seed=0)
         host = next(iterator)
         iterator.close()
         results[c.dataset] = examples, host.batch.tokens, host.batch.vision.patches, host.completions.tokens

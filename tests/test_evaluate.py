@@ -204,7 +204,7 @@ def loaded(model_folder: Path, dataset: Path) -> dict[str, pipeline.Loaded]:
     video = next(e.video for e in examples if e.truth.get("intervals"))
     chosen = [e for e in examples if e.video == video]
     loader = pipeline.make_loader(Processor(model_folder), c.data, augment=False)
-    batch = next(pipeline.eval_batches(chosen, loader, 4, seed=0))
+    batch = next(pipeline.eval_batches(pipeline.Prompts(chosen, loader), 4, seed=0))
     return {item.example.task: item for item in batch.examples}
 
 

@@ -15,6 +15,7 @@ from tests.oracle import ask, image, video
 from tests.small_models import FAMILIES, make_model
 from vau_jax.common.files import InputError
 from vau_jax.data import stop_strings
+from vau_jax.data.shapes import Shape
 from vau_jax.rl import logprobs, sampling
 from vau_jax.train import update
 from vau_jax.types import Batch, Completions
@@ -184,7 +185,7 @@ def straggling(vlm: VideoLM, new: int) -> tuple[dict[str, Any], Batch]:
 def test_gathering_stragglers_changes_nothing(vlm: VideoLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tokens, masks and log-probabilities whether or not the batch shrinks and its cache grows."""
     options, batch = straggling(vlm, 40)
-    monkeypatch.setattr(sampling, "SHRINK", 1 << 30)
+    monkeypatch.setattr(sampling, "row_shapes", lambda shape, least: [shape])
     plain = sampling.sample(vlm.variables, batch, jax.random.key(1), **options)
     shapes, original = [], sampling._resize
 
@@ -192,19 +193,19 @@ def test_gathering_stragglers_changes_nothing(vlm: VideoLM, monkeypatch: pytest.
         shapes.append(shape)
         return original(*args, shape=shape, **kwargs)
 
-    monkeypatch.setattr(sampling, "SHRINK", 4)
+    monkeypatch.undo()
     monkeypatch.setattr(sampling, "_resize", watched)
     monkeypatch.setattr(sampling, "FIRST_CACHE", 4)
     gathered = sampling.sample(vlm.variables, batch, jax.random.key(1), **options)
     assert min(b * g for b, g, _ in shapes) <= 2 < 32 == max(b * g for b, g, _ in shapes)
-    assert sorted({room for *_, room in shapes}) == [8, 16, 32, 40]
+    assert sorted({room for *_, room in shapes}) == [16, 40]
     np.testing.assert_array_equal(gathered.mask, plain.mask)
     np.testing.assert_array_equal(gathered.tokens, plain.tokens)
     np.testing.assert_allclose(gathered.logps, plain.logps, atol=2e-5)
 
 
 def test_a_straggler_is_decoded_in_a_small_batch(vlm: VideoLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows that are decoded, step by step, are never more than SHRINK times what powers of two would hold."""
+    """The rows that are decoded, step by step, are always the fewest that hold what is left."""
     options, batch = straggling(vlm, 60)
     rows, original = [], logprobs.sampling_logits
 
@@ -219,10 +220,38 @@ def test_a_straggler_is_decoded_in_a_small_batch(vlm: VideoLM, monkeypatch: pyte
     alive = np.asarray(out.mask).sum(-1)  # [B, G] lengths
     for step, (b, g) in enumerate(rows):
         left = alive > step
-        fit = sampling._power_of_two(int(left.any(1).sum())) * sampling._power_of_two(int(left.sum(1).max()))
-        assert b * g < sampling.SHRINK * fit or b * g == fit, (step, b, g, fit)
+        fits = [(4, 8), (4, 2), (1, 2)]
+        assert (b, g) == [fit for fit in fits if fit[0] >= left.any(1).sum() and fit[1] >= left.sum(1).max()][-1], step
     assert len(rows) == alive.max()
     assert rows[-1][0] * rows[-1][1] < 32
+
+
+def test_the_batches_of_decoding_follow_from_the_lengths(vlm: VideoLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, batch = straggling(vlm, 60)
+    seen, original = [], sampling._advance
+
+    def watched(variables: Any, prompts: Any, loop: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((*loop.done.shape, loop.own.k.shape[4]))
+        return original(variables, prompts, loop, *args, **kwargs)
+
+    monkeypatch.setattr(sampling, "_advance", watched)
+    monkeypatch.setattr(sampling, "FIRST_CACHE", 8)
+    out = sampling.sample(vlm.variables, batch, jax.random.key(1), **options)
+    assert seen == list(sampling.chunks(np.asarray(out.mask).sum(-1), 60)) and len(seen) > 3
+
+
+def test_room_for_longer_prompts_changes_nothing_but_the_programs(vlm: VideoLM) -> None:
+    """The loop that decodes for one length of prompts is that of all."""
+    options, batch = straggling(vlm, 12)
+    plain = sampling.sample(vlm.variables, batch, jax.random.key(1), **options)
+    room = batch.tokens.shape[1] + 64
+    wide = sampling.sample(vlm.variables, batch, jax.random.key(1), prompt_room=room, **options)
+    np.testing.assert_array_equal(wide.tokens, plain.tokens)
+    np.testing.assert_allclose(wide.logps, plain.logps, atol=1e-5)
+    longer = vlm.processor.collate([vlm.processor.encode(ask(text="fire"))] * 4, Shape(room - 8))
+    before = sampling._advance._cache_size()
+    sampling.sample(vlm.variables, longer, jax.random.key(1), prompt_room=room, **options)
+    assert sampling._advance._cache_size() == before
 
 
 def test_padding_on_either_side_gives_the_same_tokens(family_folder: Path) -> None:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from tests import tables
 from tests.records import example
+from tests.runs import prompts_of
 from vau_jax.common.files import InputError
 from vau_jax.configs import demo
 from vau_jax.data import pipeline
@@ -44,7 +45,7 @@ def batches(
     config: ConfigDict, processor: Processor, count: int, state: dict | None = None, rows: range | None = None
 ) -> tuple[list, dict]:
     examples, _ = pipeline.load_examples(config)
-    iterator = pipeline.train_iterator(examples, processor, config, batch_size=4, seed=3, rows=rows)
+    iterator = pipeline.train_iterator(prompts_of(examples, processor, config), 4, seed=3, rows=rows)
     if state:
         iterator.set_state(state)
     return [next(iterator) for _ in range(count)], iterator.get_state()
@@ -154,7 +155,7 @@ def test_batches_hold_examples_of_similar_length(config: ConfigDict, processor: 
 
     def spread(window: int) -> tuple[float, list[str]]:
         config.length_window = window
-        iterator = pipeline.train_iterator(examples, processor, config, batch_size=4, seed=3)
+        iterator = pipeline.train_iterator(prompts_of(examples, processor, config), 4, seed=3)
         hosts = [next(iterator) for _ in range(18)]
         durations = [[item.example.meta["duration"] for item in host.examples] for host in hosts]
         return np.mean([max(d) - min(d) for d in durations]), [i.example.id for host in hosts for i in host.examples]
@@ -179,7 +180,8 @@ def test_task_weights_set_the_mix(config: ConfigDict, processor: Processor) -> N
 def test_batches_of_one_example(config: ConfigDict, processor: Processor) -> None:
     """VAU-R1's own batch size; also from a dataset of one example."""
     config.max_examples = 1
-    iterator = pipeline.train_iterator(pipeline.load_examples(config)[0], processor, config, 1, seed=0)
+    prompts = prompts_of(pipeline.load_examples(config)[0], processor, config)
+    iterator = pipeline.train_iterator(prompts, 1, seed=0)
     found = [next(iterator).examples[0].example for _ in range(3)]
     assert {(e.video, e.task) for e in found} == {("train_00000.mp4", "qa")}
 
@@ -195,7 +197,8 @@ def test_the_next_batches_are_loaded_during_a_step(
         return original(self, *args)
 
     monkeypatch.setattr(pipeline.Loader, "__call__", counting)
-    iterator = pipeline.train_iterator(pipeline.load_examples(config)[0], processor, config, 2, seed=0)
+    prompts = prompts_of(pipeline.load_examples(config)[0], processor, config)
+    iterator = pipeline.train_iterator(prompts, 2, seed=0)
     next(iterator)
     for _ in range(100):  # the step
         time.sleep(0.1)
@@ -270,7 +273,7 @@ def test_batches_are_placed_ahead(config: ConfigDict, processor: Processor) -> N
         return replace(host, batch=jax.device_put(host.batch))
 
     examples, _ = pipeline.load_examples(config)
-    iterator = pipeline.train_iterator(examples, processor, config, 4, seed=3, put=place)
+    iterator = pipeline.train_iterator(prompts_of(examples, processor, config), 4, seed=3, put=place)
     straight, _ = batches(config, processor, 3)
     first = next(iterator)
     assert isinstance(first.batch.tokens, jax.Array) and same(first, straight[0])

@@ -88,7 +88,7 @@ def test_a_state_in_bfloat16_stays_so_and_its_update_is_compiled_once(model_fold
     t.close()
     assert jax.tree.map(lambda x: x.dtype, t.learner.state) == before
     assert jnp.bfloat16 in jax.tree.leaves(before.opt_state)
-    assert t.learner.update_program._cache_size() == 1
+    assert t.learner.updates.part._cache_size() == 1
 
 
 def test_sampling_reads_matrices_in_the_dtype_of_activations(vlm: VideoLM) -> None:

@@ -26,7 +26,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from tests.oracle import ask
 from tests.small_models import FAMILIES
 from vau_jax.common.files import InputError
-from vau_jax.data import processor
+from vau_jax.data import processor, shapes
 from vau_jax.data.processor import Processor
 from vau_jax.data.video import clips as video_module
 from vau_jax.data.video.clips import VideoError, VideoOptions
@@ -217,11 +217,11 @@ def test_a_folder_of_transformers_5_gives_the_same_budgets(family_folders: dict,
 
 @pytest.mark.parametrize("n", range(1, 200, 7))
 def test_rounded_sizes_waste_at_most_half(n: int) -> None:
-    assert n <= processor.round_up(n) <= max(1.5 * n, n)
+    assert n <= shapes.round_up(n) <= max(1.5 * n, n)
 
 
 def test_batches_keep_to_few_shapes() -> None:
-    assert len({processor.round_up(n) for n in range(1, 4097)}) <= 26
+    assert len({shapes.round_up(n) for n in range(1, 4097)}) <= 26
 
 
 def test_an_image_and_a_video_in_one_prompt(vlm: VideoLM, rng: np.random.Generator) -> None:

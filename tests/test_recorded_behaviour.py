@@ -44,7 +44,11 @@ def test_examples_and_prompts_of_published_annotations_are_those_recorded(name: 
 
 @pytest.mark.parametrize("name", recorded.BATCHES)
 def test_training_batches_are_those_recorded(name: str, model_folder: Path, dataset: Path) -> None:
-    compare(as_json(recorded.batches(name, model_folder, dataset)), RECORDED["batches"][name])
+    """But for the groups of patches, which were one frame or window each."""
+    expected = RECORDED["batches"][name]
+    for batch in expected:
+        batch["arrays"] = {k: x for k, x in batch["arrays"].items() if "frames" not in k and "windows" not in k}
+    compare(as_json(recorded.batches(name, model_folder, dataset)), expected)
 
 
 @pytest.mark.parametrize("style", ["think", "reflection"])

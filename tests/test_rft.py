@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from tests import reward_functions
 from tests.oracle import ask
-from tests.rollouts import completions, judged, loss_inputs
+from tests.rollouts import judged, loss_inputs
 from tests.runs import first_gradient, small
 from vau_jax.common import sharding
 from vau_jax.common.files import InputError
@@ -100,7 +100,7 @@ def test_a_frozen_tower_changes_nothing_but_the_work(model_folder: Path, dataset
 
 def test_features_stand_in_the_batch(model_folder: Path, dataset: Path) -> None:
     t = loop.Run(config(model_folder, dataset, **{"lora.rank": 2}))
-    batch = t.supervised(next(t.feed.iterator)).batch
+    batch = t.supervised(next(t.feed.iterator))[0].batch
     assert isinstance(batch.vision, Features)
     assert batch.vision.tokens.shape[0] == t.config.batch_size
 
@@ -112,7 +112,7 @@ def test_features_stand_in_the_batch(model_folder: Path, dataset: Path) -> None:
 def rolled(model_folder: Path, dataset: Path) -> tuple[loop.Run, TrainBatch]:
     """A trainer with two updates a rollout, and the batch of its first step."""
     t = loop.Run(config(model_folder, dataset, **{"grpo.iterations": 2, "optim.lr": 3e-3}))
-    batch, _, _ = t.worker.collect(t.learner, t.feed.next(), jax.random.fold_in(t.key, 0), Clock())
+    batch, *_ = t.worker.collect(t.learner, t.feed.next(), jax.random.fold_in(t.key, 0), Clock())
     return t, jax.device_put(batch, sharding.examples(t.mesh))
 
 
@@ -123,9 +123,9 @@ def test_old_log_probs_are_those_of_the_policy_that_sampled(rolled: tuple[loop.R
     old, sampler = (np.asarray(batch.loss_inputs[name])[mask] for name in ("old_logps", "sampler_logps"))
     np.testing.assert_allclose(old, sampler, atol=1e-4)
     before = jax.tree.map(jnp.copy, t.learner.state)
-    t.learner.state, first = t.learner.update_program(t.learner.state, t.learner.base, batch)
+    t.learner.state, first = t.learner.updates.whole(t.learner.state, t.learner.base, batch)
     now = t.learner.policy_logps(batch.batch, batch.completions)
-    t.learner.state, second = t.learner.update_program(t.learner.state, t.learner.base, batch)
+    t.learner.state, second = t.learner.updates.whole(t.learner.state, t.learner.base, batch)
     t.learner.state = before
     assert np.abs(np.asarray(now)[mask] - old).max() > 0.01
     assert first["clip/low"] == first["clip/high"] == 0
@@ -136,7 +136,7 @@ def test_an_update_that_is_not_finite_can_be_left_out(rolled: tuple[loop.Run, Tr
     t, batch = rolled
     with t.config.unlocked():
         t.config.skip_nonfinite = True
-    careful = update.make(t.config, t.learner.model, t.learner.optimiser, t.learner.shardings, t.mesh)
+    careful = update.Updates(t.config, t.learner.model, t.learner.optimiser, t.learner.shardings, t.mesh).whole
     bad = {**batch.loss_inputs, "advantages": batch.loss_inputs["advantages"] * jnp.nan}
     before = jax.device_get(t.learner.state)
     state, metrics = careful(jax.tree.map(jnp.copy, t.learner.state), t.learner.base, replace(batch, loss_inputs=bad))
@@ -149,7 +149,8 @@ def test_an_update_that_is_not_finite_can_be_left_out(rolled: tuple[loop.Run, Tr
 
 @pytest.mark.parametrize(("loss_type", "parts"), [("grpo", 4), pytest.param("dapo", 2, marks=pytest.mark.long)])
 def test_parts_of_a_batch_give_the_same_update(loss_type: str, parts: int, rolled: tuple[loop.Run, TrainBatch]) -> None:
-    """4 x 1 and 2 x 2 as 1 x 4: every metric, and every gradient (one step of SGD with rate 1) to 1e-5."""
+    """4 x 1 and 2 x 2 as 1 x 4, each part packed into its own length: every metric, and every gradient (one step of SGD
+    with rate 1) to 1e-5."""
     t, batch = rolled
     results = []
     for number in (1, parts):
@@ -158,8 +159,13 @@ def test_parts_of_a_batch_give_the_same_update(loss_type: str, parts: int, rolle
         sgd = optim.optax.sgd(1.0)
         state = replace(t.learner.state, opt_state=sgd.init(t.learner.state.params))
         shardings = sharding.state_shardings(state, t.mesh)
-        step = update.make(c, t.learner.model, sgd, shardings, t.mesh, parts=number)
-        results.append(jax.device_get(step(jax.tree.map(jnp.copy, state), t.learner.base, batch)))
+        c.micro_batches = number
+        again = learner.Learner(c, t.learner.model.config, learner.shapes_of(state.params), t.mesh)
+        again.updates = update.Updates(c, again.model, sgd, shardings, t.mesh)
+        again.state, again.base = jax.tree.map(jnp.copy, state), t.learner.base
+        c.grpo.iterations = 1
+        metrics = again.update(batch, np.asarray(batch.completions.mask).sum((1, 2)))
+        results.append((jax.device_get(again.state), metrics))
     (whole, expected), (state, metrics) = results
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
@@ -343,7 +349,7 @@ def test_kl_in_the_reward(scorer: tuple) -> None:
     """Beta times the sum of a completion's KL is taken off its reward."""
     texts = [("abcdefgh" * 3)[: 4 + i] for i in range(16)]
     r, draw = judged(scorer, texts, **{"grpo.kl_in": "reward", "grpo.beta": 0.5})
-    mask = completions(r, draw).mask
+    mask = draw.sampled.mask
     kl = np.random.default_rng(0).normal(0.0, 0.3, mask.shape).astype(np.float32)
     expected = grpo.group_advantages(draw.total - 0.5 * np.where(mask, kl, 0).sum(-1).reshape(-1), 4)
     np.testing.assert_allclose(loss_inputs(r, draw, kl)["advantages"].reshape(-1), expected, atol=1e-5)
@@ -354,22 +360,12 @@ def test_a_policy_that_is_its_reference_pays_no_kl_in_the_reward(model_folder: P
     filters = {"rollout.top_k": 5, "rollout.top_p": 0.9, "rollout.min_new_tokens": 12}
     changed = {"user_rewards": (), "grpo.kl_in": "reward", "grpo.kl": "k1", **filters}
     t = loop.Run(config(model_folder, dataset, **changed))
-    batch, metrics, _ = t.worker.collect(t.learner, t.feed.next(), jax.random.fold_in(t.key, 0), Clock())
+    batch, _, metrics, _ = t.worker.collect(t.learner, t.feed.next(), jax.random.fold_in(t.key, 0), Clock())
     assert metrics["reward"] == metrics["reward_std"] == 0
     ref, sampler = (np.asarray(batch.loss_inputs[name]) for name in ("ref_logps", "sampler_logps"))
     drawn = np.asarray(batch.loss_inputs["mask"])
     assert np.abs(sampler - ref)[drawn].max() > 0.5, "the sampler's distribution is another"
     assert not np.asarray(batch.loss_inputs["advantages"]).any()
-
-
-def test_completions_are_cut_to_few_lengths(scorer: tuple) -> None:
-    seen = set()
-    for n in range(1, 17, 3):
-        r, draw = judged(scorer, ["fire" * n] * 16)
-        kept = completions(r, draw)
-        assert kept.mask.sum() == draw.sampled.mask.sum()
-        seen.add(kept.tokens.shape[2])
-    assert seen <= {4, 8, 12, 16} and len(seen) > 1
 
 
 @pytest.mark.parametrize(
@@ -382,7 +378,7 @@ def test_filtered_sampling_is_corrected(importance: str, top_p: float, cap: floa
 
 
 score = jax.jit(update.policy_logps, static_argnames="model")
-NOT_OF_SAMPLING = {"num_generations", "max_draws", "reward_workers", "reward_seconds"}
+NOT_OF_SAMPLING = {"batch_size", "annotated", "num_generations", "max_draws", "reward_workers", "reward_seconds"}
 SAMPLING = {"temperature": 0.6, "top_p": 0.8, "top_k": 3, "min_new_tokens": 12}
 
 
@@ -570,9 +566,65 @@ def test_micro_batches_are_as_many_as_fit_in_every_process(
     c = config(model_folder, dataset)
     with c.ignore_type():
         c.micro_batches = "auto"
-    step = jax.jit(lambda x: x + 1)
     tried: list[int] = []
     monkeypatch.setattr(memory.processes, "exchange", lambda fits: [fits, len(tried) == 2])
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
-    memory.fitting(c, mesh, 2, lambda parts: tried.append(parts) or step, (jnp.zeros(4),), math.inf)
+    assert memory.fitting(c, mesh, 2, lambda parts: tried.append(parts) or 1.0, math.inf) == 2
     assert tried == [1, 2]
+
+
+# --- Rollouts larger than updates, and completions that nobody sampled --------------------------------------------
+
+
+def collected(t: loop.Run) -> tuple[TrainBatch, np.ndarray, dict[str, Any]]:
+    train, tokens, metrics, _ = t.worker.collect(t.learner, t.feed.next(), jax.random.fold_in(t.key, 0), Clock())
+    return jax.device_put(train, sharding.examples(t.mesh)), tokens, metrics
+
+
+def test_a_rollout_serves_several_updates_one_after_the_other(model_folder: Path, dataset: Path) -> None:
+    """Of its first prompts, then of the next, with the log-probabilities of the policy that sampled."""
+    t = loop.Run(config(model_folder, dataset, **{"batch_size": 2, "rollout.batch_size": 4, **IN_PROPORTION}))
+    train, tokens, _ = collected(t)
+    assert train.completions.tokens.shape[:2] == (4, 4) and len(tokens) == 4
+    begun = jax.tree.map(jnp.copy, t.learner.state)
+    metrics = t.learner.update(train, tokens)
+    assert int(t.learner.state.step) == 2
+    together = jax.device_get(t.learner.state.params)
+    t.learner.state, each = begun, []
+    for half in (slice(0, 2), slice(2, 4)):
+        each.append(t.learner.update(jax.tree.map(lambda x, half=half: x[half], train), tokens[half]))
+    assert_close(jax.device_get(t.learner.state.params), together, 1e-5)
+    assert metrics["loss"] == pytest.approx(np.mean([m["loss"] for m in each]), abs=1e-6)
+    assert each[1]["ratio/max"] != 1 if "ratio/max" in each[1] else True
+    t.close()
+
+
+def test_a_rollout_as_large_as_an_update_is_as_without_the_option(model_folder: Path, dataset: Path) -> None:
+    losses = []
+    for size in (0, 4):
+        t = loop.Run(config(model_folder, dataset, **{"rollout.batch_size": size}))
+        losses.append(t.step(0)[0])
+        t.close()
+    assert losses[0]["loss"] == losses[1]["loss"] and losses[0]["grad_norm"] == losses[1]["grad_norm"]
+
+
+def test_an_annotated_completion_takes_the_last_place_of_its_group(model_folder: Path, dataset: Path) -> None:
+    """It is rewarded and compared like the sampled ones; its log-probabilities are those of the policy."""
+    c = config(model_folder, dataset, **{"rollout.annotated": True, "data.max_completion_tokens": 256})
+    t = loop.Run(c)
+    host = t.feed.next()
+    train, tokens, metrics, _ = t.worker.collect(t.learner, host, jax.random.fold_in(t.key, 0), Clock())
+    last = np.asarray(train.completions.mask[:, -1])
+    np.testing.assert_array_equal(np.asarray(train.completions.tokens[:, -1])[last], host.completions.tokens[:, 0][last])
+    np.testing.assert_array_equal(last, host.completions.mask[:, 0])
+    assert train.completions.tokens.shape[:2] == (4, 4) and tokens.sum() == np.asarray(train.completions.mask).sum()
+    policy = np.asarray(t.learner.policy_logps(train.batch, train.completions))[:, -1]
+    np.testing.assert_allclose(np.asarray(train.loss_inputs["sampler_logps"])[:, -1][last], policy[last], atol=1e-5)
+    assert metrics["annotated/completions"] == 4 and metrics["annotated/reward"] > metrics["reward"]
+    assert (np.asarray(train.loss_inputs["advantages"])[:, -1] > 0).all()
+    t.close()
+
+
+def test_a_rollout_that_is_no_multiple_of_updates_is_refused(model_folder: Path, dataset: Path) -> None:
+    with pytest.raises(InputError, match="rollout.batch_size=6: expected a multiple of batch_size=4, or 0"):
+        loop.check(config(model_folder, dataset, **{"rollout.batch_size": 6}))

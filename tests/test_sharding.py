@@ -67,15 +67,16 @@ for stage in ("sft", "rft"):
     for i in range(2):
         host = feed.next()
         if stage == "sft":
-            given = t.supervised(host)
+            given, tokens = t.supervised(host)
         else:  # rewards of a random model are all alike, so the advantages are given
-            batch = learner.encode_vision(feed.on_devices(host).batch)
+            batch = learner.encode_vision(host.batch)
             out_ = t.worker.engine.sample(learner.variables, batch, jax.random.key(i))
             found |= {f"tokens{i}": np.asarray(out_.tokens), f"sampled{i}": np.asarray(out_.logps)}
             advantages = np.cos(np.arange(32.0)).reshape(8, 4).astype(np.float32)
             inputs = {"mask": out_.mask, "advantages": advantages, "sampler_logps": out_.logps}
             completions = Completions(out_.tokens, out_.mask)
-            scored = t.worker.scored_logps(learner, batch, completions)
+            tokens = np.asarray(out_.mask).sum((1, 2))
+            scored = {"ref_logps": learner.reference_logps(batch, completions, tokens)}
             if i == 0:
                 programs = sampling.compiled_programs()
                 t.worker.engine.sample(learner.variables, batch, jax.random.key(9))
@@ -83,13 +84,14 @@ for stage in ("sft", "rft"):
                 found["scored"] = np.where(out_.mask, scored["ref_logps"], 0)
             given = TrainBatch(batch, completions, {**inputs, **scored})
         given = jax.device_put(given, sharding.examples(t.mesh))
-        learner.state, metrics = learner.update_program(learner.state, learner.base, given)
+        metrics = learner.update(given, tokens)
         found |= {f"{stage}/{i}/{name}": np.asarray(metrics[name]) for name in ("loss", "grad_norm")}
         if i == 0:
             found |= {f"{stage}/gradient/{number}": leaf for number, leaf in enumerate(first_gradient(t))}
     after = jax.tree.map(lambda x: x.sharding, learner.state)
     same = jax.tree.all(jax.tree.map(lambda a, b, x: a.is_equivalent_to(b, x.ndim), before, after, learner.state))
-    found |= {f"{stage}/same": np.asarray(same), f"{stage}/programs": np.asarray(learner.update_program._cache_size())}
+    updates = learner.updates.whole if micro_batches == 1 else learner.updates.apply
+    found |= {f"{stage}/same": np.asarray(same), f"{stage}/programs": np.asarray(updates._cache_size())}
     found[f"{stage}/given up"] = np.asarray(first.is_deleted())
     t.close()
 np.savez(out, **found)

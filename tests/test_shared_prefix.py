@@ -48,16 +48,16 @@ def forms(batch: Batch, completions: Completions) -> list[tuple[Batch, Completio
     return [(batch, completions), (wide, flat)]
 
 
-def scored(vlm: VideoLM, batch: Batch, completions: Completions) -> Any:
+def scored(vlm: VideoLM, batch: Batch, completions: Completions, length: int | None = None) -> Any:
     """Log-probabilities as a function of variables."""
-    return jax.jit(lambda variables: update.policy_logps(variables, batch, completions, vlm.model, 0.9)[0])
+    return jax.jit(lambda variables: update.policy_logps(variables, batch, completions, vlm.model, 0.9, length)[0])
 
 
-def total(vlm: VideoLM, batch: Batch, completions: Completions) -> Any:
+def total(vlm: VideoLM, batch: Batch, completions: Completions, length: int | None = None) -> Any:
     """A scalar that weighs every real token differently, as a function of variables."""
 
     def value(variables: Variables) -> jax.Array:
-        logps, _ = update.policy_logps(variables, batch, completions, vlm.model, 0.9)
+        logps, _ = update.policy_logps(variables, batch, completions, vlm.model, 0.9, length)
         flat = (logps * completions.mask).reshape(-1)
         return jnp.sum(flat * jnp.cos(jnp.arange(flat.size)))
 
@@ -95,6 +95,46 @@ def test_every_gradient_equals_the_repeated_form(
         scale = float(jnp.abs(b).max())
         assert scale > 0, f"{path} has no gradient"
         assert float(jnp.abs(a - b).max()) <= 1e-5 * scale, path
+
+
+PACKED = (12, 2 * C)  # lengths: all that is needed and no more, and whole blocks
+
+
+@pytest.fixture(scope="module")
+def unequal(completions: Completions) -> Completions:
+    """Completions that together are shorter than two whole ones."""
+    return Completions(completions.tokens, np.arange(C) < np.asarray([[C, 1, 4], [2, 6, 3]])[..., None])
+
+
+@CASES
+def test_log_probs_of_packed_completions_equal_the_plain_form(
+    kind: str, left: bool, unequal: Completions, request: pytest.FixtureRequest
+) -> None:
+    vlm = request.getfixturevalue(kind)
+    batch, mask = two_prompts(vlm, left), np.asarray(unequal.mask)
+    plain = np.asarray(scored(vlm, batch, unequal)(vlm.variables))
+    for length in PACKED:
+        packed = np.asarray(scored(vlm, batch, unequal, length)(vlm.variables))
+        np.testing.assert_allclose(packed[mask], plain[mask], rtol=1e-5)
+        assert not packed[~mask].any()
+
+
+@CASES
+def test_every_gradient_of_packed_completions_equals_the_plain_form(
+    kind: str, left: bool, unequal: Completions, request: pytest.FixtureRequest
+) -> None:
+    """1e-5 of the largest entry of each parameter's gradient."""
+    vlm = request.getfixturevalue(kind)
+    batch, trained = two_prompts(vlm, left), "params" if kind == "vlm" else "lora"
+
+    def gradient(length: int | None) -> dict:
+        value = total(vlm, batch, unequal, length)
+        return jax.jit(jax.grad(lambda part: value({**vlm.variables, trained: part})))(vlm.variables[trained])
+
+    plain = gradient(None)
+    for length in PACKED:
+        for a, b in zip(jax.tree.leaves(gradient(length)), jax.tree.leaves(plain), strict=True):
+            assert float(jnp.abs(a - b).max()) <= 1e-5 * float(jnp.abs(b).max())
 
 
 def test_log_probs_equal_the_whole_sequence(vlm: VideoLM) -> None:

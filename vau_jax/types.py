@@ -23,12 +23,13 @@ def pytree(cls: type) -> type:
 
 @pytree
 class Groups:
-    """Groups of patches that attend to each other: a partition of a row's patches, padded to equal group size.
+    """Segments of patches that attend to each other, packed into groups of equal size.
 
-    Attention runs inside groups only, so no score matrix ever spans a whole video.
+    Attention is computed by group, so that no score matrix ever spans a whole video. Small segments share a group.
     """
 
     members: Array  # int32 [B, n_groups, size]: patch numbers; P marks padding
+    segments: Array  # int32 [B, n_groups, size]: number of the patch's segment in its group; -1 for padding
     slots: Array  # int32 [B, P]: index of patch p in members' last two axes, flattened; 0 for padding patches
 
 

@@ -4,13 +4,13 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from vau_jax.common.processes import Rows
 from vau_jax.data import pipeline
 from vau_jax.data.pipeline import HostBatch
-from vau_jax.data.processor import Processor, Shape
+from vau_jax.data.processor import Processor
+from vau_jax.data.shapes import Shape
 from vau_jax.datasets.audit import Audit
 from vau_jax.tasks.example import Example
 
@@ -23,15 +23,15 @@ class Placer:
 
     def shape(self, host: HostBatch) -> Shape:
         """The shape that every process pads its rows of a batch to: the maximum over all."""
-        own = self.collate.shape(host.examples)
-        return Shape(*map(max, *self.rows.gather([own] * len(host.examples)), own))
+        return Shape(*map(max, zip(*self.rows.gather([host.shape] * len(host.examples)), strict=True)))
 
-    def agreed(self, host: HostBatch) -> HostBatch:
-        """The same rows padded to the shape agreed by all processes."""
-        return host if jax.process_count() == 1 else self.collate(host.examples, self.shape(host))
+    def placed(self, host: HostBatch) -> HostBatch:
+        """The whole batch's prompts on the devices, from this process's rows, in the shape that fits all of them."""
+        shape = self.shape(host)
+        return self.on_devices(host if shape == host.shape else self.collate(host.examples, shape))
 
     def on_devices(self, host: HostBatch) -> HostBatch:
-        """The whole batch's prompts on the devices, from this process's rows."""
+        """The same in this process's own shape."""
         return replace(host, batch=self.rows.put(host.batch))
 
 
@@ -41,26 +41,21 @@ class Feed(Placer):
     def __init__(
         self, config: ConfigDict, examples: list[Example], audit: Audit, processor: Processor, rows: Rows
     ) -> None:
-        super().__init__(rows, pipeline.Collator(processor, config.data))
+        prompts = pipeline.Prompts(examples, pipeline.make_loader(processor, config.data, config.data.augment))
+        super().__init__(rows, prompts.collate)
         self.config = config
-        self.iterator = pipeline.train_iterator(
-            examples,
-            processor,
-            config.data,
-            config.batch_size,
-            seed=config.seed,
-            rows=rows.mine,
-            # Several processes first agree on the size.
-            put=self.on_devices if jax.process_count() == 1 else None,
-        )
+        # Every process expects the same shape of a batch, so that it can be put on the devices before they agree on it.
+        self.iterator = pipeline.train_iterator(prompts, rows.count, config.seed, rows.mine, put=self.on_devices)
         self.counts = Counter(pipeline.excluded(audit))
 
     def next(self) -> HostBatch:
-        """This process's rows of the next batch; problems of the whole batch are counted."""
+        """This process's rows of the next batch, its prompts on the devices; problems of the whole batch are
+        counted."""
         host = next(self.iterator)
         troubles = [pipeline.problem_counts(item, self.config.data) for item in host.examples]
         self.counts.update(pipeline.summed(self.rows.gather(troubles)))
-        return host
+        shape = self.shape(host)
+        return host if shape == host.shape else self.on_devices(self.collate(host.examples, shape))
 
     def state(self) -> Any:
         """The position in the data, in grain's format."""

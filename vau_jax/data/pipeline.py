@@ -23,9 +23,10 @@ from ml_collections import ConfigDict
 from vau_jax.common import remote
 from vau_jax.common.checks import COUNT, NOT_NEGATIVE, SHARE, check_choices, check_ranges
 from vau_jax.common.files import InputError, check_range, content_hash
-from vau_jax.data.processor import Encoded, Message, Processor, Shape, Visual
+from vau_jax.data.processor import Encoded, Message, Processor, Visual
+from vau_jax.data.shapes import Plan, Shape, Size
 from vau_jax.data.video import clips
-from vau_jax.data.video.clips import Clip, VideoOptions
+from vau_jax.data.video.clips import Clip, Probe, VideoOptions
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
 from vau_jax.data.video.frame_cache import FrameCache
@@ -67,6 +68,7 @@ class Loaded:
     variants: dict[str, Prompt] = field(default_factory=dict)  # other prompts, by the level of difficulty they are for
     messages: list[Message] = field(default_factory=list)  # the prompt as chat messages, to go on from
     visuals: list[Visual] = field(default_factory=list)  # of its videos
+    shape_number: int = 0  # the planned shape that its batch is expected to have
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class HostBatch:
     weights: np.ndarray  # float32 [B, 1, C]
     target: Columns  # [B]
     examples: list[Loaded]
+    shape: Shape  # of the prompts
 
 
 def load_examples(config: ConfigDict) -> tuple[list[Example], Audit]:
@@ -130,6 +133,7 @@ RANGES = {
     "total_pixels": NOT_NEGATIVE,
     "max_examples": NOT_NEGATIVE,
     "length_window": COUNT,
+    "shapes": NOT_NEGATIVE,
     "workers": COUNT,
     "video_seconds": (1e-6, 1e6),
 }
@@ -156,6 +160,8 @@ def check(config: ConfigDict) -> None:
         check_range(f"data.task_weights.{task}", weight, 0)
     if not any(config.task_weights.get(task, 1.0) for task in config.tasks):
         raise InputError(f"data.task_weights is 0 for all of data.tasks={tuple(config.tasks)}: set one above 0")
+    for share in config.completion_shares:
+        check_range("data.completion_shares", share, *SHARE)
     if len(config.bucket) != len(Shape._fields):
         raise InputError(f"data.bucket={tuple(config.bucket)}: expected 6 numbers, {', '.join(Shape._fields)}")
 
@@ -217,7 +223,8 @@ class Loader:
             videos = [augment(clip, rng) for clip in videos]
         if self.blind:
             videos = [replace(clip, frames=np.full_like(clip.frames, GREY)) for clip in videos]
-        asked = self._prompt(example, videos)
+        visuals = [self.processor.encode_clip(clip) for clip in videos]
+        asked = self._prompt(example, visuals)
         tokens, weights = self._target(example)
         return Loaded(
             example=example,
@@ -232,24 +239,45 @@ class Loader:
             damage="; ".join(clip.damage for clip in videos if clip.damage),
             cached=cached,
             seconds=sum(clip.duration for clip in videos),
-            variants=self._variants(example, videos, rng) if self.config.difficulty.enabled else {},
+            variants=self._variants(example, videos, visuals, rng) if self.config.difficulty.enabled else {},
         )
 
-    def _prompt(self, example: Example, videos: Sequence[Clip], hint: str = "") -> Prompt:
-        c = self.config
-        text = (self.text or prompts.question(example, c.style, c.wording, self.templates)) + hint
-        shown, said = [{"type": "video"}] * len(videos), [{"type": "text", "text": text}]
-        content = said + shown if self.templates.text_first else shown + said
-        messages, visuals = [{"role": "user", "content": content}], [self.processor.encode_clip(c) for c in videos]
-        prompt = self.processor.chat_text(messages)
+    def size(self, example: Example) -> Size | None:
+        """The size that its prompt will have by what is known of its video; None where that is nothing, or of several
+        videos."""
+        known = [example.meta.get(name) for name in ("duration", "fps", "width", "height")]
+        if example.media and not (len(example.media) == 1 and all(known)):
+            return None
+        options = video_options(self.config, self.processor.video_options) if example.media else None
+        try:
+            visuals = [self.processor.without_pixels(Probe(*known), options) for _ in example.media]
+        except VideoError:
+            return None
+        _, prompt = self._asked(example, len(visuals))
+        return self.processor.size_of_text(prompt, visuals)
+
+    def _prompt(self, example: Example, visuals: list[Visual], hint: str = "") -> Prompt:
+        messages, prompt = self._asked(example, len(visuals), hint)
         return Prompt(prompt, self.processor.encode_text(prompt, visuals), messages, visuals)
 
-    def _variants(self, example: Example, videos: Sequence[Clip], rng: np.random.Generator) -> dict[str, Prompt]:
+    def _asked(self, example: Example, videos: int, hint: str = "") -> tuple[list[Message], str]:
+        """The prompt as messages, and formatted."""
+        c = self.config
+        text = (self.text or prompts.question(example, c.style, c.wording, self.templates)) + hint
+        shown, said = [{"type": "video"}] * videos, [{"type": "text", "text": text}]
+        content = said + shown if self.templates.text_first else shown + said
+        messages = [{"role": "user", "content": content}]
+        return messages, self.processor.chat_text(messages)
+
+    def _variants(
+        self, example: Example, videos: Sequence[Clip], visuals: list[Visual], rng: np.random.Generator
+    ) -> dict[str, Prompt]:
         """Prompts for examples on which the policy is good, and for those on which it fails; see rl/difficulty.py."""
         c = self.config.difficulty
         worse = [replace(clip, frames=harder(clip.frames, rng, c.noise, c.drop)) for clip in videos]
+        easy = [self.processor.encode_clip(clip) for clip in worse]
         hint = TASKS[example.task].hint(example)
-        return {EASY: self._prompt(example, worse), HARD: self._prompt(example, videos, f"\nHint: {hint}")}
+        return {EASY: self._prompt(example, easy), HARD: self._prompt(example, visuals, f"\nHint: {hint}")}
 
     def _clips(self, example: Example) -> tuple[list[Clip], bool, VideoError | None]:
         """The frames of each video and whether all were cached; grey frames where a video cannot be used."""
@@ -329,22 +357,52 @@ def _translate(frames: np.ndarray, dy: int, dx: int) -> np.ndarray:
 # --- Batches ------------------------------------------------------------------------------------------------------
 
 
+class Prompts:
+    """The prompts of `examples` as a loader makes them: what is expected of each, and the shapes planned for all."""
+
+    def __init__(self, examples: Sequence[Example], loader: Loader) -> None:
+        self.examples, self.loader, config = examples, loader, loader.config
+        self.sizes = {example.id: loader.size(example) for example in examples} if config.shapes else {}
+        known = [size for size in self.sizes.values() if size]
+        floor = Shape(*config.bucket)
+        self.plan = Plan.of(known, loader.processor.config.vision, config.shapes, floor)
+        self.numbers = {name: self.plan.number(size) if size else 0 for name, size in self.sizes.items()}
+        self.collate = Collator(loader.processor, config, self.plan)
+
+    def tokens(self, example: Example) -> float:
+        """The expected number of tokens of a prompt; where the length of its video is unknown, of its text alone: that
+        of the annotation's question and options, which differs little between tasks."""
+        size = self.sizes.get(example.id)
+        text = len(example.question) + sum(map(len, example.meta.get("options", example.choices)))
+        return size.tokens if size else text / 4
+
+    def shape_number(self, examples: Iterable[Example]) -> int:
+        """The planned shape that a batch of `examples` is expected to have."""
+        numbers = (self.numbers.get(example.id, 0) for example in examples)
+        return max((n for n in numbers if n < len(self.plan.shapes)), default=0)
+
+
 @dataclass
 class Collator:
-    """Pads `Loaded` examples to a `HostBatch` of few different shapes."""
+    """Pads `Loaded` examples to a `HostBatch`, in one of the shapes of `plan` that holds them, if there is one."""
 
     processor: Processor
     config: ConfigDict
+    plan: Plan | None = None  # None: shapes are rounded batch by batch
+
+    def __post_init__(self) -> None:
+        self.plan = self.plan or Plan((), self.processor.config.vision, Shape(*self.config.bucket))
 
     def shape(self, items: Sequence[Loaded]) -> Shape:
         """The shape that the prompts are padded to."""
-        return self.processor.batch_shape([i.encoded for i in items], Shape(*self.config.bucket))
+        least = max(item.shape_number for item in items)
+        return self.plan.shape([item.encoded.size for item in items], least)
 
     def __call__(self, items: Sequence[Loaded], shape: Shape | None = None) -> HostBatch:
         """Padded to `shape`, which is large enough; None: to `self.shape(items)`. Where `shape` has patches, so has the
         batch, also when none of its examples has a video."""
-        pad = self.processor.tokenizer.pad_token_id or 0
-        batch = self.processor.collate([i.encoded for i in items], shape or self.shape(items), pad)
+        pad, shape = self.processor.tokenizer.pad_token_id or 0, shape or self.shape(items)
+        batch = self.processor.collate([i.encoded for i in items], shape, pad)
         length = self.config.max_completion_tokens
         tokens = np.full((len(items), 1, length), pad, np.int32)
         weights = np.zeros((len(items), 1, length), np.float32)
@@ -354,7 +412,7 @@ class Collator:
             weights[b, 0, :count] = item.target_weights[:count]
         mask = np.arange(length) < np.asarray([len(i.target_tokens) for i in items])[:, None, None]
         target = parsing.targets_of([item.example for item in items])
-        return HostBatch(batch, Completions(tokens, mask), weights, target, list(items))
+        return HostBatch(batch, Completions(tokens, mask), weights, target, list(items), shape)
 
 
 def problem_counts(item: Loaded, config: ConfigDict) -> dict[str, int]:
@@ -441,32 +499,31 @@ class SimilarLengths(grain.MapDataset):
         return np.concatenate([shuffled.reshape(-1), by_length[whole.size :]])
 
 
-def expected_tokens(example: Example, sampling: clips.Sampling | None) -> float:
-    """The approximate number of tokens of the prompt; where the length of its video is unknown, of its text alone. No
-    example has a video where `sampling` is None.
+class WithShapes(grain.MapDataset):
+    """Each example with the planned shape that its batch is expected to have, which every process knows of all rows."""
 
-    The annotation's question and options represent the text of every task, which differs little within one.
-    """
-    text = len(example.question) + sum(map(len, example.meta.get("options", example.choices)))
-    duration, fps, width, height = (example.meta.get(name) for name in ("duration", "fps", "width", "height"))
-    if sampling is None or not (duration and fps and width and height):
-        return text / 4
-    options, multiple = sampling.options, sampling.multiple
-    count = clips.frame_count(duration, int(duration * fps), options, multiple)
-    try:
-        height, width = clips.frame_size(height, width, count, options, sampling.factor, multiple)
-    except VideoError:
-        return text / 4
-    return text / 4 + count // multiple * (height // sampling.factor) * (width // sampling.factor)
+    def __init__(self, parent: grain.MapDataset, batch_size: int, shape_number: Callable[..., int]) -> None:
+        super().__init__(parent)
+        self._size, self._shape_number = batch_size, shape_number
+        self._of_batch = lru_cache(maxsize=4)(self._expected)
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        return self._parent[index], self._of_batch(index % len(self) // self._size)
+
+    def _expected(self, number: int) -> int:
+        return self._shape_number([self._parent[number * self._size + row] for row in range(self._size)])
 
 
 # --- Iterators ----------------------------------------------------------------------------------------------------
 
 
 def train_iterator(
-    examples: list[Example],
-    processor: Processor,
-    config: ConfigDict,
+    prompts: Prompts,
     batch_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
@@ -479,9 +536,22 @@ def train_iterator(
     position, which is the number of batches so far: it has the same meaning for any number of workers and processes.
     `put` puts a batch on the devices while the previous one is in use.
     """
-    rows = range(batch_size) if rows is None else rows
-    loader = make_loader(processor, config, augment=config.augment)
-    by_task = {task: [e for e in examples if e.task == task] for task in config.tasks}
+    config, rows = prompts.loader.config, range(batch_size) if rows is None else rows
+
+    def load(asked: tuple[Example, int], rng: np.random.Generator) -> Loaded:
+        return replace(prompts.loader(asked[0], rng), shape_number=asked[1])
+
+    # Randomness by the position in the whole order, before that is split among processes.
+    loaded = in_batches(prompts, batch_size, seed).seed(seed).random_map(load)
+    batches = BatchRows(loaded, batch_size, rows).batch(len(rows), batch_fn=prompts.collate)
+    return iter(_ahead(batches, config, put))
+
+
+def in_batches(prompts: Prompts, batch_size: int, seed: int) -> WithShapes:
+    """The endless order of training: each example with the planned shape of its batch, `batch_size` after each other a
+    batch."""
+    config = prompts.loader.config
+    by_task = {task: [e for e in prompts.examples if e.task == task] for task in config.tasks}
     by_task = {task: group for task, group in by_task.items() if group and config.task_weights.get(task, 1.0)}
     streams = [
         grain.MapDataset.source(group).seed(seed + number).shuffle().repeat(EPOCHS)
@@ -489,34 +559,30 @@ def train_iterator(
     ]
     weights = [float(config.task_weights.get(task, 1.0)) for task in by_task]
     ordered = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights=weights)
-    if config.length_window > 1:
-        options = video_options(config, processor.video_options)
-        sampling = processor.sampling(options) if any(example.media for example in examples) else None
-        ordered = SimilarLengths(
-            ordered, batch_size, config.length_window, lambda e: expected_tokens(e, sampling), seed
-        )
-    # Randomness by the position in the whole order, before that is split among processes.
-    mine = BatchRows(ordered.seed(seed).random_map(loader), batch_size, rows)
-    batches = mine.batch(len(rows), batch_fn=Collator(processor, config))
-    return iter(_ahead(batches, config, put))
+    window = min(config.length_window, len(prompts.examples) // batch_size)  # an example once, not beside itself
+    if window > 1:
+        ordered = SimilarLengths(ordered, batch_size, window, prompts.tokens, seed)
+    return WithShapes(ordered, batch_size, prompts.shape_number)
 
 
 def eval_batches(
-    examples: list[Example], loader: Loader, batch_size: int, seed: int, rows: Sequence[int] | None = None
+    prompts: Prompts, batch_size: int, seed: int, rows: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
     """All examples once, in order, the last batch filled up with its last example; of each batch these `rows` (None:
     all). The order of options depends on the seed and the example's id alone.
     """
-    rows = range(batch_size) if rows is None else rows
-
-    def load(example: Example) -> Loaded:
-        return loader(example, rng_of(example, seed))
-
+    rows, examples = range(batch_size) if rows is None else rows, list(prompts.examples)
     padded = examples + examples[-1:] * (-len(examples) % batch_size)  # one shape, one program
-    mine = [padded[begin + row] for begin in range(0, len(padded), batch_size) for row in rows]
-    collate = Collator(loader.processor, loader.config)
-    batches = grain.MapDataset.source(mine).map(load).batch(len(rows), batch_fn=collate)
-    return iter(_ahead(batches, loader.config))
+    mine = []
+    for begin in range(0, len(padded), batch_size):
+        number = prompts.shape_number(padded[begin : begin + batch_size])
+        mine += [(padded[begin + row], number) for row in rows]
+
+    def load(asked: tuple[Example, int]) -> Loaded:
+        return replace(prompts.loader(asked[0], rng_of(asked[0], seed)), shape_number=asked[1])
+
+    batches = grain.MapDataset.source(mine).map(load).batch(len(rows), batch_fn=prompts.collate)
+    return iter(_ahead(batches, prompts.loader.config))
 
 
 def draw_numbers(items: Sequence[Loaded], repeats: Sequence[int] | None = None) -> np.ndarray:

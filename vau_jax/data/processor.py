@@ -3,23 +3,26 @@
 The model never computes an integer itself: every index it needs comes from here, with static shapes.
 """
 
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vau_jax.common.fields import Fields
 from vau_jax.common.files import InputError, read_json
 from vau_jax.data import chat_template
+from vau_jax.data.groups import group_numbers
+from vau_jax.data.shapes import Shape, Size, batch_shape
 from vau_jax.data.stop_strings import token_bytes
 from vau_jax.data.video import clips
-from vau_jax.data.video.clips import Clip, Sampling, VideoOptions
+from vau_jax.data.video.clips import Clip, Probe, Sampling, VideoOptions
 from vau_jax.data.video.decoders import VideoError
 from vau_jax.models import config as model_config
 from vau_jax.models.config import FILE_BYTES, VisionConfig
@@ -61,19 +64,10 @@ class Encoded:
     def next_position(self) -> int:
         return int(self.positions.max()) + 1
 
+    @property
+    def size(self) -> Size:
+        return Size(len(self.tokens), tuple(visual.grid for visual in self.visuals))
 
-class Shape(NamedTuple):
-    """Sizes of a padded batch; windows are 0 for models without them."""
-
-    tokens: int
-    patches: int = 0
-    windows: int = 0
-    window_size: int = 0
-    frames: int = 0
-    frame_size: int = 0
-
-
-NO_FLOOR = Shape(0)
 
 # --- Frames to patches --------------------------------------------------------------------------------------------
 
@@ -155,10 +149,14 @@ def encode_visual(
         return Visual(patches, grid)
     depth = config.temporal_patch_size
     stamps = seconds_per_frame * np.arange(len(frames)) if times is None else times
-    stamps = stamps[np.minimum(np.arange(grid[0] * depth), len(frames) - 1)]
-    middles = tuple(((stamps[::depth] + stamps[depth - 1 :: depth]) / 2).tolist())
     step = config.tokens_per_second * depth * seconds_per_frame if config.tokens_per_second else 1.0
-    return Visual(patches, grid, step, middles, before)
+    return Visual(patches, grid, step, _middles(stamps, depth), before)
+
+
+def _middles(stamps: np.ndarray, depth: int) -> tuple[float, ...]:
+    """The middle of each temporal patch of `depth` frames, of which the last may lack some."""
+    stamps = np.pad(stamps, (0, -len(stamps) % depth), mode="edge")
+    return tuple(((stamps[::depth] + stamps[depth - 1 :: depth]) / 2).tolist())
 
 
 def one_by_one(visual: Visual) -> list[Visual]:
@@ -347,12 +345,8 @@ class Processor:
         """Patches that become one visual token."""
         return self.vision.spatial_merge_size**2
 
-    def batch_shape(self, rows: Sequence["Encoded"], floor: "Shape") -> "Shape":
-        """The padded shape of prompts, see `batch_shape`."""
-        return batch_shape(rows, self.config.vision, floor)
-
     def collate(
-        self, rows: Sequence["Encoded"], shape: "Shape | None" = None, pad_token: int = 0, left: bool = False
+        self, rows: Sequence[Encoded], shape: Shape | None = None, pad_token: int = 0, left: bool = False
     ) -> Batch:
         """Encoded prompts as a batch, see `collate`."""
         return collate(rows, self.config.vision, shape, pad_token, left)
@@ -366,17 +360,28 @@ class Processor:
 
     def encode_text(self, text: str, visuals: list[Visual]) -> Encoded:
         """A formatted prompt, with one pad token for each visual."""
+        ids, pads, visuals = self._tokens(text, visuals)
+        repeats = np.ones(len(ids), np.int64)
+        repeats[pads] = [visual.token_count for visual in visuals]
+        is_visual = pads.repeat(repeats)
+        index = np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32)
+        return Encoded(ids.repeat(repeats), mrope_positions(is_visual, visuals), index, visuals)
+
+    def size_of_text(self, text: str, visuals: list[Visual]) -> Size:
+        """The size of what `encode_text` gives."""
+        ids, _, visuals = self._tokens(text, visuals)
+        tokens = len(ids) + sum(visual.token_count - 1 for visual in visuals)
+        return Size(tokens, tuple(visual.grid for visual in visuals))
+
+    def _tokens(self, text: str, visuals: list[Visual]) -> tuple[np.ndarray, np.ndarray, list[Visual]]:
+        """The tokens of a formatted prompt int32 [T], which of them stand for a visual, and the visuals."""
         if self.config.timestamps:
             text, visuals = self._with_timestamps(text, visuals)
         ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
         pads = np.isin(ids, self.config.never_sampled)
         if pads.sum() != len(visuals):
             raise InputError(f"the prompt has {pads.sum()} places for images or videos, but {len(visuals)} were given")
-        repeats = np.ones(len(ids), np.int64)
-        repeats[pads] = [visual.token_count for visual in visuals]
-        is_visual = pads.repeat(repeats)
-        index = np.where(is_visual, np.cumsum(is_visual) - 1, -1).astype(np.int32)
-        return Encoded(ids.repeat(repeats), mrope_positions(is_visual, visuals), index, visuals)
+        return ids, pads, visuals
 
     def _with_timestamps(self, text: str, visuals: list[Visual]) -> tuple[str, list[Visual]]:
         """Writes every clip as a sequence of frames, each after its time: `<1.5
@@ -422,6 +427,16 @@ class Processor:
         """The patches of a decoded clip."""
         return encode_visual(clip.frames, self.vision, clip.seconds_per_frame, clip.times)
 
+    def without_pixels(self, video: Probe, options: VideoOptions) -> Visual:
+        """A video as `encode_clip` will have it, but for its pixels. Raises VideoError for one that has no size."""
+        sampling, depth = self.sampling(options), self.vision.temporal_patch_size
+        count = clips.frame_count(video.duration, round(video.duration * video.fps), options, depth)
+        height, width = clips.frame_size(video.height, video.width, count, options, self.factor, depth)
+        grid = -(-count // depth), height // self.factor, width // self.factor
+        stamps = np.arange(count) * video.duration / (count + sampling.options.lead)
+        patches = np.empty((math.prod(grid) * self.patches_per_token, 0), np.uint8)
+        return Visual(patches, grid, times=_middles(stamps, depth))
+
     def _image(self, item: Message) -> Visual:
         source = item["image"]
         if isinstance(source, str | os.PathLike):
@@ -465,47 +480,6 @@ def _without_data(messages: Sequence[Message]) -> list[Message]:
 # --- Padding to batches -------------------------------------------------------------------------------------------
 
 
-def round_up(n: int) -> int:
-    """The next of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few sizes, at most half more than asked for."""
-    if n <= 3:
-        return n
-    power = 1 << (n.bit_length() - 1)
-    return next(size for size in (power, power * 3 // 2, power * 2) if size >= n)
-
-
-def least_shape(rows: Sequence[Encoded], config: VisionConfig | None) -> Shape:
-    """The smallest shape that holds `rows`; rows of a text-only model (None) have no visuals."""
-    if config is None:
-        return Shape(max(len(row.tokens) for row in rows))
-    unit, side = config.spatial_merge_size**2, config.window_size // (config.spatial_merge_size * config.patch_size)
-
-    def most(value: Callable[[Visual], int], join: Callable[[Iterable[int]], int]) -> int:
-        return max((join(map(value, row.visuals)) for row in rows if row.visuals), default=0)
-
-    def windows(visual: Visual) -> int:
-        t, h, w = visual.grid
-        return t * -(-h // side) * -(-w // side) if side else 0
-
-    def window_size(visual: Visual) -> int:
-        return min(side, visual.grid[1]) * min(side, visual.grid[2]) * unit
-
-    return Shape(
-        tokens=max(len(row.tokens) for row in rows),
-        patches=most(lambda v: len(v.patches), sum),
-        windows=most(windows, sum),
-        window_size=most(window_size, max),
-        frames=most(lambda v: v.grid[0], sum),
-        frame_size=most(lambda v: len(v.patches) // v.grid[0], max),
-    )
-
-
-def batch_shape(rows: Sequence[Encoded], config: VisionConfig | None, floor: Shape) -> Shape:
-    """The shape to pad `rows` to: `floor` where that is enough, else the next rounded size."""
-    need = least_shape(rows, config)
-    sizes = Shape(*(low if n <= low else round_up(n) for n, low in zip(need, floor, strict=True)))
-    return sizes if need.patches else Shape(sizes.tokens)
-
-
 def collate(
     rows: Sequence[Encoded],
     config: VisionConfig | None,
@@ -515,7 +489,7 @@ def collate(
 ) -> Batch:
     """Pads prompts to one batch of `shape`, which is large enough (None: the least rounded shape). Padding tokens come
     after the prompt, or before it when `left`."""
-    shape = shape or batch_shape(rows, config, NO_FLOOR)
+    shape = shape or batch_shape([row.size for row in rows], config)
     count = len(rows)
     tokens = np.full((count, shape.tokens), pad_token, np.int32)
     mask = np.zeros((count, shape.tokens), bool)
@@ -545,20 +519,22 @@ def _collate_vision(rows: Sequence[Encoded], config: VisionConfig, shape: Shape)
         motion=_no_motion(patches) if config.motion else None,
     )
     for b, row in enumerate(rows):
-        at = n_windows = n_frames = 0
+        at, all_frames, all_windows = 0, [], []
         for visual in row.visuals:
             place = slice(at, at + len(visual.patches))
             frames, windows = patch_groups(visual.grid, config)
+            all_frames += [patches + at for patches in frames]
+            all_windows += [patches + at for patches in windows]
             vision.patches[b, place] = visual.patches
             vision.positions[b, place] = patch_positions(visual.grid, config.spatial_merge_size)
-            n_frames = _fill_groups(vision.frames, b, n_frames, frames, at)
-            if vision.windows is not None:
-                n_windows = _fill_groups(vision.windows, b, n_windows, windows, at)
             if vision.corners is not None:
                 vision.corners[b, place], vision.corner_weights[b, place] = table_corners(visual.grid, config)
             if vision.motion is not None and visual.before is not None:
                 vision.motion.before[b, place], vision.motion.moves[b, place] = visual.before, True
             at = place.stop
+        _fill_groups(vision.frames, b, all_frames)
+        if vision.windows is not None:
+            _fill_groups(vision.windows, b, all_windows)
         if vision.motion is not None:
             _link(vision.motion.following[b], row.visuals)
     return vision
@@ -583,13 +559,20 @@ def _link(following: np.ndarray, visuals: Sequence[Visual]) -> None:
 
 
 def _empty_groups(count: int, patches: int, groups: int, size: int) -> Groups:
-    return Groups(np.full((count, groups, size), patches, np.int32), np.zeros((count, patches), np.int32))
+    whole = count, groups, size
+    return Groups(
+        members=np.full(whole, patches, np.int32),
+        segments=np.full(whole, -1, np.int32),
+        slots=np.zeros((count, patches), np.int32),
+    )
 
 
-def _fill_groups(groups: Groups, b: int, first: int, members: list[np.ndarray], offset: int) -> int:
-    """Writes the groups of one visual, whose patches begin at `offset`; returns the number of the next free group."""
-    size = groups.members.shape[2]
-    for number, patches in enumerate(members, start=first):
-        groups.members[b, number, : len(patches)] = patches + offset
-        groups.slots[b, patches + offset] = number * size + np.arange(len(patches))
-    return first + len(members)
+def _fill_groups(groups: Groups, b: int, segments: Sequence[np.ndarray]) -> None:
+    """Writes the segments of a row, each the numbers of its patches."""
+    _, count, size = groups.members.shape
+    used, held = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    for group, patches in zip(group_numbers(map(len, segments), size), segments, strict=True):
+        place = slice(used[group], used[group] + len(patches))
+        groups.members[b, group, place], groups.segments[b, group, place] = patches, held[group]
+        groups.slots[b, patches] = group * size + np.arange(place.start, place.stop)
+        used[group], held[group] = place.stop, held[group] + 1

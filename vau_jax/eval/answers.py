@@ -44,7 +44,7 @@ def by_model(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Itera
         if not group:
             continue
         loader = pipeline.make_loader(vlm.processor, config.data, False, config.blind, templates.turns[0] * two)
-        for host in pipeline.eval_batches(group, loader, config.batch_size, config.seed):
+        for host in pipeline.eval_batches(pipeline.Prompts(group, loader), config.batch_size, config.seed):
             texts = _decoded(host, vlm, config)
             if two:
                 more = _decoded(_second(host, texts, vlm, templates.turns[1], config), vlm, config)

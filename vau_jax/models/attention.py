@@ -1,10 +1,12 @@
 """Attention over several sets of keys at once, with one softmax.
 
-G completions of a prompt read the prompt's keys, which exist once, and their own:
+The completions of a prompt lie one after the other behind it (see `packing`). They read the prompt's keys, which exist
+once, and their own:
 
-                   prompt keys   own keys
-    prompt  [T]  |  causal     |           |
-    compl.  [G]  |  all        |  causal   |     each completion sees its own row only
+                          prompt keys   keys of completions
+    prompt       [T]    |  causal     |                      |
+    completions  [N]    |  all        |  causal, from where  |
+                        |             |  the own one begins  |
 
 Scores and softmax are float32. `IMPLEMENTATIONS` are ways to compute the same on different hardware.
 """
@@ -22,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from vau_jax.common import sharding
 from vau_jax.common.files import InputError
+from vau_jax.types import Groups
 
 HIDDEN = -1e30  # finite, so that a row without any visible key gives a number and not NaN
 MOST_SCORES = 1 << 22  # scores of one head and one row that exist at a time; more are computed in chunks
@@ -34,7 +37,8 @@ class Keys(NamedTuple):
     k: jax.Array  # [B, K, S, H] or [B, G, K, S, H]
     v: jax.Array
     mask: jax.Array  # bool [B or 1, G or 1, S]: which keys exist
-    causal: bool = False  # query i attends to keys up to i
+    ahead: int | None = None  # query i attends to keys up to i + ahead; None: to all
+    segments: jax.Array | None = None  # int32 [B, G, S]: a query attends to the keys of its own segment; None: to all
 
 
 class _Part(NamedTuple):
@@ -45,8 +49,9 @@ class _Part(NamedTuple):
     total: jax.Array  # float32 [B, G, K, R, Q]: sum of exp(score - top)
 
 
-def attend(q: jax.Array, parts: list[Keys]) -> jax.Array:
-    """Attention of q [B, G, Q, N, H] over the union of `parts` -> [B, G, Q, N, H]; N is a multiple of K.
+def attend(q: jax.Array, parts: list[Keys], segments: jax.Array | None = None) -> jax.Array:
+    """Attention of q [B, G, Q, N, H] over the union of `parts` -> [B, G, Q, N, H]; N is a multiple of K. `segments`
+    int32 [B, G, Q] are those of the queries, where a part has segments.
 
     The reference implementation. Where a head would have more than MOST_SCORES scores they are computed in chunks; the
     backward pass recomputes them, so that no scores are kept.
@@ -54,42 +59,48 @@ def attend(q: jax.Array, parts: list[Keys]) -> jax.Array:
     g, length = q.shape[1:3]
     keys = sum(part.k.shape[-2] for part in parts)
     if g * length * keys <= MOST_SCORES:
-        return _attend(q, parts)
+        return _attend(q, parts, segments)
     if length * keys <= MOST_SCORES:
-        return _over_groups(q, parts, MOST_SCORES // (length * keys))
-    return _over_queries(q, parts, max(1, MOST_SCORES // (g * keys)))
+        return _over_groups(q, parts, segments, MOST_SCORES // (length * keys))
+    return _over_queries(q, parts, segments, max(1, MOST_SCORES // (g * keys)))
 
 
-def _over_groups(q: jax.Array, parts: list[Keys], at_once: int) -> jax.Array:
+def _over_groups(q: jax.Array, parts: list[Keys], segments: jax.Array | None, at_once: int) -> jax.Array:
     """`attend` for `at_once` groups at a time."""
     own = {i: (part.k, part.v) for i, part in enumerate(parts) if part.k.ndim == 5}
     wide = _wide(parts)
     mask = [jnp.broadcast_to(part.mask, (part.mask.shape[0], *q.shape[1:2], part.mask.shape[2])) for part in parts]
+    given = q, own, mask, segments, [part.segments for part in parts]
 
     def one(group: Any) -> jax.Array:
-        q, own, mask = group
+        q, own, mask, segments, of_keys = jax.tree.map(lambda x: x[:, None], group)
         chosen = [
-            Keys(*(x[:, None] for x in own[i]) if i in own else (part.k, part.v), mask[i][:, None], part.causal)
+            Keys(*own.get(i, (part.k, part.v)), mask[i], part.ahead, of_keys[i])
             for i, part in enumerate(_narrow(wide, q.dtype))
         ]
-        return _attend(q[:, None], chosen)[:, 0]
+        return _attend(q, chosen, segments)[:, 0]
 
-    out = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, own, mask)), batch_size=at_once)
+    out = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), given), batch_size=at_once)
     return jnp.moveaxis(out, 0, 1)
 
 
-def _over_queries(q: jax.Array, parts: list[Keys], at_once: int) -> jax.Array:
+def _over_queries(q: jax.Array, parts: list[Keys], segments: jax.Array | None, at_once: int) -> jax.Array:
     """`attend` for `at_once` queries at a time."""
     length = q.shape[2]
-    padded = jnp.pad(q, ((0, 0), (0, 0), (0, -length % at_once), (0, 0), (0, 0)))
-    pieces = jnp.moveaxis(padded.reshape(*q.shape[:2], -1, at_once, *q.shape[3:]), 2, 0)
-    wide = _wide(parts)
 
-    def one(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _attend(piece[0], _narrow(wide, q.dtype), first_row=piece[1])
+    def cut(x: jax.Array) -> jax.Array:
+        """[B, G, Q, ...] to pieces [m, B, G, at_once, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -length % at_once)) + ((0, 0),) * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, at_once, *x.shape[3:]), 2, 0)
 
-    out = jax.lax.map(one, (pieces, jnp.arange(len(pieces)) * at_once))
-    return jnp.moveaxis(out, 0, 2).reshape(padded.shape)[:, :, :length]
+    wide, pieces = _wide(parts), jax.tree.map(cut, (q, segments))
+
+    def one(piece: Any) -> jax.Array:
+        (q, segments), first_row = piece
+        return _attend(q, _narrow(wide, q.dtype), segments, first_row)
+
+    out = jax.lax.map(one, (pieces, jnp.arange(len(pieces[0])) * at_once))
+    return jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], -1, *q.shape[3:])[:, :, :length]
 
 
 def _wide(parts: list[Keys]) -> list[Keys]:
@@ -102,47 +113,52 @@ def _narrow(parts: list[Keys], dtype: Any) -> list[Keys]:
     return [part._replace(k=part.k.astype(dtype), v=part.v.astype(dtype)) for part in parts]
 
 
-def _attend(q: jax.Array, parts: list[Keys], first_row: jax.Array | int = 0) -> jax.Array:
+def _attend(q: jax.Array, parts: list[Keys], segments: jax.Array | None, first_row: jax.Array | int = 0) -> jax.Array:
     """`attend` at once; the queries are rows from `first_row` on."""
     kv_heads = parts[0].k.shape[-3]
     b, g, length, heads, dim = q.shape
     grouped = q.reshape(b, g, length, kv_heads, heads // kv_heads, dim) * dim**-0.5
     grouped = jnp.transpose(grouped, (0, 1, 3, 4, 2, 5))  # [B, G, K, R, Q, H]
-    arrays = [(part.k, part.v, part.mask) for part in parts]
-    out = _softmax(grouped, arrays, jnp.int32(first_row), tuple(part.causal for part in parts))
+    arrays = [part._replace(ahead=None) for part in parts]
+    rows = _Rows(jnp.int32(first_row), segments)
+    out = _softmax(grouped, arrays, rows, tuple(part.ahead for part in parts))
     return jnp.transpose(out, (0, 1, 4, 2, 3, 5)).reshape(q.shape)
 
 
-_Arrays = list[tuple[jax.Array, jax.Array, jax.Array]]  # k, v, mask of each part
+class _Rows(NamedTuple):
+    """Which queries are computed."""
+
+    first: jax.Array  # int32 []: number of the first
+    segments: jax.Array | None  # int32 [B, G, Q]
+
+
+_Ahead = tuple[int | None, ...]  # Keys.ahead of each part
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _softmax(q: jax.Array, parts: _Arrays, first_row: jax.Array, causal: tuple[bool, ...]) -> jax.Array:
+def _softmax(q: jax.Array, parts: list[Keys], rows: _Rows, ahead: _Ahead) -> jax.Array:
     """q [B, G, K, R, Q, H], scaled, over all parts -> the same shape."""
-    return _softmax_forward(q, parts, first_row, causal)[0]
+    return _softmax_forward(q, parts, rows, ahead)[0]
 
 
-def _softmax_forward(
-    q: jax.Array, parts: _Arrays, first_row: jax.Array, causal: tuple[bool, ...]
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    results = [_attend_part(q, Keys(*part, late), first_row) for part, late in zip(parts, causal, strict=True)]
+def _softmax_forward(q: jax.Array, parts: list[Keys], rows: _Rows, ahead: _Ahead) -> tuple[jax.Array, tuple[Any, ...]]:
+    results = [_attend_part(q, part._replace(ahead=n), rows) for part, n in zip(parts, ahead, strict=True)]
     top = jnp.max(jnp.stack([part.top for part in results]), axis=0)
     shares = [jnp.exp(part.top - top) for part in results]
     total = sum(share * part.total for share, part in zip(shares, results, strict=True))
     out = sum(share[..., None] * part.out for share, part in zip(shares, results, strict=True)) / total[..., None]
     out = out.astype(q.dtype)
-    return out, (q, parts, first_row, out, top + jnp.log(total))
+    return out, (q, parts, rows, out, top + jnp.log(total))
 
 
-def _softmax_backward(
-    causal: tuple[bool, ...], kept: tuple[Any, ...], d_out: jax.Array
-) -> tuple[jax.Array, _Arrays, None]:
+def _softmax_backward(ahead: _Ahead, kept: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array, list[Keys], None]:
     """With weights w = exp(score - log_total): d_score = w * (d_w - sum over H of d_out * out), d_w = d_out . v
     (FlashAttention, arXiv 2205.14135, appendix B.4)."""
-    q, parts, first_row, out, log_total = kept
+    q, parts, queries, out, log_total = kept
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     d_q, d_parts = jnp.zeros(q.shape, jnp.float32), []
-    for (k, v, mask), late in zip(parts, causal, strict=True):
+    for part, limit in zip(parts, ahead, strict=True):
+        k, v = part.k, part.v
         one = k.ndim == 4  # shared by all G: heads come before groups, see _attend_part
         swap = (lambda x: jnp.swapaxes(x, 1, 2)) if one else (lambda x: x)
         keys, rows = ("bksh", "bkgrqh") if one else ("bgksh", "bgkrqh")
@@ -151,24 +167,24 @@ def _softmax_backward(
             keys[:-2] + "hs",
         )  # sums over rows come out transposed: no copy of the scores
         mine, theirs = swap(q), swap(d_out).astype(v.dtype)
-        weights = jnp.exp(_scores(mine, Keys(k, v, mask, late), first_row) - swap(log_total)[..., None])
+        weights = jnp.exp(_scores(mine, part._replace(ahead=limit), queries) - swap(log_total)[..., None])
         d_weights = jnp.einsum(f"{rows},{keys}->{pairs}", theirs, v, preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - swap(inner)[..., None])).astype(k.dtype)
         d_v = jnp.einsum(f"{rows},{pairs}->{turned}", theirs, weights.astype(v.dtype))
         d_k = jnp.einsum(f"{rows},{pairs}->{turned}", mine, d_scores)
         d_q += swap(jnp.einsum(f"{pairs},{keys}->{rows}", d_scores, k, preferred_element_type=jnp.float32))
-        d_parts.append((jnp.swapaxes(d_k, -1, -2), jnp.swapaxes(d_v, -1, -2), None))
+        d_parts.append(Keys(jnp.swapaxes(d_k, -1, -2), jnp.swapaxes(d_v, -1, -2), None))
     return d_q.astype(q.dtype), d_parts, None
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
-def _attend_part(q: jax.Array, keys: Keys, first_row: jax.Array | int) -> _Part:
+def _attend_part(q: jax.Array, keys: Keys, queries: _Rows) -> _Part:
     """q [B, G, K, R, Q, H], scaled, over one set of keys."""
     shared = keys.k.ndim == 4
     q = jnp.swapaxes(q, 1, 2) if shared else q  # one product of a head's queries with the shared keys
-    scores = _scores(q, keys, first_row)
+    scores = _scores(q, keys, queries)
     top = scores.max(-1)
     weights = jnp.exp(scores - top[..., None])
     spec = "bkgrqs,bksh->bkgrqh" if shared else "bgkrqs,bgksh->bgkrqh"
@@ -177,18 +193,29 @@ def _attend_part(q: jax.Array, keys: Keys, first_row: jax.Array | int) -> _Part:
     return _Part(*(jnp.swapaxes(x, 1, 2) for x in part)) if shared else part
 
 
-def _scores(q: jax.Array, keys: Keys, first_row: jax.Array | int) -> jax.Array:
+def _scores(q: jax.Array, keys: Keys, queries: _Rows) -> jax.Array:
     """float32 [B, K, G, R, Q, S] of q [B, K, G, R, Q, H] with shared keys, or [B, G, K, ...] with a group's own."""
     shared = keys.k.ndim == 4
     spec = "bkgrqh,bksh->bkgrqs" if shared else "bgkrqh,bgksh->bgkrqs"
     scores = jnp.einsum(spec, q, keys.k, preferred_element_type=jnp.float32)
-    mask = jnp.expand_dims(keys.mask, (1, 3, 4) if shared else (2, 3, 4))
-    if keys.causal:
-        mask &= (first_row + jnp.arange(q.shape[4]))[:, None] >= jnp.arange(keys.k.shape[-2])
+    mask = keys.mask[:, :, None]  # [B, G, Q, S]
+    if keys.ahead is not None:
+        mask &= (queries.first + keys.ahead + jnp.arange(q.shape[4]))[:, None] >= jnp.arange(keys.k.shape[-2])
+    if keys.segments is not None:
+        mask &= queries.segments[..., None] == keys.segments[:, :, None]
+    mask = jnp.expand_dims(mask, (1, 3) if shared else (2, 3))
     return jnp.where(mask, scores, HIDDEN)
 
 
 # --- Prompts and completions as one packed sequence ---------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """Where the completions behind a prompt lie (see `packing`)."""
+
+    starts: jax.Array  # int32 [B, N]: the place at which the completion of each token begins
+    longest: int  # no completion has more tokens
+    fixed: bool  # each begins at a multiple of `longest`
 
 
 def prefix_attention(
@@ -196,19 +223,19 @@ def prefix_attention(
     k: jax.Array,
     v: jax.Array,
     prompt_mask: jax.Array,
-    generations: int,
+    layout: Layout | None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Attention of one packed sequence, prompt then completions: q [B, T + G * C, N, H] -> the same shape.
+    """Attention of one packed sequence, prompt then completions: q [B, T + N, Heads, H] -> the same shape.
 
-    prompt_mask is bool [B, T]; generations is G, 0 for a prompt alone. Padding inside a completion comes after its
-    real tokens, where the causal mask already hides it. Outputs at padding tokens are undefined. `implementation` is a
-    name in IMPLEMENTATIONS, or "auto" for the best one on this machine.
+    prompt_mask is bool [B, T]; layout is None for a prompt alone. Padding of completions comes after their real tokens,
+    where the causal mask already hides it. Outputs at padding tokens are undefined. `implementation` is a name in
+    IMPLEMENTATIONS, or "auto" for the best one on this machine.
     """
     name = best(q.dtype) if implementation == "auto" else implementation
     if name not in IMPLEMENTATIONS:
         raise InputError(f"attention={name!r} is unknown: expected one of auto, {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name](q, k, v, prompt_mask, generations)
+    return IMPLEMENTATIONS[name](q, k, v, prompt_mask, layout)
 
 
 def best(dtype: Any) -> str:
@@ -219,16 +246,16 @@ def best(dtype: Any) -> str:
     return "splash" if backend == "tpu" else "jnp"
 
 
-def _reference(q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int) -> jax.Array:
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, layout: Layout | None) -> jax.Array:
     """Plain jnp."""
     t = prompt_mask.shape[1]
-    keys = Keys(*(jnp.swapaxes(x[:, :t], 1, 2) for x in (k, v)), prompt_mask[:, None], causal=True)
+    keys = Keys(*(jnp.swapaxes(x[:, :t], 1, 2) for x in (k, v)), prompt_mask[:, None], ahead=0)
     prompt = attend(q[:, None, :t], [keys])[:, 0]
-    return _with_completions(prompt, q, k, v, prompt_mask, generations)
+    return _with_completions(prompt, q, k, v, prompt_mask, layout)
 
 
 def _library(
-    q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int, implementation: str
+    q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, layout: Layout | None, implementation: str
 ) -> jax.Array:
     """The prompt by jax.nn.dot_product_attention (flash attention with cuDNN), completions by plain jnp."""
     t = prompt_mask.shape[1]
@@ -236,55 +263,79 @@ def _library(
     prompt = jax.nn.dot_product_attention(
         q[:, :t], k[:, :t], v[:, :t], mask=mask, is_causal=True, implementation=implementation
     )
-    return _with_completions(prompt, q, k, v, prompt_mask, generations)
+    return _with_completions(prompt, q, k, v, prompt_mask, layout)
 
 
 def _with_completions(
-    prompt: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int
+    prompt: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, layout: Layout | None
 ) -> jax.Array:
-    """Appends the completions' outputs to the prompt's."""
-    if generations == 0:
+    """Appends the completions' outputs to the prompt's.
+
+    They are computed in blocks as long as the longest completion, whose tokens so read keys of their own block and of
+    the one before, and no others.
+    """
+    if layout is None:
         return prompt
-    t = prompt_mask.shape[1]
-    split = [x[:, t:].reshape(x.shape[0], generations, -1, *x.shape[2:]) for x in (q, k, v)]
-    own = [jnp.swapaxes(x, 2, 3) for x in split[1:]]
+    b, t, length = *prompt_mask.shape, layout.starts.shape[1]
+    size = layout.longest if length % layout.longest == 0 else length
+    blocks = [x[:, t:].reshape(b, length // size, size, *x.shape[2:]) for x in (q, k, v)]
     read = [jnp.swapaxes(x[:, :t], 1, 2) for x in (k, v)]
-    parts = [Keys(*read, prompt_mask[:, None]), Keys(*own, jnp.ones((1, 1, own[0].shape[3]), bool), causal=True)]
-    completions = attend(split[0], parts)
+    starts = layout.starts.reshape(b, -1, size)
+    own, ahead, segments = blocks[1:], 0, None
+    if not layout.fixed:
+        segments = starts
+    if not layout.fixed and length > size:
+        own, ahead = [_with_previous(x, 0) for x in own], size
+        segments = _with_previous(starts, -1)
+    own = [jnp.swapaxes(x, 2, 3) for x in own]
+    there = jnp.ones((1, 1, own[0].shape[3]), bool)
+    parts = [Keys(*read, prompt_mask[:, None]), Keys(*own, there, ahead, segments)]
+    completions = attend(blocks[0], parts, None if layout.fixed else starts)
     return jnp.concatenate([prompt, completions.reshape(q[:, t:].shape)], axis=1)
 
 
-class SharedPrefixMask(splash_mask._ComputableMask):
+def _with_previous(x: jax.Array, before: int) -> jax.Array:
+    """Each block of x [B, n, S, ...] behind the one before it, [B, n, 2 * S, ...]; `before` is before the first."""
+    previous = jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2), constant_values=before)
+    return jnp.concatenate([previous, x], axis=2)
+
+
+class PackedMask(splash_mask._ComputableMask):
     """The mask of a packed sequence for the TPU kernel, computed block by block: never [S, S] in memory.
 
-    A query is one int32: its row in the low bits, the number of its completion above (from 1; 0: the prompt). It
-    attends to keys up to its row that belong to the prompt or to its own completion. `length` is that of the sequence;
-    `prompt` and `completion` are T, C.
+    A query is one int32: its row, and how many rows before it its completion begins (0 in the prompt). It attends to
+    keys up to its row that belong to the prompt or to its own completion. Where completions begin is known when the
+    program runs (`numbers`); the blocks that are computed are those that any completions of at most `longest` tokens
+    need, behind a `prompt` of T.
     """
 
-    ROW_BITS = 20
-    MOST_ROWS, MOST_COMPLETIONS = 1 << ROW_BITS, (1 << 31 - ROW_BITS) - 1
+    BITS = 15
+    MOST = 1 << BITS  # tokens of a completion; a sequence may have twice as many
 
-    def __init__(self, length: int, prompt: int, completion: int) -> None:
-        each = max(1, completion)
-        rows = np.arange(length, dtype=np.int32)
-        number = np.where(rows < prompt, 0, (rows - prompt) // each + 1)
-        if length > self.MOST_ROWS or number.max() > self.MOST_COMPLETIONS:
+    def __init__(self, length: int, prompt: int, longest: int) -> None:
+        if length > 2 * self.MOST or longest > self.MOST:
             raise InputError(
-                f"a packed sequence of {length} tokens in completions of {completion} is too long for the TPU kernel: "
-                f"at most {self.MOST_ROWS} tokens and {self.MOST_COMPLETIONS} completions; set config.attention=jnp"
+                f"a packed sequence of {length} tokens with completions of up to {longest} is too long for the TPU "
+                f"kernel: at most {2 * self.MOST} and {self.MOST}; set config.attention=jnp"
             )
 
         def visible(q: Any, kv: Any) -> Any:
-            start = prompt - each + each * (q >> self.ROW_BITS)  # of the completion; for the prompt at most its end
-            return (kv <= (q & self.MOST_ROWS - 1)) & ((kv < prompt) | (kv >= start))
+            row, since = q >> self.BITS, q & self.MOST - 1
+            return (kv <= row) & ((kv < prompt) | (kv >= row - since))
 
         super().__init__((length, length), visible)
-        self.layout = (length, prompt, completion)
-        self.q_sequence = ((number << self.ROW_BITS) + rows).astype(np.int32)
+        self.layout = (length, prompt, longest)
+        rows = np.arange(length, dtype=np.int32)
+        earliest = np.maximum(prompt, rows - max(0, longest - 1))
+        self.q_sequence = self.numbers(rows, np.where(rows < prompt, rows, earliest).astype(np.int32))
+
+    @classmethod
+    def numbers(cls, rows: Any, begins: Any) -> Any:
+        """int32: queries at `rows`, whose completions begin at the rows `begins` (those of the prompt at their own)."""
+        return (rows << cls.BITS) + rows - begins
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, SharedPrefixMask) and self.layout == other.layout
+        return isinstance(other, PackedMask) and self.layout == other.layout
 
     def __hash__(self) -> int:
         return hash(self.layout)
@@ -295,15 +346,17 @@ def _splash(
     k: jax.Array,
     v: jax.Array,
     prompt_mask: jax.Array,
-    generations: int,
+    layout: Layout | None,
     interpret: bool = False,
 ) -> jax.Array:
     """The whole packed sequence by one Pallas kernel on TPU, on each device for its examples and heads; `interpret`
     runs it anywhere, slowly."""
-    kernel = partial(_splash_alone, generations=generations, interpret=interpret)
+    none = Layout(jnp.zeros((q.shape[0], 0), jnp.int32), 0, fixed=True)
+    starts, longest, _ = layout or none
+    kernel = partial(_splash_alone, longest=longest, interpret=interpret)
     mesh = sharding.ambient()
     if mesh is None or mesh.size == 1:
-        return kernel(q, k, v, prompt_mask)
+        return kernel(q, k, v, prompt_mask, starts)
     parts = mesh.shape["tensor"]
     heads = "tensor" if q.shape[2] % parts == 0 else None
     if heads:  # fewer kv heads than devices: each has copies of the heads that its queries read
@@ -312,13 +365,19 @@ def _splash(
         )
         k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
     examples = sharding.EXAMPLES if q.shape[0] % sharding.example_parts(mesh) == 0 else None
-    place = P(examples, None, heads)
-    split = jax.shard_map(kernel, in_specs=(place, place, place, P(examples)), out_specs=place, check_vma=False)
-    return split(q, k, v, prompt_mask)
+    place, rows = P(examples, None, heads), P(examples)
+    split = jax.shard_map(kernel, in_specs=(place, place, place, rows, rows), out_specs=place, check_vma=False)
+    return split(q, k, v, prompt_mask, starts)
 
 
 def _splash_alone(
-    q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, generations: int, interpret: bool
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    prompt_mask: jax.Array,
+    starts: jax.Array,
+    longest: int,
+    interpret: bool,
 ) -> jax.Array:
     """The kernel on one device."""
     b, length, heads, dim = q.shape
@@ -327,7 +386,7 @@ def _splash_alone(
     q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
     # Padding attends only to padding, and no real token attends to it.
     real = jnp.pad(jnp.concatenate([prompt_mask, jnp.ones((b, length - t), bool)], axis=1), ((0, 0), (0, pad)))
-    mask = SharedPrefixMask(length + pad, t, (length - t) // max(1, generations))
+    mask = PackedMask(length + pad, t, longest)
     block = next(size for size in (SPLASH_BLOCK, 384, 256, 128) if (length + pad) % size == 0)
     kernel = splash.make_splash_mha(
         splash_mask.MultiHeadMask([mask] * heads),
@@ -336,9 +395,21 @@ def _splash_alone(
         q_seq_shards=1,
         interpret=interpret,
     )
-    ids = real.astype(jnp.int32)
-    out = jax.vmap(kernel)(q * dim**-0.5, k, v, splash.SegmentIds(ids, ids))
+    rows = jnp.arange(length + pad, dtype=jnp.int32)
+    begins = jnp.broadcast_to(rows, (b, length + pad)).at[:, t:length].set(t + starts)
+
+    def one(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, numbers: jax.Array) -> jax.Array:
+        return _with_numbers(kernel, numbers)(q, k, v, splash.SegmentIds(ids, ids))
+
+    out = jax.vmap(one)(q * dim**-0.5, k, v, real.astype(jnp.int32), PackedMask.numbers(rows, begins))
     return jnp.swapaxes(out, 1, 2)[:, :length]
+
+
+def _with_numbers(kernel: splash.SplashAttentionKernel, numbers: jax.Array) -> splash.SplashAttentionKernel:
+    """The kernel with other numbers of its queries than those that its blocks were chosen for."""
+    infos = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+    changed = (info if info is None else info._replace(q_sequence=numbers) for info in infos)
+    return splash.SplashAttentionKernel(*changed, **kernel.kwargs)
 
 
 _BLOCKS = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
@@ -367,11 +438,13 @@ def decode_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt: Keys, own
 # --- Groups of patches --------------------------------------------------------------------------------------------
 
 
-def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, members: jax.Array, slots: jax.Array) -> jax.Array:
-    """Attention inside groups of patches: q, k, v [B, P, N, H] -> [B, P, N, H]; see `types.Groups`."""
+def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, groups: Groups) -> jax.Array:
+    """Attention of patches to those of their own segment: q, k, v [B, P, N, H] -> [B, P, N, H]."""
     b, p, heads, dim = q.shape
+    members, slots = groups.members, groups.slots
     q, k, v = (_to_groups(x.reshape(b, p, -1), members, slots).reshape(*members.shape, heads, dim) for x in (q, k, v))
-    out = attend(q, [Keys(jnp.swapaxes(k, 2, 3), jnp.swapaxes(v, 2, 3), members < p)])
+    keys = Keys(jnp.swapaxes(k, 2, 3), jnp.swapaxes(v, 2, 3), members < p, segments=groups.segments)
+    out = attend(q, [keys], groups.segments)
     return _to_patches(out.reshape(b, -1, heads * dim), members, slots).reshape(b, p, heads, dim)
 
 

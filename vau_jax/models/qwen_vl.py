@@ -1,8 +1,9 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and the text models Qwen2 and Qwen3 as functions of their parameters: complete
 sequences, prefill, one decoding step.
 
-A prompt and its G completions are one packed sequence [T + G * C]: the prompt goes through the model once, each
-completion attends to the prompt and itself (see `attention`). SFT is the case G = 1; sampling reads the prompt's cache.
+A prompt and its G completions are one packed sequence [T + N]: the prompt goes through the model once, each completion
+attends to the prompt and itself (see `packing` and `attention`). SFT is the case G = 1; sampling reads the prompt's
+cache.
 
 `variables` is {"params": ...}, or {"params": ..., "lora": ...} for the model with its adapters.
 """
@@ -24,6 +25,7 @@ from vau_jax.models.embedding import Embedding
 from vau_jax.models.layers import UNIT_NORMAL, Dense, RMSNorm, SwiGLU
 from vau_jax.models.lora import LoRA
 from vau_jax.models.motion_prompt import VARIATION, pairs_of
+from vau_jax.models.packing import Packing
 from vau_jax.models.vision import VisionTower
 from vau_jax.types import Batch, Completions, Features, Groups, KVCache, Params, Variables, Vision
 
@@ -31,8 +33,9 @@ from vau_jax.types import Batch, Completions, Features, Groups, KVCache, Params,
 class Packed(NamedTuple):
     """Positions and masks of a packed sequence."""
 
-    angles: jax.Array  # float32 [B, T + G * C, H / 2]
+    angles: jax.Array  # float32 [B, T + N, H / 2]
     prompt_mask: jax.Array  # bool [B, T]
+    starts: jax.Array | None  # int32 [B, N]: where the completion of each token begins
     deep: jax.Array | None  # [n, B, T, D]: what the first n layers add to the prompt (DeepStack), zero on text
 
 
@@ -51,7 +54,8 @@ class DecoderLayer(nn.Module):
     dtype: Any
     attention: str
     lora: LoRA | None
-    generations: int = 0  # completions in a packed sequence
+    longest: int = 0  # completion in a packed sequence
+    fixed: bool = False  # each begins at a multiple of it
     keep_kv: bool = False
 
     @nn.compact
@@ -89,7 +93,8 @@ class DecoderLayer(nn.Module):
         k = rope.rotate(project("k", c.num_kv_heads), where.angles)
         v = project("v", c.num_kv_heads)
         if caches is None:
-            out = attention.prefix_attention(q, k, v, where.prompt_mask, self.generations, self.attention)
+            layout = None if where.starts is None else attention.Layout(where.starts, self.longest, self.fixed)
+            out = attention.prefix_attention(q, k, v, where.prompt_mask, layout, self.attention)
             return out, KVCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)) if self.keep_kv else None
         prompt, own = caches
         written = jnp.arange(own.k.shape[3]) < where.step  # [C]
@@ -128,7 +133,8 @@ class Decoder(nn.Module):
         x: jax.Array,
         where: Packed | Decoding,
         caches: tuple[KVCache, KVCache] | None = None,
-        generations: int = 0,
+        longest: int = 0,
+        fixed: bool = False,
         keep_kv: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         """x [B, S, D] -> [B, S, D], and the keys and values of every layer, stacked."""
@@ -140,7 +146,7 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, 0, 0),
             length=c.num_layers,
             unroll=self.unroll,
-        )(c, self.dtype, self.attention, self.lora, generations, keep_kv, name="layers")
+        )(c, self.dtype, self.attention, self.lora, longest, fixed, keep_kv, name="layers")
         x, kv = layers(x, where, jnp.arange(c.num_layers), caches)
         return RMSNorm(c.rms_norm_eps, name="norm")(x), kv
 
@@ -215,23 +221,24 @@ class QwenVL(nn.Module):
         return x, jnp.swapaxes(jnp.where(visual[:, None], deep, 0), 0, 1)
 
     @_on_mesh
-    def hidden(self, batch: Batch, completions: Completions | None = None) -> jax.Array:
-        """Last hidden states of the packed sequence, [B, T + G * C, D]."""
-        (x, deep), positions, generations = self.embed(batch), batch.positions, 0
-        if completions is not None:
-            b, generations, length = completions.tokens.shape
-            x = jnp.concatenate([x, self.embed_tokens(completions.tokens.reshape(b, -1))], axis=1)
-            own = batch.next_position[:, None] + jnp.tile(jnp.arange(length), generations)  # [B, G * C]
-            own = jnp.broadcast_to(own[:, None], (b, 3, own.shape[1]))
-            positions = jnp.concatenate([positions, own], axis=2)
-        return self.decoder(x, Packed(self._angles(positions), batch.mask, deep), generations=generations)[0]
+    def hidden(self, batch: Batch, completions: Completions | None = None, packing: Packing | None = None) -> jax.Array:
+        """Last hidden states of the packed sequence, [B, T + N, D]; of the prompt alone without completions."""
+        (x, deep), positions = self.embed(batch), batch.positions
+        if completions is None:
+            return self.decoder(x, Packed(self._angles(positions), batch.mask, None, deep))[0]
+        (b, g, longest), length = completions.tokens.shape, packing.starts.shape[1]
+        x = jnp.concatenate([x, self.embed_tokens(packing.take(completions.tokens))], axis=1)
+        own = batch.next_position[:, None] + jnp.arange(length) - packing.starts  # [B, N]
+        positions = jnp.concatenate([positions, jnp.broadcast_to(own[:, None], (b, 3, length))], axis=2)
+        where = Packed(self._angles(positions), batch.mask, packing.starts, deep)
+        return self.decoder(x, where, longest=longest, fixed=length == g * longest)[0]
 
     @_on_mesh
     def prefill(self, batch: Batch) -> tuple[jax.Array, KVCache]:
         """Hidden states [B, T, D] of the prompts and their cache [L, B, K, T, H]; as in `decode`, weights are not split
         over the mesh's fsdp axis."""
         x, deep = self.embed(batch, gathered=True)
-        return self.decoder(x, Packed(self._angles(batch.positions), batch.mask, deep), keep_kv=True)
+        return self.decoder(x, Packed(self._angles(batch.positions), batch.mask, None, deep), keep_kv=True)
 
     @_on_mesh
     def decode(
@@ -268,7 +275,7 @@ def init(config: QwenVLConfig, key: jax.Array) -> Params:
 def _one_unit(v: VisionConfig) -> Vision:
     """The smallest visual input: the patches of one visual token."""
     n = v.spatial_merge_size**2
-    groups = Groups(jnp.arange(n)[None, None], jnp.arange(n)[None])
+    groups = Groups(jnp.arange(n)[None, None], jnp.zeros((1, 1, n), jnp.int32), jnp.arange(n)[None])
     patches = jnp.zeros((1, n, v.in_channels * v.temporal_patch_size * v.patch_size**2), jnp.uint8)
     return Vision(
         patches=patches,

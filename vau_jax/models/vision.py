@@ -52,7 +52,7 @@ class VisionAttention(nn.Module):
         q, k = rope.rotate(q, angles), rope.rotate(k, angles)
 
         def inside(groups: Groups) -> jax.Array:
-            return attention.grouped_attention(q, k, v, groups.members, groups.slots)
+            return attention.grouped_attention(q, k, v, groups)
 
         if vision.windows is None:
             out = inside(vision.frames)

@@ -257,17 +257,19 @@ def _gradients(
 _score.defvjp(_score_forward, _score_backward)
 
 
-def completion_hidden(hidden: jax.Array, prompt_mask: jax.Array, generations: int) -> jax.Array:
-    """From packed hidden states [B, T + G * C, D], those that predict each completion token: [B, G, C, D].
+def completion_hidden(hidden: jax.Array, prompt_mask: jax.Array, starts: jax.Array) -> jax.Array:
+    """From packed hidden states [B, T + N, D], those that predict each packed token: [B, N, D]; `starts` [B, N] is
+    where the completion of each begins.
 
     The first token of every completion is predicted by the prompt's last real token, the others by the one before.
     """
-    b, t = prompt_mask.shape
-    own = hidden[:, t:].reshape(b, generations, -1, hidden.shape[-1])
+    t = prompt_mask.shape[1]
+    own = hidden[:, t:]
+    before = jnp.concatenate([own[:, :1], own[:, :-1]], axis=1)
     last = last_token(hidden[:, :t], prompt_mask)
     # As float32, so that the sum of the G gradients is one in float32.
-    first = jnp.broadcast_to(last.astype(jnp.float32)[:, None, None], (b, generations, 1, hidden.shape[-1]))
-    return jnp.concatenate([first.astype(hidden.dtype), own[:, :, :-1]], axis=2)
+    first = jnp.broadcast_to(last.astype(jnp.float32)[:, None], own.shape).astype(hidden.dtype)
+    return jnp.where((starts == jnp.arange(starts.shape[1]))[..., None], first, before)
 
 
 def last_token(hidden: jax.Array, mask: jax.Array) -> jax.Array:

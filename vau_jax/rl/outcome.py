@@ -86,3 +86,8 @@ class SelectedGroups:
     batch: Batch  # prompts of the global batch, on the devices
     sampled: Sampled  # numpy, of this process's rows
     first: list[dict[str, Any]]  # a record for each completion of the first group, for people to read
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int [B]: tokens of the completions of each prompt of the global batch."""
+        return self.outcome.lengths.reshape(len(self.outcome.kinds), -1).sum(1)

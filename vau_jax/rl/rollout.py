@@ -13,15 +13,13 @@ from ml_collections import ConfigDict
 from vau_jax.data import pipeline
 from vau_jax.data.feed import Feed
 from vau_jax.data.pipeline import HostBatch
-from vau_jax.data.processor import Shape
+from vau_jax.data.shapes import Shape
 from vau_jax.rl import grpo
 from vau_jax.rl.difficulty import Difficulty
-from vau_jax.rl.engine import Engine
+from vau_jax.rl.engine import Engine, prompts_at_once
 from vau_jax.rl.outcome import Outcome, RolloutBatch, SelectedGroups, joined
 from vau_jax.rl.scorer import Scorer
-from vau_jax.types import Batch, Completions, TrainBatch, Variables
-
-LENGTHS = 4  # number of lengths that completions are padded to: quarters of the limit
+from vau_jax.types import Batch, Completions, Sampled, TrainBatch, Variables
 
 
 class Policy(Protocol):
@@ -30,14 +28,15 @@ class Policy(Protocol):
     variables: Variables
 
     def encode_vision(self, batch: Batch) -> Batch: ...
-    def policy_logps(self, batch: Batch, completions: Completions) -> jax.Array: ...
-    def reference_logps(self, batch: Batch, completions: Completions) -> jax.Array: ...
+    def policy_logps(self, batch: Batch, completions: Completions, tokens: np.ndarray) -> jax.Array: ...
+    def reference_logps(self, batch: Batch, completions: Completions, tokens: np.ndarray) -> jax.Array: ...
 
 
 class Collected(NamedTuple):
     """The by-products of a rollout: metrics of all completions, and one group's records to read."""
 
     train: TrainBatch
+    tokens: np.ndarray  # int [B]: of the completions of each prompt
     metrics: dict[str, Any]
     samples: list[dict[str, Any]]
 
@@ -78,14 +77,19 @@ class RolloutWorker:
             metrics |= {"dynamic/draws": len(outcomes), "dynamic/left_without_variance": alike}
             metrics["dynamic/replaced"] = int((~outcomes[0].varied).sum()) - alike
         with clock("score"):
-            completions = self.completions(chosen)
-            placed = self.feed.rows.put(completions)
-            scored = self.scored_logps(policy, chosen.batch, placed)
-            kl = self._kl_in_reward(policy, chosen.batch, placed, scored)
-            inputs, advantages = self.loss_inputs(chosen, completions.mask, kl)
+            placed = self.feed.rows.put(Completions(chosen.sampled.tokens, chosen.sampled.mask))
+            scored = self.scored_logps(policy, chosen, placed)
+            kl = self._kl_in_reward(policy, chosen, placed, scored)
+            inputs, advantages = self.loss_inputs(chosen, kl)
+            inputs = self.feed.rows.put(inputs)
+            if self.config.rollout.annotated:  # nobody has sampled it: as if the policy had
+                inputs["sampler_logps"] = _last_replaced(inputs["sampler_logps"], scored["old_logps"])
+                last = chosen.outcome.total.reshape(len(chosen.outcome.kinds), -1)[:, -1]
+                metrics["annotated/reward"] = float(np.nanmean(last)) if np.isfinite(last).any() else 0.0
+                metrics["annotated/completions"] = int(np.isfinite(last).sum())
         samples = [{**record, "advantage": float(a)} for record, a in zip(chosen.first, advantages[0], strict=True)]
-        train = TrainBatch(chosen.batch, placed, {**self.feed.rows.put(inputs), **scored})
-        return Collected(train, metrics, samples)
+        train = TrainBatch(chosen.batch, placed, {**inputs, **scored})
+        return Collected(train, chosen.tokens, metrics, samples)
 
     # --- Groups ---
 
@@ -105,18 +109,19 @@ class RolloutWorker:
             if self.config.data.difficulty.enabled:
                 with clock("data"):
                     host, own_levels = self.difficulty.choose(host, self.feed.collate)
+                    host = self.feed.placed(host)
                 levels += self.feed.rows.gather(own_levels)
             with clock("rollout"):
-                host = self.feed.agreed(host)
-                batch = policy.encode_vision(self.feed.on_devices(host).batch)
+                batch = policy.encode_vision(host.batch)
                 keys = self.keys(host, jax.random.fold_in(key, len(draws)))
                 sampled = self.engine.sample(policy.variables, batch, keys)
                 sampled = self.feed.rows.fetch(sampled)
+                sampled = with_annotated(sampled, host) if self.config.rollout.annotated else sampled
             with clock("reward"):
                 draws.append(self.scorer.read(host, sampled))
                 outcomes.append(draws[-1].gathered(self.feed.rows))
                 self.difficulty.learn(outcomes[-1])
-            enough = sum(outcome.varied.sum() for outcome in outcomes) >= self.config.batch_size
+            enough = sum(outcome.varied.sum() for outcome in outcomes) >= self.feed.rows.count
             if enough or len(draws) >= self.config.rollout.max_draws:
                 break
             with clock("data"):
@@ -142,7 +147,7 @@ class RolloutWorker:
         it.
         """
         every = joined(outcomes)
-        numbers = np.argsort(~every.varied, kind="stable")[: self.config.batch_size]
+        numbers = np.argsort(~every.varied, kind="stable")[: self.feed.rows.count]
         shape = Shape(*map(max, *(self.feed.shape(draw.host) for draw in draws)))
         pools = [(self.feed.collate(draw.host.examples, shape).batch, draw.sampled) for draw in draws]
         batch, sampled = self.feed.rows.take(pools, numbers)
@@ -151,33 +156,24 @@ class RolloutWorker:
 
     def _first(self, draws: list[RolloutBatch], number: int) -> list[dict[str, Any]]:
         """Records of the group `number`, counted over all batches, from the process that has parsed it."""
-        draw, row = divmod(number, self.config.batch_size)
+        draw, row = divmod(number, self.feed.rows.count)
         mine = [self.scorer.records(draws[draw], i) if r == row else None for i, r in enumerate(self.feed.rows.mine)]
         return self.feed.rows.gather(mine)[row]
 
     # --- What the loss reads ---
 
-    def completions(self, chosen: SelectedGroups) -> Completions:
-        """The completions to train on, padded to the smallest of LENGTHS lengths that holds the longest of the whole
-        batch: few programs, little padding.
-        """
-        limit, longest = chosen.sampled.tokens.shape[2], int(chosen.outcome.lengths.max())
-        step = -(-limit // LENGTHS)
-        length = min(limit, -(-max(1, longest) // step) * step)
-        return Completions(chosen.sampled.tokens[..., :length], chosen.sampled.mask[..., :length])
-
-    def scored_logps(self, policy: Policy, batch: Batch, completions: Completions) -> dict[str, jax.Array]:
+    def scored_logps(self, policy: Policy, chosen: SelectedGroups, completions: Completions) -> dict[str, jax.Array]:
         """Log-probabilities of the reference policy, where there is a KL term, and of the policy that sampled, where
-        one rollout serves several updates."""
-        c, scored = self.config.grpo, {}
-        if c.beta:
-            scored["ref_logps"] = policy.reference_logps(batch, completions)
-        if c.iterations > 1:
-            scored["old_logps"] = policy.policy_logps(batch, completions)
+        one rollout serves several updates or has completions that nobody sampled."""
+        scored = {}
+        if self.config.grpo.beta:
+            scored["ref_logps"] = policy.reference_logps(chosen.batch, completions, chosen.tokens)
+        if has_old_logps(self.config):
+            scored["old_logps"] = policy.policy_logps(chosen.batch, completions, chosen.tokens)
         return scored
 
     def _kl_in_reward(
-        self, policy: Policy, batch: Batch, completions: Completions, scored: dict[str, jax.Array]
+        self, policy: Policy, chosen: SelectedGroups, completions: Completions, scored: dict[str, jax.Array]
     ) -> np.ndarray | None:
         """Where the KL is part of the reward, the KL of each token, float32 [b, G, C] of this process's rows.
 
@@ -187,7 +183,10 @@ class RolloutWorker:
         c = self.config.grpo
         if c.kl_in != "reward" or not c.beta:
             return None
-        own = scored["old_logps"] if "old_logps" in scored else policy.policy_logps(batch, completions)
+        if "old_logps" in scored:
+            own = scored["old_logps"]
+        else:
+            own = policy.policy_logps(chosen.batch, completions, chosen.tokens)
         own, reference = self.feed.rows.fetch(own), self.feed.rows.fetch(scored["ref_logps"])
         return np.asarray(grpo.kl_divergence(own, reference, c.kl))
 
@@ -203,14 +202,14 @@ class RolloutWorker:
         return np.asarray(result, np.float32).reshape(-1, g)
 
     def loss_inputs(
-        self, chosen: SelectedGroups, mask: np.ndarray, kl: np.ndarray | None = None
+        self, chosen: SelectedGroups, kl: np.ndarray | None = None
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Inputs of grpo.loss, except old and reference log-probabilities, for completions with `mask` [b, G, C] in
-        this process's rows; and the advantages of the whole batch [B, G].
+        """Inputs of grpo.loss, except old and reference log-probabilities, for the completions in this process's rows;
+        and the advantages of the whole batch [B, G].
 
         `kl` [b, G, C] of each token is given when it is part of the reward.
         """
-        outcome = chosen.outcome
+        outcome, mask = chosen.outcome, chosen.sampled.mask
         if kl is not None:
             kl = np.asarray(self.feed.rows.gather(np.where(mask, kl, 0.0).sum(-1).tolist()))
         advantages = self.advantages(outcome, kl)
@@ -219,9 +218,29 @@ class RolloutWorker:
         inputs = {
             "mask": mask & trained[..., None],
             "advantages": self.feed.rows.own(advantages),
-            "sampler_logps": chosen.sampled.logps[..., : mask.shape[2]],
+            "sampler_logps": chosen.sampled.logps,
         }
         return inputs, advantages
+
+
+def has_old_logps(config: ConfigDict) -> bool:
+    """Whether updates read the log-probabilities of the policy before the first of them."""
+    several = config.grpo.iterations > 1 or prompts_at_once(config) > config.batch_size
+    return several or config.rollout.annotated
+
+
+def with_annotated(sampled: Sampled, host: HostBatch) -> Sampled:
+    """The sampled completions of each prompt and after them the annotated one; an empty one where the video failed."""
+    readable = np.asarray([item.failure is None for item in host.examples])[:, None, None]
+    mask = host.completions.mask & readable
+    added = Sampled(np.where(mask, host.completions.tokens, 0), np.zeros(mask.shape, np.float32), mask)
+    return jax.tree.map(lambda a, b: np.concatenate([a, b], axis=1), sampled, added)
+
+
+@jax.jit
+def _last_replaced(x: jax.Array, other: jax.Array) -> jax.Array:
+    """x [B, G, C] with the last of the G from `other`."""
+    return x.at[:, -1].set(other[:, -1])
 
 
 def abstract_inputs(
@@ -232,6 +251,6 @@ def abstract_inputs(
     g = config.rollout.num_generations
     per_token = {"mask": bool, "sampler_logps": np.float32}
     per_token |= {"ref_logps": np.float32} if config.grpo.beta else {}
-    per_token |= {"old_logps": np.float32} if config.grpo.iterations > 1 else {}
+    per_token |= {"old_logps": np.float32} if has_old_logps(config) else {}
     inputs = {name: rows(g, length, dtype=dtype) for name, dtype in per_token.items()}
     return inputs | {"advantages": rows(g, dtype=np.float32)}

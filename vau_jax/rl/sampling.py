@@ -1,9 +1,10 @@
 """Sampling on the device: one prefill a prompt, then G completions that all read the one prompt cache.
 
 The host runs the decoding loop in chunks. A chunk ends when all completions have ended, when the cache of their
-keys is full (it then doubles, so that short completions never read a long empty cache), or when so many have ended that
-the others fit in a quarter of the rows: those are gathered into a smaller batch, and one long straggler does not hold
-up a full one; or when somebody watches and WATCH_EVERY tokens are new. What is drawn does not depend on any of it.
+keys is full (it then grows by CACHE_GROWTH, so that short completions never read a long empty cache), or when so many
+have ended that the others fit in a quarter of the rows (`row_shapes`): those are gathered into a smaller batch, and one
+long straggler does not hold up a full one; or when somebody watches and WATCH_EVERY tokens are new. What is drawn does
+not depend on any of it.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from vau_jax.types import Array, Batch, KVCache, Sampled, Variables
 
 DRAW_BLOCK = 128  # tokens
 UNIFORM_STEP = 2.0**-23  # between the random numbers of float32
-FIRST_CACHE = 128  # completion tokens that the cache has room for at first
+FIRST_CACHE, CACHE_GROWTH = 256, 4  # completion tokens that the cache has room for at first; few programs: it grows
 WATCH_EVERY = 8  # tokens
 LEAST_PENALTY = 0.01  # of repetition, where 1 is none
 LEAST_TEMPERATURE, LEAST_TOP_P = 0.01, 1e-6  # below, logits exceed the range of float32, and masses its resolution
@@ -162,6 +163,7 @@ def sample(
     top_p: float = 1.0,
     top_k: int = 0,
     repetition_penalty: float = 1.0,
+    prompt_room: int = 0,
     watch: Callable[[Sampled], None] | None = None,
 ) -> Sampled:
     """Draws G = num_generations completions of at most C = max_new_tokens tokens for each prompt.
@@ -171,7 +173,8 @@ def sample(
     completion n (of all B * G) is drawn with fold_in(fold_in(key, n), t); where `key` is an array [B], a key for each
     prompt, n counts the prompt's own completions. The log-probabilities are those of the distribution drawn from,
     filters included; greedy ones are those at temperature 1. A `repetition_penalty` other than 1 makes tokens of the
-    prompt and of the completion so far less likely (above 1), or more.
+    prompt and of the completion so far less likely (above 1), or more. Shorter prompts' caches are padded to
+    `prompt_room` tokens, so that the same programs decode for prompts of all lengths.
 
     `watch` is called with what there is so far every WATCH_EVERY tokens; an exception that it raises ends the sampling.
     Raises InputError for options out of their range (see `check`).
@@ -190,13 +193,13 @@ def sample(
     key = _for_completions(key, num_generations) if key.ndim else key
     penalty = None if repetition_penalty == 1 else jnp.float32(repetition_penalty)
     dynamic = DynamicArgs(key, jnp.float32(temperature), jnp.int32(min_new_tokens), stop_table, penalty)
-    size = num_generations, max_new_tokens, min(FIRST_CACHE, max_new_tokens)
+    size = num_generations, max_new_tokens, min(FIRST_CACHE, max_new_tokens), prompt_room
     loop, prompts = _start(variables, batch, dynamic, static=static, size=size)
     whole = None  # completions that ended before the batch shrank
     while True:
         pause = jnp.int32(max_new_tokens) if watch is None else loop.step + WATCH_EVERY
         loop, prompts_left, most_left = _advance(variables, prompts, loop, dynamic, pause, static=static)
-        rows = _rows_needed(int(prompts_left), int(most_left), loop.done.shape, static.mesh)
+        rows = rows_needed(int(prompts_left), int(most_left), loop.done.shape, _least_rows(static.mesh))
         ended = rows == (0, 0) or int(loop.step) == max_new_tokens
         if watch or ended or rows != loop.done.shape:
             mine = jax.tree.map(jnp.copy, Sampled(loop.tokens, loop.logps, loop.mask))  # the loop is donated later
@@ -206,7 +209,7 @@ def sample(
         if ended:
             return whole
         room = loop.own.k.shape[4]
-        room = min(2 * room, max_new_tokens) if int(loop.step) > room else room
+        room = next_room(room, max_new_tokens) if int(loop.step) > room else room
         loop, prompts = _resize(prompts, loop, shape=(*rows, room), mesh=static.mesh)
 
 
@@ -220,6 +223,7 @@ def abstract_programs(
     end_tokens: tuple[int, ...],
     top_p: float = 1.0,
     top_k: int = 0,
+    prompt_room: int = 0,
 ) -> Iterator[tuple[str, Any, tuple, dict[str, Any]]]:
     """Name, function, arguments and static arguments of the programs that `sample` runs for shapes with shardings: the
     prefill, and the decoding loop with a full cache."""
@@ -229,7 +233,7 @@ def abstract_programs(
     rows = batch.tokens.shape[0] * num_generations
     keys = jax.ShapeDtypeStruct((rows,), jax.random.key(0).dtype, sharding=sharding.examples(mesh))
     dynamic = DynamicArgs(keys, scalar(jnp.float32), scalar(jnp.int32), None)
-    size = num_generations, max_new_tokens, max_new_tokens
+    size = num_generations, max_new_tokens, max_new_tokens, prompt_room
     if copies_weights(variables, model.dtype, mesh):
         read = jax.eval_shape(partial(decode_weights, dtype=model.dtype, mesh=mesh), variables)
         layouts = sharding.gathered(variables, mesh)
@@ -294,21 +298,52 @@ def compiled_programs() -> int:
     return sum(program._cache_size() for program in (_start, _advance, _scatter, _resize))
 
 
-def _rows_needed(prompts: int, most: int, shape: tuple[int, int], mesh: Mesh | None) -> tuple[int, int]:
-    """The number of prompts, and of completions of each, that a batch [B, G] needs for the unfinished ones: `shape`
-    itself unless powers of two that are SHRINK times fewer rows suffice. A prompt takes as many rows as the one with
-    `most`.
-    """
+def next_room(room: int, limit: int) -> int:
+    """The completion tokens that the cache has room for after `room`."""
+    return min(CACHE_GROWTH * room, limit)
+
+
+def row_shapes(shape: tuple[int, int], least: int = 1) -> list[tuple[int, int]]:
+    """The batches [B, G] that decoding goes through from `shape` on, each SHRINK times smaller than the one before: of
+    fewer completions a prompt, then of fewer prompts, but at least `least`. They are few, being programs each."""
+    (prompts, generations), result = shape, [shape]
+    while True:
+        if generations >= SHRINK:
+            generations //= SHRINK
+        elif prompts % SHRINK == 0 and prompts // SHRINK >= least:
+            prompts //= SHRINK
+        else:
+            return result
+        result.append((prompts, generations))
+
+
+def rows_needed(prompts: int, most: int, shape: tuple[int, int], least: int = 1) -> tuple[int, int]:
+    """Of `row_shapes` the smallest that holds the unfinished completions of so many prompts, at `most` so many of each;
+    (0, 0) for none."""
     if prompts == 0:
         return 0, 0
-    least = 1 if mesh is None else sharding.example_parts(mesh)
-    needed = min(shape[0], max(least, _power_of_two(prompts))), min(shape[1], _power_of_two(most))
-    return needed if SHRINK * needed[0] * needed[1] <= shape[0] * shape[1] else shape
+    return next(s for s in reversed(row_shapes(shape, least)) if s == shape or (s[0] >= prompts and s[1] >= most))
 
 
-def _power_of_two(count: int) -> int:
-    """The smallest power of two that is at least count."""
-    return 1 << (count - 1).bit_length()
+def chunks(lengths: np.ndarray, limit: int, least: int = 1) -> Iterator[tuple[int, int, int]]:
+    """The batches (B, G, room for completion tokens) in which `sample` decodes completions of these lengths [B, G], of
+    at most `limit` tokens; `least` as in `row_shapes`."""
+    shape, room = lengths.shape, min(FIRST_CACHE, limit)
+    yield *shape, room
+    for step in range(1, limit):
+        left = (lengths > step).sum(1)
+        rows = rows_needed(int((left > 0).sum()), int(left.max()), shape, least)
+        if rows == (0, 0):
+            return
+        wider = next_room(room, limit) if step > room else room
+        if (rows, wider) != (shape, room):
+            shape, room = rows, wider
+            yield *shape, room
+
+
+def _least_rows(mesh: Mesh | None) -> int:
+    """Prompts that a batch has at least: one for each device."""
+    return 1 if mesh is None else sharding.example_parts(mesh)
 
 
 @partial(jax.jit, static_argnames=("static", "size"))
@@ -318,12 +353,13 @@ def _start(
     dynamic: DynamicArgs,
     *,
     static: StaticArgs,
-    size: tuple[int, int, int],
+    size: tuple[int, int, int, int],
 ) -> tuple[_Loop, _Prompts]:
-    """Reads the prompts and draws the first token of each completion; `size` is (G, C, room)."""
+    """Reads the prompts and draws the first token of each completion; `size` is (G, C, room, prompt_room)."""
     hidden, prompt = static.model.apply(variables, batch, method="prefill")
-    prompt = _pin(prompt, static.mesh)
-    b, (g, c, room) = batch.tokens.shape[0], size
+    b, (g, c, room, prompt_room) = batch.tokens.shape[0], size
+    more = max(0, prompt_room - batch.tokens.shape[1])
+    prompt = _pin(jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, more), (0, 0))), prompt), static.mesh)
     layers, _, kv_heads, _, dim = prompt.k.shape
     blank = jnp.zeros((layers, b, g, kv_heads, room, dim), prompt.k.dtype)
     loop = _Loop(
@@ -339,7 +375,19 @@ def _start(
         seen=None if dynamic.penalty is None else _seen(batch, static.model.head(variables).shape[0], g),
     )
     first = jnp.broadcast_to(logprobs.last_token(hidden, batch.mask)[:, None], (b, g, hidden.shape[-1]))
-    return _add(loop, first, variables, dynamic, static), _Prompts(prompt, replace(batch, vision=None))
+    read = replace(batch, mask=jnp.pad(batch.mask, ((0, 0), (0, more))))
+    return _add(loop, first, variables, dynamic, static), _Prompts(prompt, _for_decoding(read))
+
+
+def _for_decoding(batch: Batch) -> Batch:
+    """What decoding reads of prompts; the rest has one token, so that it does not depend on their length."""
+    return replace(
+        batch,
+        tokens=batch.tokens[:, :1],
+        positions=batch.positions[..., :1],
+        visual_index=batch.visual_index[:, :1],
+        vision=None,
+    )
 
 
 def _seen(batch: Batch, vocabulary: int, generations: int) -> jax.Array:
@@ -363,9 +411,9 @@ def _advance(
     completions then, and the largest number of them for one prompt.
     """
     c, room = loop.tokens.shape[2], loop.own.k.shape[4]
-    shape = loop.done.shape
+    shape, least = loop.done.shape, _least_rows(static.mesh)
     enough = np.asarray(  # [B + 1, G + 1]: whether a smaller batch would do
-        [[_rows_needed(p, m, shape, static.mesh) != shape for m in range(shape[1] + 1)] for p in range(shape[0] + 1)]
+        [[rows_needed(p, m, shape, least) != shape for m in range(shape[1] + 1)] for p in range(shape[0] + 1)]
     )
 
     def left(loop: _Loop) -> tuple[jax.Array, jax.Array]:

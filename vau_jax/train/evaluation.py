@@ -98,8 +98,8 @@ class Evaluation:
         with _of_evaluations():
             found, audit = pipeline.load_examples(self.data)
         self.examples = chosen(found, config.eval.max_examples)
-        self.placer = Placer(Rows(config.batch_size, mesh), pipeline.Collator(processor, self.data))
-        self.loader = pipeline.make_loader(processor, self.data, augment=False)
+        self.prompts = pipeline.Prompts(self.examples, pipeline.make_loader(processor, self.data, augment=False))
+        self.placer = Placer(Rows(config.batch_size, mesh), self.prompts.collate)
         best = config.checkpoint.best
         self.metric = best if best.removeprefix("-").startswith(EVALUATED) else SCORE
         self._sign = -1 if self.metric.startswith("-") else 1
@@ -213,14 +213,14 @@ class Evaluation:
 
     def _batches(self) -> Iterator[HostBatch]:
         rows = self.placer.rows
-        batches = pipeline.eval_batches(self.examples, self.loader, rows.count, SEED, rows.mine)
-        yield from map(self.placer.agreed, batches)
+        batches = pipeline.eval_batches(self.prompts, rows.count, SEED, rows.mine)
+        yield from map(self.placer.placed, batches)
 
     def _decoded(self, learner: Learner, host: HostBatch) -> list[list[str]]:
         """One text for each of this process's prompts."""
         sampled = sampling.sample(
             learner.variables,
-            learner.encode_vision(self.placer.on_devices(host).batch),
+            learner.encode_vision(host.batch),
             jax.random.key(SEED),
             model=learner.sampler,
             num_generations=1,

@@ -5,7 +5,7 @@ A learner is built from shapes alone, so that its programs can be compiled for a
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -21,7 +21,10 @@ from vau_jax.models import hf, lora, motion_prompt, qwen_vl
 from vau_jax.models.config import QwenVLConfig
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
-from vau_jax.train import memory, optim, update
+from vau_jax.rl import engine
+from vau_jax.train import memory, optim, parts, update
+from vau_jax.train.parts import Part
+from vau_jax.train.update import Metrics, Updates
 from vau_jax.types import Batch, Completions, Params, State, TrainBatch, Variables
 from vau_jax.vlm import DTYPES
 
@@ -41,7 +44,8 @@ class Learner:
         self.sampler = self.model.clone(unroll=1)
         self.groups = groups_of(config, model_config)
         trained, self.abstract_base = self._split(shapes)
-        rounds = config.grpo.iterations if config.stage == "rft" else 1
+        rounds = engine.prompts_at_once(config) // config.batch_size
+        rounds *= config.grpo.iterations if config.stage == "rft" else 1
         self.optimiser = optim.make(config.optim, config.steps * rounds, trained, self.abstract_base, self.groups)
         state = jax.eval_shape(self._initial, trained)
         self.shardings = sharding.state_shardings(state, mesh)
@@ -51,7 +55,7 @@ class Learner:
         self.base: Params | None = None
         self.reference: Params | None = None  # the reference policy of the KL, where it is fixed
         self.state: State | None = None
-        self._fitting: dict[tuple, update.Update] = {}  # with micro_batches=auto, by shapes of a batch
+        self._fitting: dict[tuple, int] = {}  # parts with micro_batches=auto, by shapes of a batch
 
     # --- What is trained, and the state ---
 
@@ -139,13 +143,27 @@ class Learner:
             return update.policy(self.abstract_state.reference, self.abstract_base)
         return qwen_vl.with_adapters(self.abstract_base or self.abstract_state.params, None)
 
-    def reference_logps(self, batch: Batch, completions: Completions) -> jax.Array:
-        """float32 [B, G, C] of the reference policy."""
-        return self.logps_program(self.reference_variables, batch, completions)[0]
+    def reference_logps(self, batch: Batch, completions: Completions, tokens: np.ndarray | None = None) -> jax.Array:
+        """float32 [B, G, C] of the reference policy. `tokens` int [B] are those of each row's completions, which then
+        are packed."""
+        return self._logps(self.reference_variables, batch, completions, tokens)
 
-    def policy_logps(self, batch: Batch, completions: Completions) -> jax.Array:
-        """float32 [B, G, C] of the current policy."""
-        return self.logps_program(self.variables, batch, completions)[0]
+    def policy_logps(self, batch: Batch, completions: Completions, tokens: np.ndarray | None = None) -> jax.Array:
+        """float32 [B, G, C] of the current policy; `tokens` likewise."""
+        return self._logps(self.variables, batch, completions, tokens)
+
+    def _logps(
+        self, variables: Variables, batch: Batch, completions: Completions, tokens: np.ndarray | None
+    ) -> jax.Array:
+        count = memory.candidates(self.config, self.mesh)[-1] * len(batch.tokens) // self.config.batch_size
+        found = self._split_by_length(completions, tokens, count)
+        if found[0].rows is None:
+            return self.logps_program(variables, batch, completions, length=found[0].length)[0]
+        logps = self._no_logps(completions)
+        for part in found:
+            rows = self._on_devices(part.rows)
+            logps = self.part_logps_program(logps, variables, batch, completions, rows, length=part.length)
+        return logps
 
     def encode_vision(self, batch: Batch) -> Batch:
         """Where the vision tower is frozen: the batch with its visual features, which are reused by all passes."""
@@ -164,32 +182,40 @@ class Learner:
     # --- Programs ---
 
     @cached_property
-    def update_program(self) -> update.Update:
-        """(State, base, TrainBatch) to State and metrics, in config.micro_batches parts (`auto`: in one)."""
-        return self.update_in(1 if memory.is_auto(self.config) else self.config.micro_batches)
-
-    def update_in(self, parts: int) -> update.Update:
-        """The update that computes a batch in so many parts."""
-        return update.make(self.config, self.model, self.optimiser, self.shardings, self.mesh, self.groups, parts)
-
-    def _update_for(self, train: TrainBatch) -> update.Update:
-        """The update that fits into the devices' memory for batches of these shapes."""
-        limit = memory.limit()
-        if not (memory.is_auto(self.config) and limit):
-            return self.update_program
-        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(train))
-        if shapes not in self._fitting:
-            heads, arguments = self.model.config.num_heads, (self.state, self.base, train)
-            self._fitting[shapes] = memory.fitting(
-                self.config, self.mesh, heads, self.update_in, arguments, limit - self.beside_update
-            )
-        return self._fitting[shapes]
+    def updates(self) -> Updates:
+        """The programs of an update."""
+        return Updates(self.config, self.model, self.optimiser, self.shardings, self.mesh, self.groups)
 
     @cached_property
     def logps_program(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        """(variables, Batch, Completions) to log-probabilities and entropies."""
+        """(variables, Batch, Completions) to log-probabilities and entropies, with `length` as in `packing.pack`."""
+        score = partial(update.policy_logps, model=self.model, temperature=self.config.rollout.temperature)
+        return jax.jit(score, static_argnames="length")
+
+    @cached_property
+    def part_logps_program(self) -> Callable[..., jax.Array]:
+        """(log-probabilities so far, variables, Batch, Completions, rows) to log-probabilities with those of a part."""
         temperature = self.config.rollout.temperature
-        return jax.jit(partial(update.policy_logps, model=self.model, temperature=temperature))
+
+        def score(
+            known: jax.Array,
+            variables: Variables,
+            batch: Batch,
+            completions: Completions,
+            rows: jax.Array,
+            length: int,
+        ) -> jax.Array:
+            own = parts.take((batch, completions), rows)
+            found, _ = update.policy_logps(variables, *own, self.model, temperature, length)
+            return parts.put(known, found, rows)
+
+        rows = sharding.examples(self.mesh)
+        return jax.jit(score, static_argnames="length", donate_argnums=0, out_shardings=rows)
+
+    @cached_property
+    def _no_logps(self) -> Callable[[Completions], jax.Array]:
+        rows = sharding.examples(self.mesh)
+        return jax.jit(lambda completions: jnp.zeros(completions.tokens.shape, jnp.float32), out_shardings=rows)
 
     @cached_property
     def vision_program(self) -> Callable[..., Any]:
@@ -206,18 +232,103 @@ class Learner:
 
     # --- One step ---
 
-    def update(self, train: TrainBatch) -> dict[str, float]:
-        """The updates of one batch (several with grpo.iterations): their metrics, mean or (/max) largest."""
-        rounds = self.config.grpo.iterations if self.config.stage == "rft" else 1
-        program, metrics = self._update_for(train), []
-        for _ in range(rounds):
-            with jax.transfer_guard("disallow"):  # all inputs are on the devices already
-                self.state, scalars = program(self.state, self.base, train)
-            metrics.append(jax.device_get(scalars))
+    def update(self, train: TrainBatch, tokens: np.ndarray | None = None) -> dict[str, float]:
+        """The updates of one batch (several with grpo.iterations, and where more prompts were sampled than an update
+        takes): their metrics, mean or (/max) largest. `tokens` int [B] are those of each row's completions, which are
+        then packed; None: each keeps its C places."""
+        metrics = []
+        for _ in range(self.config.grpo.iterations if self.config.stage == "rft" else 1):
+            for own, own_tokens in self._mini_batches(train, tokens):
+                found = self._split_by_length(own.completions, own_tokens, self._parts_of(own, own_tokens))
+                metrics.append(jax.device_get(self._update(own, found)))
         return {
             name: (np.max if name.endswith("/max") else np.mean)([scalars[name] for scalars in metrics])
             for name in metrics[0]
         }
+
+    def _mini_batches(
+        self, train: TrainBatch, tokens: np.ndarray | None
+    ) -> Iterator[tuple[TrainBatch, np.ndarray | None]]:
+        """The batch in mini-batches of config.batch_size prompts: of each device's rows the first, the next and so
+        on."""
+        count = len(train.batch.tokens) // self.config.batch_size
+        if count == 1:
+            yield train, tokens
+            return
+        devices = sharding.example_parts(self.mesh)
+        places = np.arange(len(train.batch.tokens), dtype=np.int32).reshape(devices, -1)
+        for rows in np.split(places, count, axis=1):
+            own = self._take_program(train, self._on_devices(rows - places[:, :1]))
+            yield own, None if tokens is None else tokens[rows.reshape(-1)]
+
+    @cached_property
+    def _take_program(self) -> Callable[[TrainBatch, jax.Array], TrainBatch]:
+        return jax.jit(parts.take, out_shardings=sharding.examples(self.mesh))
+
+    def _update(self, train: TrainBatch, found: list[Part]) -> Metrics:
+        programs = self.updates
+        if found[0].rows is None:
+            with jax.transfer_guard("disallow"):  # all inputs are on the devices already
+                self.state, metrics = programs.whole(self.state, self.base, train, length=found[0].length)
+            return metrics
+        sums, metrics = programs.begin(self.state.params), []
+        numbered = [(jax.device_put(np.int32(n)), self._on_devices(part.rows)) for n, part in enumerate(found)]
+        with jax.transfer_guard("disallow"):
+            for (number, rows), part in zip(numbered, found, strict=True):
+                sums, of_part = programs.part(
+                    self.state.params, self.state.step, self.base, sums, train, rows, number, length=part.length
+                )
+                metrics.append(of_part)
+            self.state, total = programs.apply(self.state, sums, metrics)
+        return total
+
+    def _split_by_length(self, completions: Completions, tokens: np.ndarray | None, count: int) -> list[Part]:
+        """The batch in `count` parts, with what completions of so many `tokens` are packed into."""
+        b, g, c = completions.tokens.shape
+        known = parts.lengths(self.config.data.completion_shares, g, c)
+        if tokens is None:
+            tokens, known = np.zeros(b, np.int64), known[-1:]
+        return parts.split(tokens, count, sharding.example_parts(self.mesh), known)
+
+    def _on_devices(self, rows: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(rows.shape, sharding.examples(self.mesh), lambda index: rows[index])
+
+    def _parts_of(self, train: TrainBatch, tokens: np.ndarray | None) -> int:
+        """The number of parts of an update: with micro_batches=auto as few as fit into the devices' memory."""
+        found, limit = memory.candidates(self.config, self.mesh), memory.limit()
+        if len(found) == 1 or not limit:
+            return found[0]
+        splits = {count: self._split_by_length(train.completions, tokens, count) for count in found}
+        longest = {count: max(part.length for part in split) for count, split in splits.items()}
+        key = *((x.shape, x.dtype) for x in jax.tree.leaves(train)), *longest.values()
+        if key not in self._fitting:
+            self._fitting[key] = memory.fitting(
+                self.config,
+                self.mesh,
+                self.model.config.num_heads,
+                lambda count: self.planned_bytes(train, count, longest[count]),
+                limit - self.beside_update,
+            )
+        return self._fitting[key]
+
+    def planned_bytes(self, train: TrainBatch, count: int, length: int) -> float:
+        """Bytes of each device that an update takes in `count` parts, by the compiler's plan."""
+        program, arguments, beside = self.largest_update(train, count)
+        return beside + memory.planned(program.lower(*arguments, length=length).compile())
+
+    def largest_update(self, train: TrainBatch, count: int) -> tuple[Any, tuple[Any, ...], float]:
+        """Of an update in `count` parts the program that needs the most memory, its arguments but for `length`, all as
+        shapes, and the bytes of each device that are held beside them."""
+        state, base = self.abstract_state, self.abstract_base
+        if count == 1:
+            return self.updates.whole, (state, base, train), 0.0
+        share = self.config.batch_size // count // sharding.example_parts(self.mesh)
+        replicated, split = sharding.replicated(self.mesh), sharding.examples(self.mesh)
+        rows = jax.ShapeDtypeStruct((sharding.example_parts(self.mesh), share), np.int32, sharding=split)
+        number = jax.ShapeDtypeStruct((), np.int32, sharding=replicated)
+        sums = jax.tree.map(_with_sharding, jax.eval_shape(self.updates.begin, state.params), self.updates.sums)
+        arguments = state.params, state.step, base, sums, train, rows, number
+        return self.updates.part, arguments, memory.held((state.opt_state, state.reference))
 
     def follow_reference(self, number: int) -> None:
         """After step `number`, from 0: moves the reference to (a mix with) the policy every grpo.reference_every."""

@@ -82,7 +82,7 @@ def check(config: ConfigDict) -> None:
     evaluation.check(c)
     memory.check(c)
     if c.stage == "rft":
-        engine.check(c.rollout, limit)
+        engine.check(c.rollout, limit, c.batch_size)
         grpo.check(c.grpo, limit)
         scorer.check(c)
     if c.stage == "rft" and c.lora.rank and c.lora.dropout:
@@ -119,7 +119,8 @@ class Run:
         self.processor = start.processor
         self.learner = Learner(config, self.processor.config, shapes_of(start.params), self.mesh)
         self.learner.begin(start.params)
-        self.feed = Feed(config, examples, audit, self.processor, Rows(config.batch_size, self.mesh))
+        rows = Rows(engine.prompts_at_once(config), self.mesh)
+        self.feed = Feed(config, examples, audit, self.processor, rows)
         self.difficulty = Difficulty(config.data.difficulty)
         self.worker = self._worker(workdir) if config.stage == "rft" else None
         self.tokens_seen = 0
@@ -130,7 +131,8 @@ class Run:
     def _worker(self, workdir: Path | None) -> RolloutWorker:
         c, end_tokens = self.config, self.processor.end_tokens
         answers = processes.own_lines(workdir / "judge.jsonl") if workdir and c.rewards.get("judge") else None
-        sampler = Engine(c.rollout, self.learner.sampler, end_tokens, c.data.max_completion_tokens)
+        room = max((shape.tokens for shape in self.feed.collate.plan.shapes), default=0)
+        sampler = Engine(c.rollout, self.learner.sampler, end_tokens, c.data.max_completion_tokens, room)
         return RolloutWorker(c, sampler, Scorer(c, self.processor, answers), self.feed, self.difficulty)
 
     # --- Where a run stands, besides its state ---
@@ -174,15 +176,15 @@ class Run:
             with clock("data"):
                 host = self.feed.next()
             if self.worker:
-                train, metrics, samples = self.worker.collect(
+                train, tokens, metrics, samples = self.worker.collect(
                     self.learner, host, jax.random.fold_in(self.key, number), clock
                 )
             else:
-                train, metrics, samples = self.supervised(host), {}, []
+                (train, tokens), metrics, samples = self.supervised(host), {}, []
             metrics |= self.feed.counts
             train = jax.device_put(train, sharding.examples(self.mesh))
             with clock("update"):
-                metrics |= self.learner.update(train)
+                metrics |= self.learner.update(train, tokens)
             self.learner.follow_reference(number)
         metrics |= clock.seconds()
         metrics |= self._speed(train, metrics)
@@ -211,11 +213,11 @@ class Run:
         shown |= self.evaluation.last if self.evaluation else {}
         return "  ".join(f"{name} {float(value):.3f}" for name, value in shown.items())
 
-    def supervised(self, host: HostBatch) -> TrainBatch:
-        """The batch of an SFT update: the right completions, weighted by section."""
+    def supervised(self, host: HostBatch) -> tuple[TrainBatch, np.ndarray]:
+        """The batch of an SFT update: the right completions, weighted by section; and the tokens of each."""
         completions, inputs = self.feed.rows.put((host.completions, {"weights": host.weights}))
-        batch = self.feed.on_devices(self.feed.agreed(host)).batch
-        return TrainBatch(self.learner.encode_vision(batch), completions, inputs)
+        tokens = self.feed.rows.gather(host.completions.mask.sum((1, 2)).tolist())
+        return TrainBatch(self.learner.encode_vision(host.batch), completions, inputs), np.asarray(tokens)
 
     def _speed(self, train: TrainBatch, metrics: dict[str, Any]) -> dict[str, float]:
         """Tokens per second, and where the devices' peak is known the share of it that the updates used (MFU): the
@@ -253,10 +255,10 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
 
 
 def steps_of_epochs(config: ConfigDict) -> int:
-    """The updates that show config.epochs times as many prompts as there are examples. With one task, or where
+    """The steps that show config.epochs times as many prompts as there are examples. With one task, or where
     data.task_weights are in proportion to the tasks' examples, each is shown so often."""
     examples, _ = pipeline.load_examples(config.data)
-    return math.ceil(config.epochs * len(examples) / config.batch_size)
+    return math.ceil(config.epochs * len(examples) / engine.prompts_at_once(config))
 
 
 def summary(config: ConfigDict, workdir: Path) -> str:

@@ -77,24 +77,21 @@ def planned(program: jax.stages.Compiled) -> float:
     return float(max(found.peak_memory_in_bytes, found.temp_size_in_bytes))  # on CPUs, the peak is without temporaries
 
 
-def fitting(
-    config: ConfigDict, mesh: Mesh, heads: int, make: Callable[[int], Any], arguments: tuple[Any, ...], limit: float
-) -> Callable[..., Any]:
-    """The update of `make(parts)` with the fewest parts that the compiler plans at most `limit` bytes a device for,
-    compiled for `arguments`; the same in all processes. Raises InputError where none does."""
+def fitting(config: ConfigDict, mesh: Mesh, heads: int, planned: Callable[[int], float], limit: float) -> int:
+    """The fewest parts of an update for which `planned` gives at most `limit` bytes a device; the same in all
+    processes. Raises InputError where none does."""
     needed = 0.0
-    for parts in candidates(config, mesh):
+    for count in candidates(config, mesh):
         try:
-            program = make(parts).lower(*arguments).compile()
-            needed = planned(program)
+            needed = planned(count)
         except jax.errors.JaxRuntimeError as error:  # some compilers refuse what does not fit
             if EXHAUSTED not in str(error):
                 raise
             needed = math.inf
         if all(processes.exchange(needed <= limit)):  # their devices may differ in what is free
             if processes.is_first():
-                print(f"micro_batches={parts}: an update takes {needed / GIB:.2f} of {limit / GIB:.2f} GiB", flush=True)
-            return program
+                print(f"micro_batches={count}: an update takes {needed / GIB:.2f} of {limit / GIB:.2f} GiB", flush=True)
+            return count
     raise InputError(
         f"micro_batches={AUTO}: with one prompt a device at a time an update takes {needed / GIB:.2f} of "
         f"{limit / GIB:.2f} GiB; what would help: {advice(config, mesh, heads)}"
