@@ -152,7 +152,8 @@ class Epoch:
         self.programs["decode"].add(shape)  # prefill
         if self.args.freeze_vision:
             self.programs["vision"].add(shape)
-        steps = list(sampling.chunks(completions, self.args.new, self.args.devices))
+        steps = sampling.steps(completions, self.args.new, self.args.devices)
+        steps = [batch for batch, _ in itertools.groupby(steps)]
         self.programs["decode"] |= {*steps}
         self.programs["resize"] |= {*itertools.pairwise(steps)}
 

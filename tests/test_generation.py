@@ -237,7 +237,8 @@ def test_the_batches_of_decoding_follow_from_the_lengths(vlm: VideoLM, monkeypat
     monkeypatch.setattr(sampling, "_advance", watched)
     monkeypatch.setattr(sampling, "FIRST_CACHE", 8)
     out = sampling.sample(vlm.variables, batch, jax.random.key(1), **options)
-    assert seen == list(sampling.chunks(np.asarray(out.mask).sum(-1), 60)) and len(seen) > 3
+    expected = [batch for batch, _ in itertools.groupby(sampling.steps(np.asarray(out.mask).sum(-1), 60))]
+    assert [batch for batch, _ in itertools.groupby(seen)] == expected and len(expected) > 3
 
 
 def test_room_for_longer_prompts_changes_nothing_but_the_programs(vlm: VideoLM) -> None:

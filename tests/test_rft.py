@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from tests import reward_functions
 from tests.oracle import ask
 from tests.rollouts import judged, loss_inputs
-from tests.runs import first_gradient, small
+from tests.runs import IN_PROPORTION, first_gradient, small
 from vau_jax.common import sharding
 from vau_jax.common.files import InputError
 from vau_jax.common.metric_writer import read_metrics
@@ -595,7 +595,6 @@ def test_a_rollout_serves_several_updates_one_after_the_other(model_folder: Path
         each.append(t.learner.update(jax.tree.map(lambda x, half=half: x[half], train), tokens[half]))
     assert_close(jax.device_get(t.learner.state.params), together, 1e-5)
     assert metrics["loss"] == pytest.approx(np.mean([m["loss"] for m in each]), abs=1e-6)
-    assert each[1]["ratio/max"] != 1 if "ratio/max" in each[1] else True
     t.close()
 
 
@@ -615,7 +614,9 @@ def test_an_annotated_completion_takes_the_last_place_of_its_group(model_folder:
     host = t.feed.next()
     train, tokens, metrics, _ = t.worker.collect(t.learner, host, jax.random.fold_in(t.key, 0), Clock())
     last = np.asarray(train.completions.mask[:, -1])
-    np.testing.assert_array_equal(np.asarray(train.completions.tokens[:, -1])[last], host.completions.tokens[:, 0][last])
+    np.testing.assert_array_equal(
+        np.asarray(train.completions.tokens[:, -1])[last], host.completions.tokens[:, 0][last]
+    )
     np.testing.assert_array_equal(last, host.completions.mask[:, 0])
     assert train.completions.tokens.shape[:2] == (4, 4) and tokens.sum() == np.asarray(train.completions.mask).sum()
     policy = np.asarray(t.learner.policy_logps(train.batch, train.completions))[:, -1]
@@ -626,5 +627,5 @@ def test_an_annotated_completion_takes_the_last_place_of_its_group(model_folder:
 
 
 def test_a_rollout_that_is_no_multiple_of_updates_is_refused(model_folder: Path, dataset: Path) -> None:
-    with pytest.raises(InputError, match="rollout.batch_size=6: expected a multiple of batch_size=4, or 0"):
+    with pytest.raises(InputError, match=r"rollout\.batch_size=6: expected a multiple of batch_size=4"):
         loop.check(config(model_folder, dataset, **{"rollout.batch_size": 6}))

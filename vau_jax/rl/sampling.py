@@ -325,20 +325,17 @@ def rows_needed(prompts: int, most: int, shape: tuple[int, int], least: int = 1)
     return next(s for s in reversed(row_shapes(shape, least)) if s == shape or (s[0] >= prompts and s[1] >= most))
 
 
-def chunks(lengths: np.ndarray, limit: int, least: int = 1) -> Iterator[tuple[int, int, int]]:
-    """The batches (B, G, room for completion tokens) in which `sample` decodes completions of these lengths [B, G], of
-    at most `limit` tokens; `least` as in `row_shapes`."""
+def steps(lengths: np.ndarray, limit: int, least: int = 1) -> Iterator[tuple[int, int, int]]:
+    """The batch (B, G, room for completion tokens) of each step in which `sample` decodes completions of these lengths
+    [B, G], of at most `limit` tokens, from the second token on; `least` as in `row_shapes`."""
     shape, room = lengths.shape, min(FIRST_CACHE, limit)
-    yield *shape, room
     for step in range(1, limit):
         left = (lengths > step).sum(1)
         rows = rows_needed(int((left > 0).sum()), int(left.max()), shape, least)
         if rows == (0, 0):
             return
-        wider = next_room(room, limit) if step > room else room
-        if (rows, wider) != (shape, room):
-            shape, room = rows, wider
-            yield *shape, room
+        shape, room = rows, next_room(room, limit) if step > room else room
+        yield *shape, room
 
 
 def _least_rows(mesh: Mesh | None) -> int:
