@@ -32,7 +32,7 @@ def judged(scorer: tuple, texts: list[str], **changed: Any) -> tuple[RolloutWork
 
 
 def completions(r: RolloutWorker, draw: RolloutBatch) -> Completions:
-    return r.completions(SelectedGroups(draw, None, draw.sampled, []))
+    return r.completions(draw.sampled, draw.lengths)
 
 
 def loss_inputs(r: RolloutWorker, draw: RolloutBatch, kl: np.ndarray | None = None) -> dict[str, np.ndarray]:

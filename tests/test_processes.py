@@ -131,6 +131,17 @@ def test_rft_of_several_processes_is_that_of_one(
     assert evaluated[0] == evaluated[1] and [len(line) > 5 for line in evaluated[0]] == [False, True, False, True]
 
 
+@pytest.mark.long
+def test_rewards_beside_log_probabilities_are_those_of_one_process(
+    model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Without further draws: each process scores its rows while all compute the reference together."""
+    for processes, folder in ((2, tmp_path / "two"), (1, tmp_path / "one")):
+        run(processes, [*options("rft", model_folder, dataset, folder), "--config.rollout.max_draws=1"])
+    names = ("loss", "kl", "grad_norm", "reward", "reward_std", "final_score")
+    np.testing.assert_allclose(curve(tmp_path / "two", *names), curve(tmp_path / "one", *names), **SAME)
+
+
 def test_what_processes_tell_each_other_soon_compiles_nothing(rft_of_two: Path) -> None:
     """Lists of names, scores and counts that have another length at each step."""
     programs = curve(rft_of_two / "run", "compile/programs")[:, 0]

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from vau_jax.common.processes import Rows
 from vau_jax.data.pipeline import HostBatch
-from vau_jax.types import Batch, Sampled
+from vau_jax.types import Batch, Completions, Sampled
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,15 @@ class RolloutBatch(Outcome):
 
 
 @dataclass(frozen=True)
+class Scored:
+    """Completions to train on, with what the loss reads of policies."""
+
+    mask: np.ndarray  # bool [b, G, C] of this process's rows
+    completions: Completions  # of the global batch, on the devices
+    logps: dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
 class SelectedGroups:
     """The groups of a step's batch that are trained on."""
 
@@ -86,3 +96,4 @@ class SelectedGroups:
     batch: Batch  # prompts of the global batch, on the devices
     sampled: Sampled  # numpy, of this process's rows
     first: list[dict[str, Any]]  # a record for each completion of the first group, for people to read
+    scored: Scored | None = None  # where it was known before the rewards that these groups are trained on

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -17,9 +18,9 @@ from vau_jax.data.processor import Shape
 from vau_jax.rl import grpo
 from vau_jax.rl.difficulty import Difficulty
 from vau_jax.rl.engine import Engine
-from vau_jax.rl.outcome import Outcome, RolloutBatch, SelectedGroups, joined
+from vau_jax.rl.outcome import Outcome, RolloutBatch, Scored, SelectedGroups, joined
 from vau_jax.rl.scorer import Scorer
-from vau_jax.types import Batch, Completions, TrainBatch, Variables
+from vau_jax.types import Batch, Completions, Sampled, TrainBatch, Variables
 
 LENGTHS = 4  # number of lengths that completions are padded to: quarters of the limit
 
@@ -78,13 +79,11 @@ class RolloutWorker:
             metrics |= {"dynamic/draws": len(outcomes), "dynamic/left_without_variance": alike}
             metrics["dynamic/replaced"] = int((~outcomes[0].varied).sum()) - alike
         with clock("score"):
-            completions = self.completions(chosen)
-            placed = self.feed.rows.put(completions)
-            scored = self.scored_logps(policy, chosen.batch, placed)
-            kl = self._kl_in_reward(policy, chosen.batch, placed, scored)
-            inputs, advantages = self.loss_inputs(chosen, completions.mask, kl)
+            scored = chosen.scored or self.score(policy, chosen.batch, chosen.sampled, chosen.outcome.lengths)
+            kl = self._kl_in_reward(policy, chosen.batch, scored.completions, scored.logps)
+            inputs, advantages = self.loss_inputs(chosen, scored.mask, kl)
         samples = [{**record, "advantage": float(a)} for record, a in zip(chosen.first, advantages[0], strict=True)]
-        train = TrainBatch(chosen.batch, placed, {**self.feed.rows.put(inputs), **scored})
+        train = TrainBatch(chosen.batch, scored.completions, {**self.feed.rows.put(inputs), **scored.logps})
         return Collected(train, metrics, samples)
 
     # --- Groups ---
@@ -112,9 +111,10 @@ class RolloutWorker:
                 keys = self.keys(host, jax.random.fold_in(key, len(draws)))
                 sampled = self.engine.sample(policy.variables, batch, keys)
                 sampled = self.feed.rows.fetch(sampled)
+            draw, scored = self._read(policy, host, batch, sampled, clock)
             with clock("reward"):
-                draws.append(self.scorer.read(host, sampled))
-                outcomes.append(draws[-1].gathered(self.feed.rows))
+                draws.append(draw)
+                outcomes.append(draw.gathered(self.feed.rows))
                 self.difficulty.learn(outcomes[-1])
             enough = sum(outcome.varied.sum() for outcome in outcomes) >= self.config.batch_size
             if enough or len(draws) >= self.config.rollout.max_draws:
@@ -122,10 +122,26 @@ class RolloutWorker:
             with clock("data"):
                 host = self.feed.next()
         if len(draws) == 1:
-            chosen = SelectedGroups(outcomes[0], batch, draws[0].sampled, self._first(draws, 0))
+            chosen = SelectedGroups(outcomes[0], batch, draws[0].sampled, self._first(draws, 0), scored)
         else:
             chosen = self._of_several(policy, draws, outcomes)
         return chosen, outcomes, pipeline.summed(levels)
+
+    def _read(
+        self, policy: Policy, host: HostBatch, batch: Batch, sampled: Sampled, clock: Clock
+    ) -> tuple[RolloutBatch, Scored | None]:
+        """The rewards of a draw and, where all its groups are trained on, what the devices compute of it meanwhile: the
+        clock's "reward" is what they wait for after that.
+        """
+        with ThreadPoolExecutor(1, "rewards") as thread:
+            reading, scored = thread.submit(self.scorer.read, host, sampled), None
+            if self.config.rollout.max_draws == 1:
+                with clock("score"):
+                    lengths = np.asarray(self.feed.rows.gather(sampled.mask.sum(-1).tolist()))
+                    scored = self.score(policy, batch, sampled, lengths)
+                    jax.block_until_ready(scored.logps)
+            with clock("reward"):
+                return reading.result(), scored
 
     def keys(self, host: HostBatch, key: jax.Array) -> jax.Array:
         """A key for each prompt of the global batch [B], derived only from its example: token t of its completion g is
@@ -157,14 +173,20 @@ class RolloutWorker:
 
     # --- What the loss reads ---
 
-    def completions(self, chosen: SelectedGroups) -> Completions:
+    def score(self, policy: Policy, batch: Batch, sampled: Sampled, lengths: np.ndarray) -> Scored:
+        """What the loss reads of policies; `lengths` are those of the whole batch's completions."""
+        completions = self.completions(sampled, lengths)
+        placed = self.feed.rows.put(completions)
+        return Scored(completions.mask, placed, self.scored_logps(policy, batch, placed))
+
+    def completions(self, sampled: Sampled, lengths: np.ndarray) -> Completions:
         """The completions to train on, padded to the smallest of LENGTHS lengths that holds the longest of the whole
         batch: few programs, little padding.
         """
-        limit, longest = chosen.sampled.tokens.shape[2], int(chosen.outcome.lengths.max())
+        limit, longest = sampled.tokens.shape[2], int(lengths.max())
         step = -(-limit // LENGTHS)
         length = min(limit, -(-max(1, longest) // step) * step)
-        return Completions(chosen.sampled.tokens[..., :length], chosen.sampled.mask[..., :length])
+        return Completions(sampled.tokens[..., :length], sampled.mask[..., :length])
 
     def scored_logps(self, policy: Policy, batch: Batch, completions: Completions) -> dict[str, jax.Array]:
         """Log-probabilities of the reference policy, where there is a KL term, and of the policy that sampled, where
