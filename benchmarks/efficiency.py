@@ -1,7 +1,7 @@
 """Data-parallel efficiency and goodput on paper: of programs compiled for pods, with saves and restarts measured here.
 
     python benchmarks/compile_table.py --folder=DIR --only grpo-3b-v5e16 grpo-3b-2xv5e16 grpo-3b-4xv5e256 ...
-    python benchmarks/efficiency.py --folder=DIR [--gb=2] [--restart=60]
+    python benchmarks/efficiency.py --folder=DIR [--gb=2] [--restart=60] [--copy=5]
 
 Prints two Markdown tables over the rows of DIR, and one JSON object last.
 
@@ -9,9 +9,11 @@ Efficiency: prompts per chip and second, relative to the fewest chips. A step is
 two forward passes (the prompts before sampling, the reference's scores), each a quarter of the update, which computes
 forward twice and backward. Once with all communication hidden behind the work, once with none.
 
-Goodput: the share of the time that goes into steps, where a preemption comes every so many hours. Each costs the save
-that SIGTERM asks for and a restart: the slice again and the programs compiled (--restart), the process started, the
-checkpoint read. One without notice costs half the steps between two checkpoints instead of the save.
+Goodput: the share of the time that goes into steps, where a preemption comes every so many hours. Steps wait for a
+checkpoint until the hosts have the state (--copy), and for the rest of it where it is not written by the next one. A
+preemption costs the save that SIGTERM asks for and a restart: the slice again and the programs compiled (--restart),
+the process started, the checkpoint read. One without notice costs, instead of the save, half the steps between two
+checkpoints, and those that were done while the last one was written.
 """
 
 import argparse
@@ -63,6 +65,7 @@ def measured(gb: float) -> Costs:
         checkpoints = checkpoint.Checkpoints(folder)
         began = time.monotonic()
         checkpoints.save(1, state, {}, 0.0)
+        checkpoints.wait()
         saved = time.monotonic()
         checkpoints.restore(1, state)
         done = time.monotonic()
@@ -91,10 +94,11 @@ def seconds(report: dict[str, Any]) -> tuple[float, float]:
     return hidden, plain
 
 
-def goodput(hours: float, step: float, save: float, restart: float, notice: bool) -> float:
-    """Share of the time in steps."""
-    steady = EVERY * step / (EVERY * step + save)
-    lost = restart + (save if notice else EVERY * step / 2)
+def goodput(hours: float, step: float, copy: float, write: float, restart: float, notice: bool) -> float:
+    """Share of the time in steps. A save takes the seconds of `copy`, in which steps wait, and `write`."""
+    steps = EVERY * step
+    steady = steps / (copy + max(steps, write))
+    lost = restart + write + (copy if notice else steps / 2)
     return steady * max(0.0, 1 - lost / (hours * 3600))
 
 
@@ -105,16 +109,16 @@ def compiled(folder: Path, model: str) -> dict[str, tuple[Pod, dict[str, Any]]]:
     return dict(sorted(found.items(), key=lambda item: (item[1][0].chips, item[1][0].slices)))
 
 
-def row(pod: Pod, report: dict[str, Any], state: int, costs: Costs, restart: float) -> dict[str, Any]:
+def row(pod: Pod, report: dict[str, Any], state: int, costs: Costs, restart: float, rate: float) -> dict[str, Any]:
     """What is known of a run with a state of so many bytes on these chips; `restart` are the seconds that a restart
-    takes besides those of the process and the checkpoint."""
+    takes besides those of the process and the checkpoint, and `rate` the bytes a second that a host copies."""
     hidden, plain = seconds(report)
     host = state / (pod.chips / CHIPS_A_HOST)  # bytes that a host writes and reads
-    save, restart = host / costs.save, restart + costs.start + host / costs.read
-    shares = {h: [goodput(h, plain, save, restart, notice) for notice in (True, False)] for h in HOURS}
+    copy, write, restart = host / rate, host / costs.save, restart + costs.start + host / costs.read
+    shares = {h: [goodput(h, plain, copy, write, restart, notice) for notice in (True, False)] for h in HOURS}
     rates = [pod.prompts / pod.chips / s for s in (hidden, plain)]
     known = {"label": pod.label, "chips": pod.chips, "prompts": pod.prompts, "seconds": (hidden, plain), "rates": rates}
-    return known | {"save": save, "restart": restart, "goodput": shares}
+    return known | {"copy": copy, "write": write, "restart": restart, "goodput": shares}
 
 
 def main() -> None:
@@ -123,6 +127,7 @@ def main() -> None:
     parser.add_argument("--model", default="3b", choices=MODELS)
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint that is written and read here")
     parser.add_argument("--restart", type=float, default=60.0, help="seconds for the slice, and to compile")
+    parser.add_argument("--copy", type=float, default=5.0, help="GB a second that a host copies from its chips")
     args = parser.parse_args()
     found = compiled(args.folder, args.model)
     if not found:
@@ -130,18 +135,19 @@ def main() -> None:
     costs = measured(args.gb)
     sizes = hf.parameter_shapes(model_config.from_hf(model_config.SIZES[f"qwen2.5-vl-{args.model}"]))
     state = 12 * sum(map(math.prod, sizes.values()))  # float32 parameters and AdamW's two moments
-    results = {name: row(pod, report, state, costs, args.restart) for name, (pod, report) in found.items()}
+    given = (state, costs, args.restart, args.copy * 1e9)
+    results = {name: row(pod, report, *given) for name, (pod, report) in found.items()}
     steps, lost = [], []
     first = next(iter(results.values()))["rates"]
     for r in results.values():
         r["efficiency"] = [rate / base for rate, base in zip(r["rates"], first, strict=True)]
         steps.append([r["label"], str(r["chips"]), str(r["prompts"]), *(f"{s:.2f} s" for s in r["seconds"])])
         steps[-1] += [f"{share:.0%}" for share in r["efficiency"]]
-        lost.append([r["label"], f"{r['save']:.1f} s", f"{r['restart']:.0f} s"])
+        lost.append([r["label"], *(f"{r[name]:.1f} s" for name in ("copy", "write")), f"{r['restart']:.0f} s"])
         lost[-1] += [" / ".join(f"{share:.1%}" for share in shares) for shares in r["goodput"].values()]
     heads = ["slices", "chips", "prompts", "step, communication hidden", "not hidden"]
     print(markdown([*heads, "efficiency, hidden", "not hidden"], steps), end="")
-    print(markdown(["slices", "save", "restart", *(f"every {h} h" for h in HOURS)], lost), end="")
+    print(markdown(["slices", "copy", "write", "restart", *(f"every {h} h" for h in HOURS)], lost), end="")
     print(dump_json({"costs": costs._asdict(), "rows": results}))
 
 

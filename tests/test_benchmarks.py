@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,11 +69,13 @@ def test_video_pipeline(tmp_path: Path) -> None:
 
 def test_goodput_is_what_saves_restarts_and_lost_steps_leave() -> None:
     """A checkpoint every hundred steps of 2 s; of six hours, ten minutes are spent in a restart."""
-    assert efficiency.goodput(6, 2.0, save=0.0, restart=0.0, notice=True) == 1
-    assert efficiency.goodput(6, 2.0, save=0.0, restart=600.0, notice=True) == pytest.approx(35 / 36)
-    without = efficiency.goodput(6, 2.0, save=10.0, restart=600.0, notice=False)
-    assert without == pytest.approx(200 / 210 * (1 - (600 + 100) / 21600))
-    assert efficiency.goodput(0.1, 2.0, save=10.0, restart=600.0, notice=True) == 0
+    hours = partial(efficiency.goodput, 6, 2.0)
+    assert hours(copy=0.0, write=0.0, restart=0.0, notice=True) == 1
+    assert hours(copy=0.0, write=0.0, restart=600.0, notice=True) == pytest.approx(35 / 36)
+    assert hours(copy=10.0, write=50.0, restart=600.0, notice=True) == pytest.approx(200 / 210 * (1 - 660 / 21600))
+    assert hours(copy=10.0, write=50.0, restart=600.0, notice=False) == pytest.approx(200 / 210 * (1 - 750 / 21600))
+    assert hours(copy=0.0, write=400.0, restart=0.0, notice=True) == pytest.approx(0.5 * (1 - 400 / 21600))
+    assert efficiency.goodput(0.1, 2.0, copy=1.0, write=10.0, restart=600.0, notice=True) == 0
 
 
 def test_a_save_and_a_restart_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

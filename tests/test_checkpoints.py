@@ -67,6 +67,7 @@ def test_a_run_resumes_from_the_step_before_a_damaged_one(
     found, place = checkpoints.restore(2, state(0.0))
     assert place == {"place": 2} and set(np.asarray(found.params["w"])) == {2.0}
     checkpoints.save(4, state(4.0), {}, 2.0)
+    checkpoints.wait()
     assert set(checkpoint.restore_params(tmp_path / "checkpoints" / "4")["w"]) == {4.0}
     assert (tmp_path / "damaged" / "4").is_dir()
 
@@ -159,5 +160,5 @@ def test_of_equal_steps_the_first_is_kept_as_the_best(tmp_path: Path) -> None:
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
     for step, score in enumerate((0.1, 0.5, 0.5, -np.inf, 0.5), 1):
         checkpoints.save(step, state(step), {}, score)
-    assert checkpoint.steps(tmp_path) == [2, 5] and checkpoints.best() == 2
     checkpoints.close()
+    assert checkpoint.steps(tmp_path) == [2, 5] and checkpoints.best() == 2

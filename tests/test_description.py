@@ -1,6 +1,7 @@
 """The fourth task: describing a video and explaining what is abnormal, learned by SFT and from a judge's marks."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,30 @@ def test_marks_reward_descriptions_alone_and_failures_count_for_nothing(scorer: 
     trained = inputs["mask"].reshape(16, -1).any(1)
     assert not trained[failed].any() and trained[descriptions & ~failed].all()
     assert inputs["advantages"].reshape(16)[descriptions].reshape(-1, 4)[:, [0, 3]].round(3).tolist() == [[-1, 1]] * 2
+
+
+def test_log_probabilities_are_computed_while_the_judge_is_asked(
+    model_folder: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers once the reference policy is being run, and fails where that waits for its answers."""
+    scoring = threading.Event()
+    with serve(lambda request, number: Answer(marks(5), status=200 if scoring.wait(60) else 400)) as server:
+        c = small("vau_r1_multi_rft", model_folder, dataset)
+        c.data.tasks, c.rollout.max_draws = ("description",), 1
+        c.judge = endpoint(server.url, seconds=120.0, retries=0)
+        with c.unlocked():
+            c.rewards.judge = 1.0
+        run = loop.Run(c)
+        reference_logps = run.learner.reference_logps
+
+        def scored(*args: Any) -> Any:
+            scoring.set()
+            return reference_logps(*args)
+
+        monkeypatch.setattr(run.learner, "reference_logps", scored)
+        metrics, _ = run.step(0)
+        run.close()
+    assert server.requests and metrics["rewards/failed"] == 0 and metrics["rewards/judge"] == 0.5
 
 
 def test_a_judge_without_descriptions_is_refused(scorer: tuple) -> None:

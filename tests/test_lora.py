@@ -199,6 +199,7 @@ def go_on(run: Path) -> None:
     checkpoints = checkpoint.Checkpoints(run, keep=1)
     adapters = checkpoint.restore_params(run / "checkpoints" / "2")
     checkpoints.save(3, State(np.zeros((), np.int32), jax.tree.map(lambda x: x + 1, adapters), ()), {}, 1e9)
+    checkpoints.close()
 
 
 def test_a_run_stays_with_the_step_that_it_began_with(model_folder: Path, dataset: Path, moved: Path) -> None:

@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 
 from tests.runs import IN_PROPORTION, arguments
+from vau_jax.common import checksums
+from vau_jax.common.files import read_json
 from vau_jax.common.metric_writer import read_metrics
 from vau_jax.models import checkpoint
 
 ROOT = Path(__file__).parents[1]
 STEPS = 4
+SECOND = "state/ocdbt.process_1"  # where the second of several processes writes its part of a checkpoint
 SAME = {"rtol": 1e-4, "atol": 1e-6}  # sums of float32 in other orders, four steps long
 
 
@@ -32,8 +35,10 @@ def options(stage: str, model: Path, data: Path, workdir: Path, steps: int = STE
     return arguments(stage, model, data, workdir, steps, **changed)
 
 
-def start(processes: int, args: list[str], told: Path | None = None) -> subprocess.Popen:
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "RUN_PYTHON": sys.executable, "TOLD": str(told or "")}
+def start(
+    processes: int, args: list[str], told: Path | None = None, python: str | Path = sys.executable
+) -> subprocess.Popen:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "RUN_PYTHON": str(python), "TOLD": str(told or "")}
     env["PREEMPTED_CODE"] = "75"
     command = ["bash", "launch/local_multi.sh", str(processes), "vau_jax.train", *args]
     if processes == 1:
@@ -126,6 +131,17 @@ def test_rft_of_several_processes_is_that_of_one(
     assert evaluated[0] == evaluated[1] and [len(line) > 5 for line in evaluated[0]] == [False, True, False, True]
 
 
+@pytest.mark.long
+def test_rewards_beside_log_probabilities_are_those_of_one_process(
+    model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Without further draws: each process scores its rows while all compute the reference together."""
+    for processes, folder in ((2, tmp_path / "two"), (1, tmp_path / "one")):
+        run(processes, [*options("rft", model_folder, dataset, folder), "--config.rollout.max_draws=1"])
+    names = ("loss", "kl", "grad_norm", "reward", "reward_std", "final_score")
+    np.testing.assert_allclose(curve(tmp_path / "two", *names), curve(tmp_path / "one", *names), **SAME)
+
+
 def test_what_processes_tell_each_other_soon_compiles_nothing(rft_of_two: Path) -> None:
     """Lists of names, scores and counts that have another length at each step."""
     programs = curve(rft_of_two / "run", "compile/programs")[:, 0]
@@ -139,6 +155,16 @@ def test_a_run_of_two_processes_compiles_nothing_after_its_tenth_step(
     run(2, options("rft", model_folder, dataset, tmp_path / "run", 30))
     programs = [line["compile/programs"] for line in read_metrics(tmp_path / "run")]
     assert len(programs) == 30 and programs[0] > 0 and not any(programs[10:])
+
+
+def test_every_file_of_a_checkpoint_has_a_hash_by_the_process_that_has_written_it(rft_of_two: Path) -> None:
+    folder = rft_of_two / "run" / "checkpoints" / str(STEPS)
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    notes = {name for name in files if name.startswith("checksums.")}
+    assert notes == {"checksums.json", "checksums.00001.json"} and set(checksums.noted(folder)) == files - notes
+    second = read_json(folder / "checksums.00001.json")
+    assert second and all(name.startswith(f"{SECOND}/") for name in second)
+    assert not checksums.damage(folder)
 
 
 def test_rewards_are_computed_once_and_where_the_samples_are(
@@ -173,6 +199,23 @@ def test_the_others_end_when_one_is_killed_and_the_run_resumes_to_the_same_bits(
     np.testing.assert_array_equal(curve(rft_of_two / "run", "loss"), curve(tmp_path / "killed", "loss"))
 
 
+@pytest.mark.long
+def test_a_process_that_cannot_write_its_part_of_a_checkpoint_ends_all_with_its_error(
+    model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """The second of two, whose files may not grow to what that takes."""
+    python = tmp_path / "python"
+    limit = f'[ "$JAX_PROCESS_ID" = 0 ] || {{ ulimit -f 100; trap "" XFSZ; }}\nexec {sys.executable} "$@"\n'
+    python.write_text(f"#!/bin/bash\n{limit}")
+    python.chmod(0o755)
+    began = time.monotonic()
+    process = start(2, options("sft", model_folder, dataset, tmp_path / "run"), python=python)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode not in (0, 75) and time.monotonic() - began < 240
+    assert re.search(rf"^\[1\] error: cannot write to {tmp_path / 'run'}: ", output, re.MULTILINE), output[-3000:]
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
 def test_what_two_processes_tell_each_other(tmp_path: Path) -> None:
     """The first process's mistake is that of both, a workdir is the first's, a file of answers each one's own."""
     (tmp_path / "answers.00003.jsonl").write_text('{"paid": 3}\n{"cut sho')
@@ -184,8 +227,10 @@ def test_what_two_processes_tell_each_other(tmp_path: Path) -> None:
         told = json.loads(re.search(rf"^\[{number}\] told (.*)$", done.stdout, re.MULTILINE)[1])
         assert told["found"] == {"process": 0} and told["error"] == "the first says no"
         assert re.match(rf"{tmp_path} is in use by process \d+ on .* since ", told["held"])
-        assert told["damage"] == ["", "4 differs from what was written, 5 cannot be read"]
+        assert told["damage"] == ["", f"4 differs from what was written, {SECOND}/5 cannot be read"]
         assert told["programs"] <= 12, "texts of 60 lengths up to 100 kB"
+    assert set(read_json(tmp_path / "checkpoint" / "checksums.json")) == {"0", "2", "4", "6"}
+    assert set(read_json(tmp_path / "checkpoint" / "checksums.00001.json")) == {f"{SECOND}/{n}" for n in (1, 3, 5)}
     first, second, _ = sorted(tmp_path.glob("answers*"))
     assert first.name == "answers.00001.jsonl" and first.read_text() == '{"paid": 3}\n{"paid": 1}\n'
     assert second.name == "answers.00003.jsonl"

@@ -31,9 +31,9 @@ EVERY = 2  # steps between checkpoints
 STEPS = max(8, 3 * KILLS) // EVERY * EVERY
 
 
-def command(stage: str, model: Path, data: Path, workdir: Path) -> list[str]:
+def command(stage: str, model: Path, data: Path, workdir: Path, program: str = "vau_jax.train") -> list[str]:
     args = arguments(stage, model, data, workdir, STEPS, **{"data.augment": True})
-    return [sys.executable, "-m", "vau_jax.train", *args]
+    return [sys.executable, "-m", program, *args]
 
 
 def environment() -> dict[str, str]:
@@ -129,6 +129,35 @@ def test_a_run_that_is_asked_to_end_saves_its_step_first(
     assert read_json(workdir / "best.json") == read_json(straight / "best.json")
 
 
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    straight: Path, model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """The step after it is done meanwhile, and is done again."""
+    workdir = tmp_path / "killed"
+    slow = command(STAGE, model_folder, dataset, workdir, "tests.slow_writes")
+    assert kill_after(slow, workdir, 2 * EVERY + 1, 0.0) == 2 * EVERY + 1
+    assert checkpoint.steps(workdir) == [EVERY]
+    run(command(STAGE, model_folder, dataset, workdir))
+    for a, b in zip(jax.tree.leaves(final(straight)), jax.tree.leaves(final(workdir)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert learning_curve(workdir) == learning_curve(straight)
+
+
+def test_a_run_that_is_asked_to_end_waits_for_its_checkpoint(
+    straight: Path, model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """While that of a step before is written."""
+    workdir = tmp_path / "asked"
+    process = start(command(STAGE, model_folder, dataset, workdir, "tests.slow_writes"))
+    wait_for(workdir, EVERY, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    step = read_json(workdir / "preempted.json")["step"]
+    assert checkpoint.steps(workdir)[-1] == step == steps_done(workdir) < STEPS
+    run(command(STAGE, model_folder, dataset, workdir))
+    assert learning_curve(workdir) == learning_curve(straight)
+
+
 def test_a_disk_that_is_full_is_one_line_and_loses_nothing(
     straight: Path, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +201,7 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(SystemExit):
         checkpoints.save(8, state, {}, 1.0)  # 6 goes: it is neither the newest nor the best
+        checkpoints.wait()
     monkeypatch.undo()
     again = checkpoint.Checkpoints(tmp_path, keep=1)
     assert checkpoint.steps(tmp_path) == [4, 8] and again.best() == 4

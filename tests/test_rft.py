@@ -345,6 +345,23 @@ def test_long_completions_are_penalised_in_tokens(scorer: tuple) -> None:
     assert "rewards/overlong" in r.scorer.metrics([draw])
 
 
+def test_log_probabilities_beside_the_rewards_are_those_after_them(rolled: tuple[loop.Run, TrainBatch]) -> None:
+    t, _ = rolled
+    chosen, _, _ = t.worker.select(t.learner, t.feed.next(), jax.random.key(0), Clock())
+    after = t.worker.score(t.learner, chosen.batch, chosen.sampled, chosen.outcome.lengths)
+    assert set(after.logps) == {"ref_logps", "old_logps"}
+    found, expected = (jax.tree.leaves((s.mask, s.completions, s.logps)) for s in (chosen.scored, after))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_rewards_of_several_draws_come_before_log_probabilities(model_folder: Path, dataset: Path) -> None:
+    """They say which groups are trained on."""
+    t = loop.Run(config(model_folder, dataset, **{"rollout.max_draws": 2}))
+    chosen, _, _ = t.worker.select(t.learner, t.feed.next(), jax.random.key(0), Clock())
+    assert chosen.scored is None
+
+
 def test_kl_in_the_reward(scorer: tuple) -> None:
     """Beta times the sum of a completion's KL is taken off its reward."""
     texts = [("abcdefgh" * 3)[: 4 + i] for i in range(16)]

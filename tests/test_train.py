@@ -81,7 +81,7 @@ def test_rft_begins_at_its_reference(model_folder: Path, dataset: Path, tmp_path
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step() -> None:
     with pytest.raises(InputError, match="loss is nan at step 7; the last good checkpoint is of step 5"):
-        loop.check_finite({"loss": float("nan"), "grad_norm": 1.0}, 7, 5)
+        loop.check_finite({"loss": float("nan"), "grad_norm": 1.0}, 7, lambda: 5)
 
 
 TOO_MUCH = jax.jit(lambda x: jnp.zeros(2**46) + x)  # 256 TiB
@@ -171,6 +171,7 @@ def test_a_run_from_before_a_field_resumes_where_that_has_its_default(tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(before))
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(1, State(jnp.int32(1), {}, {}), {}, 0.0)
+    checkpoints.wait()
     loop.check_same_run(c, tmp_path)
     c.optim.eps = 1.0
     with pytest.raises(InputError, match=r"other settings: optim\.eps \(was 1e-08, is 1\.0\); choose"):
@@ -192,7 +193,9 @@ def test_a_run_whose_config_is_not_understood_is_refused_in_one_line(
 ) -> None:
     c = importlib.import_module("vau_jax.configs.vau_r1_sft").get_config()
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    checkpoint.Checkpoints(tmp_path).save(1, State(jnp.int32(1), {}, {}), {}, 0.0)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(1, State(jnp.int32(1), {}, {}), {}, 0.0)
+    checkpoints.wait()
     with pytest.raises(InputError, match=message):
         loop.check_same_run(c, tmp_path)
 

@@ -16,18 +16,19 @@ def refuse() -> None:
 
 
 def damaged(folder: Path) -> list[str]:
-    """What both find wrong with a folder of seven files: before and after one of them is changed."""
+    """What both find wrong with a folder of seven files, three of them the second's: before and after two change."""
+    second = folder / "state" / "ocdbt.process_1"
     if processes.is_first():
-        folder.mkdir()
+        second.mkdir(parents=True)
         for number in range(7):
-            (folder / str(number)).write_text("as it was" * number)
+            ((second if number % 2 else folder) / str(number)).write_text("as it was" * number)
     processes.barrier("written")
     checksums.write(folder)
     processes.barrier("noted")
     found = [checksums.damage(folder, together=True)]
     if processes.is_first():
         (folder / "4").write_text("otherwise")
-        (folder / "5").unlink()
+        (second / "5").unlink()
     processes.barrier("changed")
     return [*found, checksums.damage(folder, together=True)]
 

@@ -3,6 +3,7 @@
 Storage that flips a byte, or loses a file, gives no error: tensorstore reads the remaining data.
 """
 
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,26 +13,41 @@ import jax
 from vau_jax.common import processes
 from vau_jax.common.files import InputError, content_hash, dump_json, read_json, write_text
 
-NOTE = "checksums.json"
+NOTE = "checksums.json"  # of the first process; the others' have their numbers
+OWN = re.compile(r"(?:.*/)?ocdbt\.process_(\d+)/")  # the files that one of several processes has written
 THREADS = 8  # hashing releases the GIL: a second for 1 to 2 GB on one core, and as many cores at once
 
 
 def write(folder: Path) -> None:
-    """Stores the hashes of the files of `folder`. All processes call this, and each reads some of the files."""
-    names = processes.broadcast_from_first(lambda: _by_size(folder))
-    shares = processes.exchange(_hashes(folder, names[jax.process_index() :: jax.process_count()]))
-    if processes.is_first():
-        write_text(folder / NOTE, dump_json({name: sum_ for share in shares for name, sum_ in share.items()}))
+    """Stores the hashes of the files of `folder` that this process has written, and of the first also of those that
+    belong to none. All processes call this, and wait for none: they may do so in the background.
+    """
+    number = jax.process_index()
+    names = [name for name in _by_size(folder) if _writer(name) == number]
+    note = folder / NOTE if number == 0 else (folder / NOTE).with_stem(f"checksums.{number:05d}")
+    write_text(note, dump_json(_hashes(folder, names)))
+
+
+def _writer(name: str) -> int:
+    """The process that has written a file."""
+    own = OWN.match(name)
+    return int(own[1]) if own else 0
 
 
 def noted(folder: Path) -> dict[str, str] | None:
     """The files' names and hashes as stored by `write`; None without. Raises InputError."""
-    if not (folder / NOTE).exists():
-        return None
-    result = read_json(folder / NOTE)
-    if not isinstance(result, dict):
-        raise InputError(f"{folder / NOTE} is not a list of checksums")
-    return result
+    notes = _notes(folder)
+    result: dict[str, str] = {}
+    for note in notes:
+        hashes = read_json(note)
+        if not isinstance(hashes, dict):
+            raise InputError(f"{note} is not a list of checksums")
+        result |= hashes
+    return result if notes else None
+
+
+def _notes(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checksums*.json"))
 
 
 def damage(folder: Path, skip: str | None = None, together: bool = False) -> str:
@@ -69,7 +85,7 @@ def of_files(folder: Path, names: Iterable[str] = (), below: str | None = None) 
 
 def _by_size(folder: Path) -> list[str]:
     """The names of all files below `folder`, the largest first, so that each of several readers gets as much."""
-    results = [path for path in folder.rglob("*") if path.is_file() and path.name != NOTE]
+    results = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("checksums.")]
     results.sort(key=lambda path: (-path.stat().st_size, path))
     return [path.relative_to(folder).as_posix() for path in results]
 

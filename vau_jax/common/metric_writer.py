@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -110,6 +113,7 @@ class RunLog:
     def __init__(self, config: ConfigDict, workdir: Path, done: int) -> None:
         self.config, self.workdir = config, workdir
         self.programs, self.tracing = _programs(), False
+        self.held_up = 0.0  # seconds that the run was held up by saves since the last line
         self.heartbeat = Heartbeat(workdir)
         first = processes.is_first()
         self.writer = MetricWriter(workdir, done, config.wandb) if first else None
@@ -130,14 +134,21 @@ class RunLog:
             self._end_trace()
         self.heartbeat.beat(step, metrics["seconds/step"])
         if self.writer and (always or step % self.config.log_every == 0 or step == self.config.steps):
-            self.writer.write(step, metrics | memory() | self.programs.take(), samples)
+            own = {"seconds/checkpoint": self.held_up, **memory(), **self.programs.take()}
+            self.writer.write(step, metrics | own, samples)
+            self.held_up = 0.0
         if self.progress:
             self.progress.show(step, note)
 
-    def save(self) -> None:
-        """To be called before a checkpoint, which a run resumes after: the lines of its steps are not written again."""
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around the save of a checkpoint, which a run resumes after: the lines of its steps are on disk before it. The
+        next line has the seconds that it took."""
+        began = time.monotonic()
         if self.writer:
             self.writer.save()
+        yield
+        self.held_up += time.monotonic() - began
 
     def _end_trace(self) -> None:
         if self.tracing:

@@ -1,11 +1,14 @@
 """Checkpoints of a run (state, data iterator and step) by orbax, and resolution of a model path."""
 
+import copy
 import hashlib
 import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +26,9 @@ from vau_jax.models import lora
 from vau_jax.models.lora import LoRA
 from vau_jax.types import Params, State
 
-# Parameters alone are restored without a file of orbax's that it then warns of.
-logging.getLogger("absl").addFilter(lambda record: "Metadata file does not exist" not in record.getMessage())
+# Parameters alone are restored without a file of orbax's that it then warns of; errors of a save are raised as well.
+MUTED = ("Metadata file does not exist", "in background save thread", "Finalize thread")
+logging.getLogger("absl").addFilter(lambda record: not any(text in record.getMessage() for text in MUTED))
 
 MODEL_FOLDER = "model"  # config, tokenizer and processor files of the run's model, without weights
 CHECKPOINTS = "checkpoints"
@@ -36,13 +40,15 @@ FORMAT = 2  # of checkpoints; in 1, which had no number, a motion prompt's numbe
 EVALUATED = "eval/"  # prefix of the metrics of evaluations during training
 SCORE = f"{EVALUATED}score"  # the one that checkpoints are compared by
 STATE = "state/"  # prefix of a checkpoint's large files
+LONGEST = 24 * 3600  # seconds that a save may take: orbax would give up one of a large state to a slow disk
 
 
 class Checkpoints:
     """The checkpoints of a workdir: the newest `keep`, the best one, and those that other runs started from.
 
     A step is complete or absent; one that was damaged later is moved away, with a warning. Raises InputError where
-    folders cannot be renamed.
+    folders cannot be renamed. One save at a time is written in the background: its errors are raised by the next, and
+    by whatever else waits for it.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2) -> None:
@@ -56,23 +62,41 @@ class Checkpoints:
             best_fn=_score,  # without it no metrics are kept
             preservation_policy=AnyPreservationPolicy([LatestN(keep), _Best(), _Needed(self.workdir)]),
             create=True,
-            enable_async_checkpointing=False,
+            async_options=ocp.options.AsyncOptions(timeout_secs=LONGEST, barrier_sync_fn=_barrier),
             todelete_subdir=self.removed.name,  # as one folder, so that a kill leaves no part of it among the others
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self.manager = _Manager(self.folder, options=options)
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     def latest(self) -> int | None:
+        self.wait()
         return self.manager.latest_step()
 
     def save(self, step: int, state: State, data: dict[str, Any], score: float) -> None:
-        """Writes state and the data iterator's state, and returns when they are on disk; a higher score is better."""
-        numbered = ocp.args.JsonSave({**data, "format": FORMAT})
+        """Begins to write state and the data iterator's state, as they are now; a higher score is better.
+
+        Waits for the save before, and until orbax has the state on the host: then the next update may have its buffers.
+        (On CPUs orbax holds these themselves, and JAX gives none away that is held: that update takes others.)
+        """
+        self.wait()
+        numbered = ocp.args.JsonSave(copy.deepcopy({**data, "format": FORMAT}))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=numbered)
         self.manager.save(step, args=args, metrics={"score": score if np.isfinite(score) else None})
+        self._writing = self._background.submit(self._complete, step)
+
+    def _complete(self, step: int) -> None:
+        """In the background, where a collective of several processes would meet those of the training: they wait for
+        each other by orbax alone."""
         self.manager.wait_until_finished()
-        processes.barrier("saved")  # the first process has renamed the folder
         checksums.write(self.folder / str(step))
         self._empty()
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk. Raises its error."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     def _quarantine_damaged(self) -> None:
         """Moves damaged steps away. All files of the newest step are verified (where it is damaged, of the one before),
@@ -114,12 +138,14 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step of the best score; of equal ones, the first."""
+        self.wait()
         scores = {step: _score(self.manager.metrics(step)) for step in sorted(self.manager.all_steps())}
         return max(scores, key=scores.get) if scores else None
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """Reads a step back onto the shapes and shardings of `like`. Raises InputError, also for a format that cannot
         be resumed."""
+        self.wait()
         path = self.folder / str(step)
         with _reading(path):
             data = self.manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
@@ -129,7 +155,25 @@ class Checkpoints:
         return state, data
 
     def close(self) -> None:
+        """Waits for the last save. Raises its error."""
+        self.wait()
+        self._background.shutdown()
         self.manager.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Leaves preemption to `processes.Preemption`, which counts its questions: orbax would ask JAX by the step, and the
+    processes then agree on a number that the other count does not reach."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier in the background. A process whose write has failed goes past it with the error: the others wait
+    for its files, and end with it."""
+    if sys.exc_info()[0] is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _adapt_orbax(missing: set[str]) -> None:

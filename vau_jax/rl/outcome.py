@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from vau_jax.common.processes import Rows
 from vau_jax.data.pipeline import HostBatch
-from vau_jax.types import Batch, Sampled
+from vau_jax.types import Batch, Completions, Sampled
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,15 @@ class RolloutBatch(Outcome):
 
 
 @dataclass(frozen=True)
+class Scored:
+    """What the loss reads of the policies, for the groups that are trained on."""
+
+    completions: Completions  # of the global batch, on the devices
+    tokens: np.ndarray  # int [B]: of the completions of each prompt
+    logps: dict[str, jax.Array]  # float32 [B, G, C] by the names of the loss's inputs
+
+
+@dataclass(frozen=True)
 class SelectedGroups:
     """The groups of a step's batch that are trained on."""
 
@@ -86,8 +96,4 @@ class SelectedGroups:
     batch: Batch  # prompts of the global batch, on the devices
     sampled: Sampled  # numpy, of this process's rows
     first: list[dict[str, Any]]  # a record for each completion of the first group, for people to read
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """int [B]: tokens of the completions of each prompt of the global batch."""
-        return self.outcome.lengths.reshape(len(self.outcome.kinds), -1).sum(1)
+    scored: Scored | None = None  # where it was known before the rewards that these groups are trained on

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +18,7 @@ from vau_jax.data.shapes import Shape
 from vau_jax.rl import grpo
 from vau_jax.rl.difficulty import Difficulty
 from vau_jax.rl.engine import Engine, prompts_at_once
-from vau_jax.rl.outcome import Outcome, RolloutBatch, SelectedGroups, joined
+from vau_jax.rl.outcome import Outcome, RolloutBatch, Scored, SelectedGroups, joined
 from vau_jax.rl.scorer import Scorer
 from vau_jax.types import Batch, Completions, Sampled, TrainBatch, Variables
 
@@ -77,19 +78,18 @@ class RolloutWorker:
             metrics |= {"dynamic/draws": len(outcomes), "dynamic/left_without_variance": alike}
             metrics["dynamic/replaced"] = int((~outcomes[0].varied).sum()) - alike
         with clock("score"):
-            placed = self.feed.rows.put(Completions(chosen.sampled.tokens, chosen.sampled.mask))
-            scored = self.scored_logps(policy, chosen, placed)
-            kl = self._kl_in_reward(policy, chosen, placed, scored)
+            scored = chosen.scored or self.score(policy, chosen.batch, chosen.sampled, chosen.outcome.lengths)
+            kl = self._kl_in_reward(policy, chosen.batch, scored)
             inputs, advantages = self.loss_inputs(chosen, kl)
             inputs = self.feed.rows.put(inputs)
             if self.config.rollout.annotated:  # nobody has sampled it: as if the policy had
-                inputs["sampler_logps"] = _last_replaced(inputs["sampler_logps"], scored["old_logps"])
+                inputs["sampler_logps"] = _last_replaced(inputs["sampler_logps"], scored.logps["old_logps"])
                 last = chosen.outcome.total.reshape(len(chosen.outcome.kinds), -1)[:, -1]
                 metrics["annotated/reward"] = float(np.nanmean(last)) if np.isfinite(last).any() else 0.0
                 metrics["annotated/completions"] = int(np.isfinite(last).sum())
         samples = [{**record, "advantage": float(a)} for record, a in zip(chosen.first, advantages[0], strict=True)]
-        train = TrainBatch(chosen.batch, placed, {**inputs, **scored})
-        return Collected(train, chosen.tokens, metrics, samples)
+        train = TrainBatch(chosen.batch, scored.completions, {**inputs, **scored.logps})
+        return Collected(train, scored.tokens, metrics, samples)
 
     # --- Groups ---
 
@@ -117,9 +117,10 @@ class RolloutWorker:
                 sampled = self.engine.sample(policy.variables, batch, keys)
                 sampled = self.feed.rows.fetch(sampled)
                 sampled = with_annotated(sampled, host) if self.config.rollout.annotated else sampled
+            draw, scored = self._read(policy, host, batch, sampled, clock)
             with clock("reward"):
-                draws.append(self.scorer.read(host, sampled))
-                outcomes.append(draws[-1].gathered(self.feed.rows))
+                draws.append(draw)
+                outcomes.append(draw.gathered(self.feed.rows))
                 self.difficulty.learn(outcomes[-1])
             enough = sum(outcome.varied.sum() for outcome in outcomes) >= self.feed.rows.count
             if enough or len(draws) >= self.config.rollout.max_draws:
@@ -127,10 +128,26 @@ class RolloutWorker:
             with clock("data"):
                 host = self.feed.next()
         if len(draws) == 1:
-            chosen = SelectedGroups(outcomes[0], batch, draws[0].sampled, self._first(draws, 0))
+            chosen = SelectedGroups(outcomes[0], batch, draws[0].sampled, self._first(draws, 0), scored)
         else:
             chosen = self._of_several(policy, draws, outcomes)
         return chosen, outcomes, pipeline.summed(levels)
+
+    def _read(
+        self, policy: Policy, host: HostBatch, batch: Batch, sampled: Sampled, clock: Clock
+    ) -> tuple[RolloutBatch, Scored | None]:
+        """The rewards of a draw and, where all its groups are trained on, what the devices compute of it meanwhile: the
+        clock's "reward" is what they wait for after that.
+        """
+        with ThreadPoolExecutor(1, "rewards") as thread:
+            reading, scored = thread.submit(self.scorer.read, host, sampled), None
+            if self.config.rollout.max_draws == 1:
+                with clock("score"):
+                    lengths = np.asarray(self.feed.rows.gather(sampled.mask.sum(-1).tolist()))
+                    scored = self.score(policy, batch, sampled, lengths)
+                    jax.block_until_ready(scored.logps)
+            with clock("reward"):
+                return reading.result(), scored
 
     def keys(self, host: HostBatch, key: jax.Array) -> jax.Array:
         """A key for each prompt of the global batch [B], derived only from its example: token t of its completion g is
@@ -162,19 +179,21 @@ class RolloutWorker:
 
     # --- What the loss reads ---
 
-    def scored_logps(self, policy: Policy, chosen: SelectedGroups, completions: Completions) -> dict[str, jax.Array]:
-        """Log-probabilities of the reference policy, where there is a KL term, and of the policy that sampled, where
-        one rollout serves several updates or has completions that nobody sampled."""
-        scored = {}
-        if self.config.grpo.beta:
-            scored["ref_logps"] = policy.reference_logps(chosen.batch, completions, chosen.tokens)
-        if has_old_logps(self.config):
-            scored["old_logps"] = policy.policy_logps(chosen.batch, completions, chosen.tokens)
-        return scored
+    def score(self, policy: Policy, batch: Batch, sampled: Sampled, lengths: np.ndarray) -> Scored:
+        """What the loss reads of policies; `lengths` int [N] are those of the whole batch's completions.
 
-    def _kl_in_reward(
-        self, policy: Policy, chosen: SelectedGroups, completions: Completions, scored: dict[str, jax.Array]
-    ) -> np.ndarray | None:
+        That is the log-probabilities of the reference policy, where there is a KL term, and of the policy that sampled,
+        where one rollout serves several updates or has completions that nobody sampled.
+        """
+        tokens = lengths.reshape(len(batch.tokens), -1).sum(1)
+        completions, logps = self.feed.rows.put(Completions(sampled.tokens, sampled.mask)), {}
+        if self.config.grpo.beta:
+            logps["ref_logps"] = policy.reference_logps(batch, completions, tokens)
+        if has_old_logps(self.config):
+            logps["old_logps"] = policy.policy_logps(batch, completions, tokens)
+        return Scored(completions, tokens, logps)
+
+    def _kl_in_reward(self, policy: Policy, batch: Batch, scored: Scored) -> np.ndarray | None:
         """Where the KL is part of the reward, the KL of each token, float32 [b, G, C] of this process's rows.
 
         Both sides are scored by the same program: the sampler's log-probabilities can be those of another distribution
@@ -183,11 +202,10 @@ class RolloutWorker:
         c = self.config.grpo
         if c.kl_in != "reward" or not c.beta:
             return None
-        if "old_logps" in scored:
-            own = scored["old_logps"]
-        else:
-            own = policy.policy_logps(chosen.batch, completions, chosen.tokens)
-        own, reference = self.feed.rows.fetch(own), self.feed.rows.fetch(scored["ref_logps"])
+        own = scored.logps.get("old_logps")
+        if own is None:
+            own = policy.policy_logps(batch, scored.completions, scored.tokens)
+        own, reference = self.feed.rows.fetch(own), self.feed.rows.fetch(scored.logps["ref_logps"])
         return np.asarray(grpo.kl_divergence(own, reference, c.kl))
 
     def advantages(self, outcome: Outcome, kl: np.ndarray | None = None) -> np.ndarray:

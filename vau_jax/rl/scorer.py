@@ -107,17 +107,18 @@ class Scorer:
         tasks = [example.task for example in examples]
         parsed = parsing.parse(texts, tasks, GATES[c.rewards.gate], reflection, choices)
         target = jax.tree.map(lambda x: np.repeat(x, g, axis=0), host.target)
+        readable = np.repeat([item.failure is None for item in host.examples], g)
+        # The devices may be at work: what others say is asked for before they are waited for.
+        own, errors = self.user(texts, examples)
+        marks = np.zeros((len(texts), 0), np.float32)
+        if self.judge:
+            marks, errors = self._marks(texts, examples, readable, errors)
         columns, draft_score, final_score = jax.device_get(self.compute_rewards(parsed, target))
         if c.grpo.overlong_buffer:
             lengths = sampled.mask.sum(-1).reshape(-1)
             penalty = grpo.overlong_penalty(lengths, c.data.max_completion_tokens, c.grpo.overlong_buffer)
             columns = np.column_stack([columns, np.asarray(penalty)])
-        readable = np.repeat([item.failure is None for item in host.examples], g)
-        own, errors = self.user(texts, examples)
-        if self.judge:
-            marks, errors = self._marks(texts, examples, readable, errors)
-            columns = np.column_stack([columns, marks])
-        rewards = np.column_stack([columns, own]).astype(np.float32)
+        rewards = np.column_stack([columns, marks, own]).astype(np.float32)
         rewards[~readable | np.asarray([error is not None for error in errors])] = np.nan
         total = np.nan_to_num(rewards) @ np.asarray(list(self.weights.values()), np.float32)
         self._show(errors, examples)

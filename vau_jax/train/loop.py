@@ -12,8 +12,8 @@ import math
 import operator
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -280,13 +280,17 @@ def summary(config: ConfigDict, workdir: Path) -> str:
 
 def _train(config: ConfigDict, workdir: Path) -> None:
     check_same_run(config, workdir)
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-    if (checkpoints.latest() or 0) >= config.steps:
-        print(f"{config.stage}: {config.steps} steps are done already ({workdir})", flush=True)
-        return
-    if stopped_early(config, workdir):
-        print(f"{config.stage}: stopped early already ({workdir}): {patience_of(config)}", flush=True)
-        return
+    with closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:  # saves finish on errors too
+        if (checkpoints.latest() or 0) >= config.steps:
+            print(f"{config.stage}: {config.steps} steps are done already ({workdir})", flush=True)
+        elif stopped_early(config, workdir):
+            print(f"{config.stage}: stopped early already ({workdir}): {patience_of(config)}", flush=True)
+        else:
+            _train_from(checkpoints, config, workdir)
+
+
+def _train_from(checkpoints: checkpoint.Checkpoints, config: ConfigDict, workdir: Path) -> None:
+    """Trains from the last checkpoint, and notes how the run ended."""
     preemption = processes.Preemption()
     read = processes.broadcast_from_first(lambda: inputs(config, workdir))
     source = checkpoint.read_source(Fields(read["source"], checkpoint.INPUTS))
@@ -300,7 +304,6 @@ def _train(config: ConfigDict, workdir: Path) -> None:
     if processes.is_first():
         best = {"step": checkpoints.best(), "metric": run.best.name}
         write_text(workdir / "best.json", dump_json(best))
-    checkpoints.close()
     preemption.close()
     if run.stops_early and done < config.steps:
         if processes.is_first():
@@ -334,7 +337,7 @@ def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preempti
             metrics, samples = run.step(done)
         done += 1
         if not config.skip_nonfinite:
-            check_finite(metrics, done, checkpoints.latest())
+            check_finite(metrics, done, checkpoints.latest)
         with naming_lost_processes(log.heartbeat, RESUME_HINT):
             evaluated = run.evaluate(done, metrics, preemption)
         log.end(done, metrics | evaluated, samples, run.headline(metrics), always=bool(evaluated))
@@ -344,12 +347,13 @@ def _loop(run: Run, workdir: Path, checkpoints: checkpoint.Checkpoints, preempti
         if stop or due or run.is_best_at(done):
             # A checkpoint in between has no mean to be the best by; an evaluation is of its own step.
             value = run.best.take() if due or run.best.by_evaluation else -np.inf
-            log.save()
-            checkpoints.save(done, run.learner.state, run.position(), value)
+            with log.saving():
+                checkpoints.save(done, run.learner.state, run.position(), value)
         if stop and done < config.steps:
             break
     run.close()
     log.close()
+    checkpoints.wait()
     return done
 
 
@@ -488,11 +492,11 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def check_finite(metrics: dict[str, Any], step: int, saved: int | None) -> None:
-    """Raises InputError when the loss or the gradient is not a number."""
+def check_finite(metrics: dict[str, Any], step: int, saved: Callable[[], int | None]) -> None:
+    """Raises InputError when the loss or the gradient is not a number; `saved` waits for the last checkpoint."""
     for name in ("loss", "grad_norm"):
         if not np.isfinite(metrics[name]):
             raise InputError(
-                f"{name} is {metrics[name]} at step {step}; the last good checkpoint is of step {saved}: "
+                f"{name} is {metrics[name]} at step {step}; the last good checkpoint is of step {saved()}: "
                 "lower optim.lr or optim.clip_norm and start again, or leave such updates out: --config.skip_nonfinite"
             )
