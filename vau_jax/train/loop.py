@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax.common import heartbeat, processes, progress, sharding
+from vau_jax.common import compiled, heartbeat, processes, progress, sharding
 from vau_jax.common.about import about
 from vau_jax.common.checks import COUNT, NOT_NEGATIVE, check_choices, check_ranges
 from vau_jax.common.chips import chip
@@ -243,6 +243,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     check(config)
     if not (config.model or config.init_from):
         raise InputError("model is not set: expected a Hugging Face folder, or in init_from an earlier run")
+    compiled.use(config.compilation_cache, workdir)
     if config.epochs:
         config.steps = processes.broadcast_from_first(lambda: steps_of_epochs(config))
     with _writing_to(workdir):
@@ -402,6 +403,7 @@ MAY_CHANGE = (
     "epochs",
     "micro_batches",
     "log_every",
+    "compilation_cache",
     "checkpoint.every",
     "checkpoint.keep",
     "eval.every",
