@@ -17,10 +17,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vau_jax.common import sharding
+from vau_jax.data.processor import Shape, collate
 from vau_jax.models import hf, lora, motion_prompt, qwen_vl
 from vau_jax.models.config import QwenVLConfig
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
+from vau_jax.rl.rollout import abstract_inputs
 from vau_jax.train import memory, optim, update
 from vau_jax.types import Batch, Completions, Params, State, TrainBatch, Variables
 from vau_jax.vlm import DTYPES
@@ -161,6 +163,30 @@ class Learner:
         rows = sharding.examples(self.mesh)
         return replace(batch, vision=jax.tree.map(lambda x: _with_sharding(x, rows), features))
 
+    # --- Shapes of what a step takes ---
+
+    def _rows(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """An array with a row for each prompt."""
+        return jax.ShapeDtypeStruct((self.config.batch_size, *shape), dtype, sharding=sharding.examples(self.mesh))
+
+    def abstract_batch(self, shape: Shape) -> Batch:
+        """Prompts that are padded to `shape`."""
+        blank = collate([], self.model.config.vision, shape)
+        return jax.tree.map(lambda x: self._rows(*x.shape[1:], dtype=x.dtype), blank)
+
+    def abstract_completions(self, length: int) -> Completions:
+        """Completions that are padded to `length`."""
+        generations = self.config.rollout.num_generations if self.config.stage == "rft" else 1
+        return Completions(self._rows(generations, length), self._rows(generations, length, dtype=bool))
+
+    def abstract_train(self, batch: Batch, length: int) -> TrainBatch:
+        """The batch of an update, of prompts as `abstract_encoded` gives them."""
+        if self.config.stage == "rft":
+            inputs = abstract_inputs(self.config, length, self._rows)
+        else:
+            inputs = {"weights": self._rows(1, length, dtype=jnp.float32)}
+        return TrainBatch(batch, self.abstract_completions(length), inputs)
+
     # --- Programs ---
 
     @cached_property
@@ -194,7 +220,8 @@ class Learner:
     @cached_property
     def vision_program(self) -> Callable[..., Any]:
         """(variables, Batch) to Features."""
-        return jax.jit(partial(self.model.apply, method="encode_vision"))
+        encode = partial(self.model.apply, method="encode_vision")
+        return jax.jit(encode, out_shardings=sharding.examples(self.mesh))
 
     @cached_property
     def _follow_program(self) -> Callable[[Params, Params], Params]:
