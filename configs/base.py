@@ -19,7 +19,9 @@ def get_config() -> ConfigDict:
     c.micro_batches = FieldReference(1, object)  # gradient accumulation: parts of a batch; auto: as few as fit
     c.skip_nonfinite = False  # skip an update whose loss or gradient is not finite; False: stop the run
     c.log_every = 1  # steps between lines of metrics.jsonl
+    c.compilation_cache = "auto"  # folder of compiled programs; auto: .compilation_cache beside workdir; empty: none
     c.wandb = ""  # Weights & Biases project to log to; empty: none
+    c.compile_ahead = True  # compile the programs of planned shapes before the first step, several at once
     c.profile_steps = (0, 0)  # first and last step of an XProf trace in workdir/profile; 0: none
     c.dtype = "bfloat16"  # dtype of activations: float32 or bfloat16
     c.param_dtype = "float32"  # dtype of parameters and optimiser state; bfloat16 would lose updates at lr 1e-6

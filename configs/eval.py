@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     c.batch_size = 8
     c.dtype = train.dtype
     c.mesh = train.mesh
+    c.compilation_cache = train.compilation_cache
     c.data = train.data
     c.data.style = ""  # as the run was trained; for a model folder and an endpoint: think
     c.data.wording = ""  # likewise; full

@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     c.data = train.data
     c.data.style = "think"  # of the student's first answer
     c.mesh = train.mesh  # devices of a student of ours, of each host
+    c.compilation_cache = train.compilation_cache
     c.dry_run = 0  # print so many of the teacher's prompts and stop
 
     c.student = base.endpoint()  # answers first; neither url nor checkpoint: drafts by rule from the annotation

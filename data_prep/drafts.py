@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax.common import files, processes, sharding
+from vau_jax.common import compiled, files, processes, sharding
 from vau_jax.common.chat import Chat, Message, Reply, frames_content
 from vau_jax.common.files import Lines, dump_json
 from vau_jax.common.heartbeat import monitored
@@ -114,6 +114,7 @@ UNANSWERED = "the student did not answer"
 def by_model(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iterator[Drafted]:
     """The answers of config.student.checkpoint, student.samples to a question, its options in the row's own order."""
     s = config.student
+    compiled.use(config.compilation_cache, workdir)
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
     sharding.check_divisible(s.batch_size, mesh)
     vlm = VideoLM.load(s.checkpoint, s.dtype, mesh)

@@ -42,18 +42,17 @@ from vau_jax.common import config_flags, sharding
 from vau_jax.common.chips import GIB, Chip, chip
 from vau_jax.common.files import InputError, dump_json, write_text
 from vau_jax.common.progress import Progress
+from vau_jax.data.shapes import Shape
 from vau_jax.launch import hlo
 from vau_jax.models import config as model_config
 from vau_jax.models import flops, hf, motion_prompt
 from vau_jax.models.config import Motion, QwenVLConfig
 from vau_jax.rl import logprobs, sampling
 from vau_jax.rl.engine import Engine
-from vau_jax.rl.rollout import abstract_inputs
 from vau_jax.train import loop, memory
 from vau_jax.train.learner import Learner
 from vau_jax.train.memory import held
-from vau_jax.types import Batch, Completions, Groups, Params, TrainBatch, Vision
-from vau_jax.types import Motion as PatchMotion
+from vau_jax.types import Completions, Params, TrainBatch
 
 GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200"}
 Shapes = Any  # a pytree of jax.ShapeDtypeStruct with shardings
@@ -122,7 +121,7 @@ class Programs:
         self.config, self.mesh = config, mesh
         self.learner = Learner(config, model, self._params(model), mesh)
         self.model, self.base = self.learner.model, self.learner.abstract_base
-        self.batch = self._batch(prompt, visual)
+        self.batch = self.learner.abstract_batch(self._shape(prompt, visual))
         self.encoded_batch = self.learner.abstract_encoded(self.batch)
         self.c = config.data.max_completion_tokens
         self.g = config.rollout.num_generations if config.stage == "rft" else 1
@@ -149,59 +148,22 @@ class Programs:
         }
         return hf.unflatten(flat)
 
-    def _rows(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        """An array with a row for each prompt."""
-        return jax.ShapeDtypeStruct((self.config.batch_size, *shape), dtype, sharding=sharding.examples(self.mesh))
-
-    def _batch(self, tokens: int, visual: int) -> Batch:
+    def _shape(self, tokens: int, visual: int) -> Shape:
         """Prompts of `tokens` tokens, of which `visual` come from one clip of 16 rows of merged patches a frame."""
         v = self.model.config.vision
         unit, rows = v.spatial_merge_size**2, 16
         cols = next(c for c in (14, 16, 12, 8, 4, 2, 1) if visual % (rows * c) == 0)
-        frames, patches = visual // (rows * cols), visual * unit
+        frames = visual // (rows * cols)
         side = v.window_size // (v.spatial_merge_size * v.patch_size) if v.window_size else 0
-
-        def groups(count: int, size: int) -> Groups:
-            return Groups(self._rows(count, size), self._rows(count, size), self._rows(patches))
-
-        windows = groups(frames * -(-rows // side) * -(-cols // side), side * side * unit) if side else None
-        width = v.in_channels * v.temporal_patch_size * v.patch_size**2
-        vision = Vision(
-            patches=self._rows(patches, width, dtype=jnp.uint8),
-            positions=self._rows(patches, 2),
-            frames=groups(frames, rows * cols * unit),
-            windows=windows,
-            corners=self._rows(patches, 4) if v.position_grid else None,
-            corner_weights=self._rows(patches, 4, dtype=jnp.float32) if v.position_grid else None,
-            motion=self._motion(patches, width) if v.motion else None,
-        )
-        return Batch(
-            tokens=self._rows(tokens),
-            mask=self._rows(tokens, dtype=bool),
-            positions=self._rows(3, tokens),
-            visual_index=self._rows(tokens),
-            next_position=self._rows(),
-            vision=vision,
-        )
-
-    def _motion(self, patches: int, width: int) -> PatchMotion:
-        """The inputs of a motion prompt for the patches."""
-        return PatchMotion(
-            before=self._rows(patches, width, dtype=jnp.uint8),
-            moves=self._rows(patches, dtype=bool),
-            following=self._rows(patches),
-        )
+        windows = frames * -(-rows // side) * -(-cols // side) if side else 0
+        return Shape(tokens, visual * unit, windows, side * side * unit, frames, rows * cols * unit)
 
     def _completions(self) -> Completions:
-        return Completions(self._rows(self.g, self.c), self._rows(self.g, self.c, dtype=bool))
+        return self.learner.abstract_completions()
 
     def train_batch(self) -> TrainBatch:
         """Shapes of the batch of one update."""
-        if self.config.stage == "rft":
-            inputs = abstract_inputs(self.config, self.c, self._rows)
-        else:
-            inputs = {"weights": self._rows(self.g, self.c, dtype=jnp.float32)}
-        return TrainBatch(self.encoded_batch, self._completions(), inputs)
+        return self.learner.abstract_train(self.encoded_batch)
 
     # --- The programs ---
 
@@ -224,7 +186,7 @@ class Programs:
     def update(self) -> "Program":
         """The largest program of an update; completions have all their places."""
         parts = self.config.batch_size // memory.largest_part(self.config)
-        program, arguments, beside = self.learner.largest_update(self.train_batch(), parts)
+        program, arguments, beside = self.learner.update_program(self.train_batch(), parts)
         resident = beside + self.learner.beside_update
         return Program("update", program, arguments, {"length": self.g * self.c}, resident, parts)
 

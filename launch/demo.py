@@ -14,11 +14,10 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
 from vau_jax import cli
-from vau_jax.common import config_flags, progress
+from vau_jax.common import compiled, config_flags, progress
 from vau_jax.common.files import InputError, dump_json, locked, read_json, write_text
 from vau_jax.configs import eval as eval_config
 from vau_jax.data_prep import cache_frames, random_model
@@ -31,7 +30,7 @@ from vau_jax.train import loop
 def run(config: ConfigDict, workdir: Path) -> None:
     """All stages; each skips finished work, so a second call is quick and a killed one resumes."""
     check(config)
-    use_compiled(config, workdir)
+    compiled.use(compiled.AUTO, shared(config, workdir) / "data")  # stages share it
     stages = {
         "videos": lambda: make_videos(config, workdir),
         "model": lambda: make_model(config, workdir),
@@ -55,11 +54,6 @@ def check(config: ConfigDict) -> None:
     """Raises InputError for stages in an impossible order."""
     if tuple(config.stages) not in (("sft",), ("rft",), ("sft", "rft")):
         raise InputError(f"stages={tuple(config.stages)}: expected ('sft',), ('rft',) or ('sft', 'rft')")
-
-
-def use_compiled(config: ConfigDict, workdir: Path) -> None:
-    """Keeps compiled programs, so that a second call and a killed one need not compile again."""
-    jax.config.update("jax_compilation_cache_dir", str(shared(config, workdir).resolve() / "compiled"))
 
 
 def shared(config: ConfigDict, workdir: Path) -> Path:

@@ -13,9 +13,8 @@ import argparse
 import time
 from pathlib import Path
 
-import jax
-
 from vau_jax import cli
+from vau_jax.common import compiled
 from vau_jax.common.files import InputError, locked
 from vau_jax.data_prep import random_model
 from vau_jax.launch import reproduce, stand_ins
@@ -47,8 +46,7 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"{annotations} does not exist: give the folder of VAU-Bench's files with --annotations=DIR")
     out, began = args.out, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(out.resolve() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    compiled.use(compiled.AUTO, out / "reproduced")
     with locked(out), stand_ins.endpoint() as url:
         rows = stand_ins.write_annotations(annotations, out / "annotations", args.scale)
         folders = stand_ins.write_videos(rows, out / "downloads", args.longest, args.small)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vau_jax.common import config_flags
+from vau_jax.common import compiled, config_flags
 from vau_jax.common.files import InputError
 from vau_jax.eval import evaluate, gallery, report, tables, watch
 from vau_jax.launch import demo
@@ -70,7 +70,7 @@ def main() -> None:
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the demo is asked, and ends this
-    demo.use_compiled(config, args.folder)
+    compiled.use(compiled.AUTO, demo.shared(config, args.folder) / "data")
     with tempfile.TemporaryDirectory(prefix="vau_watch_") as asked:
         folders = [Path(asked), *(args.folder / stage for stage in config.stages)]
         pages = watch.Pages(folders, partial(page, folders, {}))

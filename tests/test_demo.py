@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vau_jax.common.compiled import FOLDER
 from vau_jax.common.files import read_json
 from vau_jax.common.metric_writer import read_metrics
 from vau_jax.launch import sweep
@@ -139,7 +140,7 @@ def test_the_page_of_a_demo_in_progress_shows_each_checkpoint(finished: tuple[Pa
     assert process.wait(30) == 0
     assert "rft, step 4" in text and "sft, step 60" in text and text.count('<li class="card"') == 12
     assert text.count("data:image/webp") == 12 and 'class="bar true"' in text
-    assert [path for path in sorted(workdir.rglob("*")) if path not in before and "compiled" not in path.parts] == []
+    assert [path for path in sorted(workdir.rglob("*")) if path not in before and FOLDER not in path.parts] == []
 
 
 def test_a_second_call_skips_what_is_done(finished: tuple[Path, str]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 
 from vau_jax.common import checksums, processes
+from vau_jax.common.compiled import Programs
 from vau_jax.common.files import InputError
-from vau_jax.common.metric_writer import Programs
 
 
 def refuse() -> None:

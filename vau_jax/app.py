@@ -28,6 +28,7 @@ import numpy as np
 
 from vau_jax import cli
 from vau_jax.ask import MOST_TEXT, Asker, Question, check, shown
+from vau_jax.common import compiled
 from vau_jax.common.files import InputError
 from vau_jax.data.video.clips import VideoOptions
 from vau_jax.data.video.decoders import VideoError
@@ -239,6 +240,7 @@ def serve(
 
 def main(args: argparse.Namespace) -> None:
     """The program: see its options in `vau_jax.cli`."""
+    compiled.use(compiled.AUTO)
     asker = Asker(args.model, args.dtype, args.max_new_tokens)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the files are removed

@@ -20,6 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vau_jax import cli
+from vau_jax.common import compiled
 from vau_jax.common.files import InputError
 from vau_jax.data.pipeline import video_options
 from vau_jax.data.video import decode_worker
@@ -136,6 +137,7 @@ def main(args: argparse.Namespace) -> None:
     questions = [Question(str(v), task, args.question, tuple(args.option)) for v in videos for task in args.task]
     for question in questions:  # before the model is loaded, which is slow
         check(question)
+    compiled.use(compiled.AUTO)
     if len(questions) > 1 or args.out:
         out = args.out or Path("answers")
         answers = ask_all.ask_all(args.model, questions, out, args.dtype, args.max_new_tokens)

@@ -9,7 +9,6 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax.common import processes
+from vau_jax.common import compiled, processes
 from vau_jax.common.files import InputError, Lines, dump_json, read_lines, write_text
 from vau_jax.common.heartbeat import Heartbeat
 from vau_jax.common.progress import Progress
-
-COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event after each program
 
 
 class MetricWriter:
@@ -82,37 +79,12 @@ def memory() -> dict[str, float]:
     return result
 
 
-class Programs:
-    """The programs that this process has compiled, or read from the compilation cache, since this object was made.
-
-    Compilation should stop after the first steps: a run that continues to compile
-    has arrays of ever new shapes, and slows down.
-    """
-
-    def __init__(self) -> None:
-        self.count, self.seconds = 0, 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._hear)
-
-    def _hear(self, event: str, seconds: float, **_: Any) -> None:
-        if event == COMPILED:
-            self.count, self.seconds = self.count + 1, self.seconds + seconds
-
-    def take(self) -> dict[str, float]:
-        """The number of programs since the last call, and the seconds that they took."""
-        result = {"compile/programs": self.count, "compile/seconds": self.seconds}
-        self.count, self.seconds = 0, 0.0
-        return result
-
-
-_programs = cache(Programs)  # one for all runs of the process: JAX's listeners stay
-
-
 class RunLog:
     """The log of a run's steps. All but the heartbeat is written by the first process alone."""
 
     def __init__(self, config: ConfigDict, workdir: Path, done: int) -> None:
         self.config, self.workdir = config, workdir
-        self.programs, self.tracing = _programs(), False
+        self.programs, self.tracing = compiled.programs(), False
         self.held_up = 0.0  # seconds that the run was held up by saves since the last line
         self.heartbeat = Heartbeat(workdir)
         first = processes.is_first()

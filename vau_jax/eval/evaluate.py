@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vau_jax.common import heartbeat, processes, progress, sharding
+from vau_jax.common import compiled, heartbeat, processes, progress, sharding
 from vau_jax.common.about import about
 from vau_jax.common.files import InputError, Lines, check_range, dump_json, read_json, read_lines, write_text
 from vau_jax.common.heartbeat import monitored
@@ -50,6 +50,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """
     workdir, config = Path(workdir), as_trained(config)
     check(config)
+    if config.checkpoint:
+        compiled.use(config.compilation_cache, workdir)
     examples, audit = pipeline.load_examples(config.data)
     rotated = [e for e in examples if TASKS[e.task].shuffles]
     examples += [replace(e, rotation=r) for r in range(1, config.rotations) for e in rotated]
@@ -187,8 +189,10 @@ def _fingerprint(config: ConfigDict, videos: Iterable[Path]) -> str:
     Text files are hashed by content, videos (possibly hundreds of gigabytes) by size and time.
     """
     files = [(path.name, stat.st_size, stat.st_mtime_ns) for path in videos for stat in [path.stat()]]
+    settings = json.loads(config.to_json_best_effort())
+    settings.pop("compilation_cache", None)  # determines how long it takes
     known = [
-        json.loads(config.to_json_best_effort()),
+        settings,
         pipeline.input_hashes(config.data),
         sorted(files),
         checkpoint.contents(config.checkpoint) if config.checkpoint else {},

@@ -72,7 +72,13 @@ class Engine:
         """G completions of each prompt, on the devices. `keys` [B]: one for each prompt."""
         return sampling.sample(variables, batch, keys, self.temperature, self.min_new_tokens, **self.options)
 
-    def programs(self, variables: Variables, batch: Batch) -> Iterator[Program]:
-        """The programs that `sample` runs for such arguments, given as shapes with shardings."""
-        for name, function, args, static in sampling.abstract_programs(variables, batch, **self.options):
-            yield Program(name, function, args, static)
+    def programs(
+        self, variables: Variables, batch: Batch, results: sampling.Results | None = None
+    ) -> Iterator[Program]:
+        """The programs that `sample` runs for such arguments, given as shapes with shardings: all that are known before
+        completions end, where `results` says what each returns; without, those that take the most memory."""
+        length, mesh = self.options["max_new_tokens"], self.options["model"].mesh
+        rooms = sampling.cache_rooms(length) if results else [length]
+        results = results or sampling.results_by_rule(mesh)
+        for program in sampling.abstract_programs(variables, batch, results, rooms, **self.options):
+            yield Program(*program)

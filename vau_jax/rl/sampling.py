@@ -7,7 +7,8 @@ long straggler does not hold up a full one; or when somebody watches and WATCH_E
 not depend on any of it.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -190,7 +191,9 @@ def sample(
     )
     static = StaticArgs(model, end_tokens, greedy, top_p, top_k, sharding.mesh_of(batch.tokens))
     variables = decode_weights(variables, model.dtype, static.mesh)
-    key = _for_completions(key, num_generations) if key.ndim else key
+    if key.ndim:
+        place = None if static.mesh is None else sharding.examples(static.mesh)
+        key = _for_completions(num_generations, place)(key)
     penalty = None if repetition_penalty == 1 else jnp.float32(repetition_penalty)
     dynamic = DynamicArgs(key, jnp.float32(temperature), jnp.int32(min_new_tokens), stop_table, penalty)
     size = num_generations, max_new_tokens, min(FIRST_CACHE, max_new_tokens), prompt_room
@@ -213,9 +216,14 @@ def sample(
         loop, prompts = _resize(prompts, loop, shape=(*rows, room), mesh=static.mesh)
 
 
+Results = Callable[[Any, tuple, dict[str, Any]], Any]  # of a function, arguments and static arguments
+
+
 def abstract_programs(
     variables: Variables,
     batch: Batch,
+    results: Results,
+    rooms: Sequence[int],
     *,
     model: QwenVL,
     num_generations: int,
@@ -225,33 +233,49 @@ def abstract_programs(
     top_k: int = 0,
     prompt_room: int = 0,
 ) -> Iterator[tuple[str, Any, tuple, dict[str, Any]]]:
-    """Name, function, arguments and static arguments of the programs that `sample` runs for shapes with shardings: the
-    prefill, and the decoding loop with a full cache."""
-    mesh = model.mesh
+    """Name, function, arguments and static arguments of the programs that `sample` runs for shapes with shardings until
+    a batch shrinks: the prefill, and the decoding loop with a cache of each of `rooms`.
+
+    `results` says what a program returns, as shapes with shardings.
+    """
+    mesh, scalar = model.mesh, partial(jax.ShapeDtypeStruct, ())  # numbers of the host are put where they are needed
     static = StaticArgs(model, end_tokens, False, top_p, top_k, mesh)
-    scalar = partial(jax.ShapeDtypeStruct, (), sharding=sharding.replicated(mesh))
-    rows = batch.tokens.shape[0] * num_generations
-    keys = jax.ShapeDtypeStruct((rows,), jax.random.key(0).dtype, sharding=sharding.examples(mesh))
+    shape = batch.tokens.shape[0], num_generations
+    keys = jax.ShapeDtypeStruct((math.prod(shape),), jax.random.key(0).dtype, sharding=sharding.examples(mesh))
     dynamic = DynamicArgs(keys, scalar(jnp.float32), scalar(jnp.int32), None)
-    size = num_generations, max_new_tokens, max_new_tokens, prompt_room
-    if copies_weights(variables, model.dtype, mesh):
-        read = jax.eval_shape(partial(decode_weights, dtype=model.dtype, mesh=mesh), variables)
-        layouts = sharding.gathered(variables, mesh)
-        variables = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), read, layouts)
-    given = variables, batch, dynamic
-    yield "prefill", _start, given, {"static": static, "size": size}
+    variables = decode_weights(variables, model.dtype, mesh, _abstract_cast)
+    size = {"static": static, "size": (num_generations, max_new_tokens, rooms[0], prompt_room)}
+    yield "prefill", _start, (variables, batch, dynamic), size
+    loop, prompts = results(_start, (variables, batch, dynamic), size)
+    for number, room in enumerate(rooms):
+        if number:
+            shape_of_cache = {"shape": (*shape, room), "mesh": mesh}
+            yield "larger cache", _resize, (prompts, loop), shape_of_cache
+            loop, prompts = results(_resize, (prompts, loop), shape_of_cache)
+        args = variables, prompts, loop, dynamic, scalar(jnp.int32)
+        yield "decode step", _advance, args, {"static": static}
+        loop, *_ = results(_advance, args, {"static": static})
+
+
+def cache_rooms(max_new_tokens: int) -> list[int]:
+    """The sizes in tokens that the cache of completions has one after the other."""
+    rooms = [min(FIRST_CACHE, max_new_tokens)]
+    while rooms[-1] < max_new_tokens:
+        rooms.append(next_room(rooms[-1], max_new_tokens))
+    return rooms
+
+
+def results_by_rule(mesh: Mesh) -> Results:
+    """What a program returns without compiling it: caches by rule, what has a row for each prompt by example."""
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        """Where the prefill leaves an array: caches by rule, what has a row for each prompt by example."""
         if leaf.ndim >= 5:
             layout = sharding.cache(mesh, leaf.shape)
         else:
             layout = sharding.examples(mesh) if leaf.ndim else sharding.replicated(mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
 
-    loop, prompts = jax.eval_shape(partial(_start, static=static, size=size), *given)
-    args = variables, jax.tree.map(placed, prompts), jax.tree.map(placed, loop), dynamic, scalar(jnp.int32)
-    yield "decode step", _advance, args, {"static": static}
+    return lambda function, args, static: jax.tree.map(placed, jax.eval_shape(partial(function, **static), *args))
 
 
 def copies_weights(variables: Variables, dtype: Any, mesh: Mesh) -> bool:
@@ -265,23 +289,30 @@ def _read_dtype(path: tuple[Any, ...], x: Any, dtype: Any) -> Any:
     return jnp.dtype(dtype) if path[-1].key in ("kernel", "embedding", "lm_head") else x.dtype
 
 
-@partial(jax.jit, static_argnums=1)
-def _for_completions(keys: jax.Array, generations: int) -> jax.Array:
-    """Keys [B] of prompts to keys [B * G] of their completions."""
-    return jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(generations)))(keys).reshape(-1)
+@lru_cache(maxsize=64)
+def _for_completions(generations: int, place: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
+    """A program: keys [B] of prompts to keys [B * G] of their completions, sharded like that."""
+
+    def fold(keys: jax.Array) -> jax.Array:
+        return jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(generations)))(keys)
+
+    return jax.jit(lambda keys: fold(keys).reshape(-1), out_shardings=place)
 
 
-def decode_weights(variables: Variables, dtype: Any, mesh: Mesh | None) -> Variables:
+def decode_weights(
+    variables: Variables, dtype: Any, mesh: Mesh | None, cast: Callable[..., Any] | None = None
+) -> Variables:
     """The parameters as decoding reads them: matrices in the model's dtype, and on a mesh gathered over fsdp, which
-    would otherwise be gathered for each token. Parameters that differ are copied, in additional memory.
+    would otherwise be gathered for each token. Parameters that differ are copied, in additional memory; `cast`: how.
     """
+    cast = cast or _cast
     split = mesh is not None and mesh.shape["fsdp"] > 1
 
     def one(path: tuple[Any, ...], x: jax.Array, place: NamedSharding | None = None) -> jax.Array:
         wanted = _read_dtype(path, x, dtype)
         if not split and x.dtype == wanted:
             return x
-        return _cast(wanted, place)(x)  # one by one: together they would need twice the memory
+        return cast(wanted, place)(x)  # one by one: together they would need twice the memory
 
     places = () if mesh is None else (sharding.gathered(variables, mesh),)
     return jax.tree_util.tree_map_with_path(one, variables, *places)
@@ -291,6 +322,11 @@ def decode_weights(variables: Variables, dtype: Any, mesh: Mesh | None) -> Varia
 def _cast(dtype: Any, place: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
     """A program that casts an array, and then shards it like that."""
     return jax.jit(lambda x: jax.lax.optimization_barrier(x.astype(dtype)), out_shardings=place)
+
+
+def _abstract_cast(dtype: Any, place: NamedSharding | None) -> Callable[[Any], jax.ShapeDtypeStruct]:
+    """`_cast` of shapes."""
+    return lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
 
 
 def compiled_programs() -> int:

@@ -17,11 +17,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vau_jax.common import sharding
+from vau_jax.data.processor import Shape, collate
 from vau_jax.models import hf, lora, motion_prompt, qwen_vl
 from vau_jax.models.config import QwenVLConfig
 from vau_jax.models.lora import LoRA
 from vau_jax.models.qwen_vl import QwenVL
 from vau_jax.rl import engine
+from vau_jax.rl.rollout import abstract_inputs
 from vau_jax.train import memory, optim, parts, update
 from vau_jax.train.parts import Part
 from vau_jax.train.update import Metrics, Updates
@@ -155,8 +157,7 @@ class Learner:
     def _logps(
         self, variables: Variables, batch: Batch, completions: Completions, tokens: np.ndarray | None
     ) -> jax.Array:
-        count = memory.candidates(self.config, self.mesh)[-1] * len(batch.tokens) // self.config.batch_size
-        found = self._split_by_length(completions, tokens, count)
+        found = self._split_by_length(completions, tokens, self._score_parts(len(batch.tokens)))
         if found[0].rows is None:
             return self.logps_program(variables, batch, completions, length=found[0].length)[0]
         logps = self._no_logps(completions)
@@ -178,6 +179,37 @@ class Learner:
         features = jax.eval_shape(self.vision_program, self.abstract_variables, batch)
         rows = sharding.examples(self.mesh)
         return replace(batch, vision=jax.tree.map(lambda x: _with_sharding(x, rows), features))
+
+    # --- Shapes of what a step takes ---
+
+    def _rows(self, count: int, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """An array with a row for each of `count` prompts."""
+        return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=sharding.examples(self.mesh))
+
+    def abstract_batch(self, shape: Shape, count: int = 0) -> Batch:
+        """`count` prompts that are padded to `shape`; 0: those of an update."""
+        blank, count = collate([], self.model.config.vision, shape), count or self.config.batch_size
+        return jax.tree.map(lambda x: self._rows(count, *x.shape[1:], dtype=x.dtype), blank)
+
+    def abstract_completions(self, count: int = 0) -> Completions:
+        """Completions of `count` prompts; 0: of those of an update."""
+        generations = self.config.rollout.num_generations if self.config.stage == "rft" else 1
+        shape = count or self.config.batch_size, generations, self.config.data.max_completion_tokens
+        return Completions(self._rows(*shape), self._rows(*shape, dtype=bool))
+
+    def abstract_train(self, batch: Batch) -> TrainBatch:
+        """The batch of an update, of prompts as `abstract_encoded` gives them."""
+        rows, length = partial(self._rows, self.config.batch_size), self.config.data.max_completion_tokens
+        if self.config.stage == "rft":
+            inputs = abstract_inputs(self.config, length, rows)
+        else:
+            inputs = {"weights": rows(1, length, dtype=jnp.float32)}
+        return TrainBatch(batch, self.abstract_completions(), inputs)
+
+    def _abstract_rows(self, prompts: int, count: int) -> jax.ShapeDtypeStruct:
+        """The numbers of the rows of one of `count` parts."""
+        devices = sharding.example_parts(self.mesh)
+        return self._rows(devices, prompts // count // devices)
 
     # --- Programs ---
 
@@ -220,7 +252,8 @@ class Learner:
     @cached_property
     def vision_program(self) -> Callable[..., Any]:
         """(variables, Batch) to Features."""
-        return jax.jit(partial(self.model.apply, method="encode_vision"))
+        encode = partial(self.model.apply, method="encode_vision")
+        return jax.jit(encode, out_shardings=sharding.examples(self.mesh))
 
     @cached_property
     def _follow_program(self) -> Callable[[Params, Params], Params]:
@@ -284,11 +317,18 @@ class Learner:
 
     def _split_by_length(self, completions: Completions, tokens: np.ndarray | None, count: int) -> list[Part]:
         """The batch in `count` parts, with what completions of so many `tokens` are packed into."""
-        b, g, c = completions.tokens.shape
-        known = parts.lengths(self.config.data.completion_shares, g, c)
+        known = self.packed_lengths
         if tokens is None:
-            tokens, known = np.zeros(b, np.int64), known[-1:]
+            _, g, c = completions.tokens.shape
+            tokens, known = np.zeros(len(completions.tokens), np.int64), [g * c]
         return parts.split(tokens, count, sharding.example_parts(self.mesh), known)
+
+    @property
+    def packed_lengths(self) -> tuple[int, ...]:
+        """What completions are packed into."""
+        c = self.config
+        generations = c.rollout.num_generations if c.stage == "rft" else 1
+        return parts.lengths(c.data.completion_shares, generations, c.data.max_completion_tokens)
 
     def _on_devices(self, rows: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(rows.shape, sharding.examples(self.mesh), lambda index: rows[index])
@@ -313,22 +353,35 @@ class Learner:
 
     def planned_bytes(self, train: TrainBatch, count: int, length: int) -> float:
         """Bytes of each device that an update takes in `count` parts, by the compiler's plan."""
-        program, arguments, beside = self.largest_update(train, count)
+        program, arguments, beside = self.update_program(train, count)
         return beside + memory.planned(program.lower(*arguments, length=length).compile())
 
-    def largest_update(self, train: TrainBatch, count: int) -> tuple[Any, tuple[Any, ...], float]:
-        """Of an update in `count` parts the program that needs the most memory, its arguments but for `length`, all as
-        shapes, and the bytes of each device that are held beside them."""
-        state, base = self.abstract_state, self.abstract_base
+    def update_program(self, train: TrainBatch, count: int) -> tuple[Any, tuple[Any, ...], float]:
+        """The program that computes gradients, for all of an update or for one of `count` parts, its arguments but for
+        `length`, what depends on the batch as shapes, and the bytes of each device that are held beside them."""
+        begun = self.state is not None
+        state, base = (self.state, self.base) if begun else (self.abstract_state, self.abstract_base)
         if count == 1:
             return self.updates.whole, (state, base, train), 0.0
-        share = self.config.batch_size // count // sharding.example_parts(self.mesh)
-        replicated, split = sharding.replicated(self.mesh), sharding.examples(self.mesh)
-        rows = jax.ShapeDtypeStruct((sharding.example_parts(self.mesh), share), np.int32, sharding=split)
-        number = jax.ShapeDtypeStruct((), np.int32, sharding=replicated)
         sums = jax.tree.map(_with_sharding, jax.eval_shape(self.updates.begin, state.params), self.updates.sums)
+        rows, number = self._abstract_rows(self.config.batch_size, count), jax.ShapeDtypeStruct((), np.int32)
         arguments = state.params, state.step, base, sums, train, rows, number
         return self.updates.part, arguments, memory.held((state.opt_state, state.reference))
+
+    def score_program(self, variables: Variables, batch: Batch) -> tuple[Any, tuple[Any, ...]]:
+        """The program that scores completions with a policy, at once or in parts, and its arguments but for `length`;
+        what depends on the batch as shapes."""
+        prompts = len(batch.tokens)
+        completions, count = self.abstract_completions(prompts), self._score_parts(prompts)
+        if count == 1:
+            return self.logps_program, (variables, batch, completions)
+        known = self._rows(*completions.tokens.shape, dtype=jnp.float32)
+        return self.part_logps_program, (known, variables, batch, completions, self._abstract_rows(prompts, count))
+
+    def _score_parts(self, prompts: int) -> int:
+        """The parts in which so many prompts are scored: those of the update, or where their number is to be found, one
+        prompt of each device at a time."""
+        return memory.candidates(self.config, self.mesh)[-1] * prompts // self.config.batch_size
 
     def follow_reference(self, number: int) -> None:
         """After step `number`, from 0: moves the reference to (a mix with) the policy every grpo.reference_every."""

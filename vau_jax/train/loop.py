@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax.common import heartbeat, processes, progress, sharding
+from vau_jax.common import compiled, heartbeat, processes, progress, sharding
 from vau_jax.common.about import about
 from vau_jax.common.checks import COUNT, NOT_NEGATIVE, check_choices, check_ranges
 from vau_jax.common.chips import chip
@@ -167,6 +167,15 @@ class Run:
         if self.worker:
             self.worker.scorer.user.close()
 
+    def compile_ahead(self) -> None:
+        """Compiles the programs for the planned shapes; the longest of several lengths of completions, which is rare, is
+        left to the steps."""
+        shapes, learner = self.feed.collate.plan.shapes, self.learner
+        if shapes and self.config.compile_ahead:
+            lengths = learner.packed_lengths
+            lengths = lengths[:-1] if self.worker and len(lengths) > 1 else lengths
+            ahead.compile_ahead(learner, self.worker and self.worker.engine, shapes, lengths)
+
     # --- One step ---
 
     def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -245,6 +254,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Path:
     check(config)
     if not (config.model or config.init_from):
         raise InputError("model is not set: expected a Hugging Face folder, or in init_from an earlier run")
+    compiled.use(config.compilation_cache, workdir)
     if config.epochs:
         config.steps = processes.broadcast_from_first(lambda: steps_of_epochs(config))
     with _writing_to(workdir):
@@ -300,6 +310,7 @@ def _train_from(checkpoints: checkpoint.Checkpoints, config: ConfigDict, workdir
         _describe(run, workdir, source)
         write_text(workdir / checkpoint.INPUTS, dump_json(read, indent=1))
     processes.barrier("described")
+    run.compile_ahead()
     done = _loop(run, workdir, checkpoints, preemption)
     if processes.is_first():
         best = {"step": checkpoints.best(), "metric": run.best.name}
@@ -408,6 +419,7 @@ MAY_CHANGE = (
     "epochs",
     "micro_batches",
     "log_every",
+    "compilation_cache",
     "checkpoint.every",
     "checkpoint.keep",
     "eval.every",

@@ -66,9 +66,9 @@ def limit() -> float | None:
 
 
 def held(tree: Any) -> float:
-    """Bytes a device of arrays, or of shapes with shardings."""
-    leaves = jax.tree.leaves(tree)
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
+    """Bytes a device of arrays, or of shapes with shardings; what has none is whole on each."""
+    shapes = ((x.sharding.shard_shape(x.shape) if x.sharding else x.shape, x.dtype) for x in jax.tree.leaves(tree))
+    return float(sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes))
 
 
 def planned(program: jax.stages.Compiled) -> float:
