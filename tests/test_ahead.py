@@ -7,11 +7,11 @@ import pytest
 
 from tests.runs import small
 from vau_jax.common.compiled import COMPILED
-from vau_jax.data.processor import Shape
+from vau_jax.data.shapes import Shape
 from vau_jax.train.ahead import compile_ahead
 from vau_jax.train.loop import Run
 
-LARGE = {"update", "apply", "_start", "_advance", "_resize", "policy_logps"}  # each depends on the shapes of prompts
+LARGE = {"_whole", "_part", "_start", "_advance", "_resize", "policy_logps", "score", "apply"}  # of prompts of a shape
 
 
 @pytest.fixture
@@ -30,12 +30,12 @@ def compiled() -> list[str]:
 @pytest.mark.parametrize(
     ("name", "changed", "expected"),
     [
-        ("vau_r1_sft", {"optim.freeze": ("visual/.*",)}, {"update", "apply"}),
-        ("vau_r1_multi_rft", {}, {"update", "_start", "_advance", "policy_logps"}),
+        ("vau_r1_sft", {"optim.freeze": ("visual/.*",)}, {"_whole", "apply"}),
+        ("vau_r1_multi_rft", {"micro_batches": 2}, {"_part", "_start", "_advance", "score"}),
         pytest.param(
             "srvau_r1_rft",
             {"lora.rank": 2, "grpo.iterations": 2, "dtype": "bfloat16", "data.max_completion_tokens": 200},
-            LARGE,
+            LARGE - {"_part", "score"},
             marks=pytest.mark.long,
         ),
     ],
@@ -55,8 +55,7 @@ def test_a_step_compiles_nothing_that_was_compiled_ahead(
     config.update_from_flattened_dict(changed)
     run = Run(config)
     shape = Shape(*config.data.bucket)
-    limit = config.data.max_completion_tokens
-    compile_ahead(run.learner, run.worker.engine if run.worker else None, [shape], [limit])
+    compile_ahead(run.learner, run.worker.engine if run.worker else None, [shape], run.learner.packed_lengths)
     assert LARGE & set(compiled) == expected
     assert "compile: " in capfd.readouterr().out
     compiled.clear()

@@ -40,7 +40,7 @@ from vau_jax.rl.engine import Engine
 from vau_jax.rl.rollout import Clock, RolloutWorker
 from vau_jax.rl.scorer import Scorer
 from vau_jax.tasks import prompts
-from vau_jax.train import evaluation, memory, optim, space, update
+from vau_jax.train import ahead, evaluation, memory, optim, space, update
 from vau_jax.train.evaluation import Evaluation
 from vau_jax.train.learner import Learner, shapes_of
 from vau_jax.types import TrainBatch
@@ -168,8 +168,8 @@ class Run:
             self.worker.scorer.user.close()
 
     def compile_ahead(self) -> None:
-        """Compiles the programs for the planned shapes; the longest of several lengths of completions, which is rare, is
-        left to the steps."""
+        """Compiles the programs for the planned shapes; those for the longest completions, which are rare in rollouts,
+        are left to the steps."""
         shapes, learner = self.feed.collate.plan.shapes, self.learner
         if shapes and self.config.compile_ahead:
             lengths = learner.packed_lengths
@@ -420,6 +420,7 @@ MAY_CHANGE = (
     "micro_batches",
     "log_every",
     "compilation_cache",
+    "compile_ahead",
     "checkpoint.every",
     "checkpoint.keep",
     "eval.every",

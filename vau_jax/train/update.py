@@ -104,7 +104,7 @@ class Updates:
         self.sums = sums = Sums(replicated, shardings.params)  # their shardings
         self.begin = jax.jit(_no_gradient, out_shardings=sums)
         self.part = jax.jit(self._part, static_argnames="length", donate_argnums=3, out_shardings=(sums, replicated))
-        self.apply = jax.jit(self._apply, donate_argnums=(0, 1), out_shardings=(shardings, replicated))
+        self.apply = jax.jit(self._apply, donate_argnums=0, out_shardings=(shardings, replicated))
 
     def _whole(
         self, state: State, base: Params | None, train: TrainBatch, *, length: int | None = None
@@ -134,7 +134,7 @@ class Updates:
         return Sums(sums.loss + loss, jax.tree.map(jnp.add, sums.grads, grads)), metrics
 
     def _apply(self, state: State, sums: "Sums", metrics: list[Metrics]) -> tuple[State, Metrics]:
-        """The new state and metrics from those of all parts; old state and sums are donated."""
+        """The new state and metrics from those of all parts; the old state is donated."""
         return self._step(state, sums.loss, _combined(metrics, self.weights), sums.grads)
 
     def _gradient(
