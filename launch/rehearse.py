@@ -34,6 +34,8 @@ SMALL = (  # in place of 3,584 tokens a video and 1,024 a completion, which two 
     "--config.data.total_pixels=12544",
     "--config.data.wording=short",
     "--config.data.bucket=(192,64,4,16,8,16)",
+    "--config.data.shapes=2",
+    "--config.compile_ahead=False",  # of a few steps, most would never be used
 )
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "fullatt_block_indexes": (1,)}

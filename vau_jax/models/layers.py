@@ -45,8 +45,21 @@ def for_all(shared: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.broadcast_to(shared.astype(jnp.float32), like.shape).astype(like.dtype)
 
 
+def left_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """float32 x @ weight.T for x [..., in] and weight [out, in], fast on CPU where x has few rows.
+
+    XLA on CPU reads the left operand of a product in place, and copies the right one to the layout of its kernels; so
+    the weight is on the left. The barrier keeps the compiler from swapping the two.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = jnp.einsum("fd,md->fm", weight.astype(x.dtype), rows, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
+
+
 class Dense(nn.Module):
     """The linear layer used throughout the model: kernel [in, out], with LoRA where collection `lora` has it.
+
+    Decoding on CPU gives it `transposed` [out, in] in place of the kernel, see `left_product`.
 
     With `parts`, the features are the heads of several projections side by side, and the output has axes for them,
     heads split over the tensor axis of the mesh.
@@ -60,8 +73,10 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", UNIT_NORMAL, (x.shape[-1], self.features))
-        y = self._times(x, kernel)
+        if self.has_variable("params", "transposed"):
+            y = left_product(x, self.get_variable("params", "transposed")).astype(self.dtype)
+        else:
+            y = self._times(x, self.param("kernel", UNIT_NORMAL, (x.shape[-1], self.features)))
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y += for_all(bias.reshape(self.parts or -1), y)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from vau_jax.common import sharding
@@ -285,6 +286,17 @@ def _one_unit(v: VisionConfig) -> Vision:
         corners=jnp.zeros((1, n, 4), jnp.int32) if v.position_grid else None,
         corner_weights=jnp.zeros((1, n, 4)) if v.position_grid else None,
     )
+
+
+@jax.jit
+def with_transposed_kernels(variables: Variables) -> Variables:
+    """Variables for `decode` on CPU, with a copy of the decoder's kernels, transposed."""
+    flat = flatten_dict(variables["params"]["decoder"])
+    turned = {
+        (*path[:-1], "transposed") if path[-1] == "kernel" else path: x.mT if path[-1] == "kernel" else x
+        for path, x in flat.items()
+    }
+    return {**variables, "params": {**variables["params"], "decoder": unflatten_dict(turned)}}
 
 
 def with_adapters(params: Params, trained: Params | None) -> Variables:

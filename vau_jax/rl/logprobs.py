@@ -24,12 +24,16 @@ def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
 
 
 def sampling_logits(
-    hidden: jax.Array, head: jax.Array, temperature: float | jax.Array, never: tuple[int, ...]
+    hidden: jax.Array,
+    head: jax.Array,
+    temperature: float | jax.Array,
+    never: tuple[int, ...],
+    product: Callable[[jax.Array, jax.Array], jax.Array] = logits,
 ) -> jax.Array:
     """The logits of the distribution that completions are sampled from and scored with: divided by temperature, `never`
-    tokens impossible.
+    tokens impossible. `product` computes `logits`.
     """
-    return logits(hidden, head) / temperature + _forbidden(never, head.shape[0])
+    return product(hidden, head) / temperature + _forbidden(never, head.shape[0])
 
 
 def _forbidden(never: tuple[int, ...], vocabulary: int) -> jax.Array:

@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from vau_jax.common import sharding
 from vau_jax.common.files import check_range
-from vau_jax.models.qwen_vl import QwenVL
+from vau_jax.models.layers import left_product
+from vau_jax.models.qwen_vl import QwenVL, with_transposed_kernels
 from vau_jax.rl import logprobs
 from vau_jax.types import Array, Batch, KVCache, Sampled, Variables
 
@@ -43,6 +44,13 @@ class StaticArgs:
     top_p: float
     top_k: int
     mesh: Mesh | None
+
+    @property
+    def one_cpu(self) -> bool:
+        """Whether one CPU is all there is."""
+        if self.mesh is None:
+            return jax.default_backend() == "cpu"
+        return self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
 
 
 class DynamicArgs(NamedTuple):
@@ -198,6 +206,8 @@ def sample(
     dynamic = DynamicArgs(key, jnp.float32(temperature), jnp.int32(min_new_tokens), stop_table, penalty)
     size = num_generations, max_new_tokens, min(FIRST_CACHE, max_new_tokens), prompt_room
     loop, prompts = _start(variables, batch, dynamic, static=static, size=size)
+    if static.one_cpu and max_new_tokens > 1:
+        variables = with_transposed_kernels(variables)
     whole = None  # completions that ended before the batch shrank
     while True:
         pause = jnp.int32(max_new_tokens) if watch is None else loop.step + WATCH_EVERY
@@ -252,7 +262,8 @@ def abstract_programs(
             shape_of_cache = {"shape": (*shape, room), "mesh": mesh}
             yield "larger cache", _resize, (prompts, loop), shape_of_cache
             loop, prompts = results(_resize, (prompts, loop), shape_of_cache)
-        args = variables, prompts, loop, dynamic, scalar(jnp.int32)
+        read = results(with_transposed_kernels, (variables,), {}) if static.one_cpu else variables
+        args = read, prompts, loop, dynamic, scalar(jnp.int32)
         yield "decode step", _advance, args, {"static": static}
         loop, *_ = results(_advance, args, {"static": static})
 
@@ -493,7 +504,8 @@ def _pick(
     config = static.model.config
     head = static.model.head(variables)
     temperature = 1.0 if static.greedy else dynamic.temperature
-    scores = logprobs.sampling_logits(hidden, head, temperature, config.never_sampled)  # [B, G, V]
+    product = left_product if static.one_cpu else logprobs.logits
+    scores = logprobs.sampling_logits(hidden, head, temperature, config.never_sampled, product)  # [B, G, V]
     if loop.seen is not None:
         scores = penalised(scores, loop.seen, dynamic.penalty)
     ends = jnp.asarray(static.end_tokens, jnp.int32)
