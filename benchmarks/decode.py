@@ -6,7 +6,7 @@
 Both draw G completions of one video prompt, with no end token allowed, after a warm-up that compiles. Runs of the two
 alternate, and medians are reported. The last line is one JSON object:
 
-    tokens_per_s         all completions' tokens over the whole call
+    tokens_per_s         all completions' tokens over the whole call; seconds: the spread of such calls
     decode_tokens_per_s  without the first token of each, over the time after the first token
     first_token_s        the call for one token: vision tower, prompt, first draw
     padded               tokens and patches of the prompt as `encode` pads it; transformers gets no padding
@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from machine import processor, spread  # beside this file
 
 from vau_jax.common.chips import chip
 from vau_jax.common.files import dump_json, exit_on_input_error
@@ -120,6 +121,7 @@ def measure(calls: dict[str, Callable[[int], None]], new: int, generations: int,
             "decode_tokens_per_s": generations * (new - 1) / (whole - first),
             "first_token_s": first,
             "seconds_per_step": (whole - first) / (new - 1),
+            "seconds": spread(by_count[new]),
         }
     return result
 
@@ -171,6 +173,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "generations": args.generations,
         "new_tokens": args.new,
         "dtype": args.dtype,
+        "processor": processor(),
         **mine,
         "utilisation": utilisation(vlm, batch, args.generations, args.new, mine),
     }

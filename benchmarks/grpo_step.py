@@ -8,12 +8,13 @@ Ours is the trainer itself on a video file, its prompts padded as in any run wit
 do not pad. With --exact ours does not either, as where all clips are alike and the bucket is set for them. Every
 completion has all its tokens (no early stop), and compilation and the first step are left out. TRL has no video: it
 gets as many images as give the same number of visual tokens. Tunix has neither: it gets a prompt of as many text
-tokens, with the same decoder. Peers run afterwards, one at a time, each in the Python that its option names. The last
-line is one JSON object:
+tokens, with the same decoder. Each peer runs in the Python that its option names, and all take turns, step by step. The
+last line is one JSON object:
 
-    sec_per_step    median; split: medians of its parts; tokens_per_s: all tokens of prompts and completions
+    sec_per_step    median; spread: extremes and quartiles; split: medians of its parts
+    tokens_per_s    all tokens of prompts and completions
     shape, padded   sizes of a prompt, and what it is padded to (fields of Shape in vau_jax/data/processor.py)
-    load            of the machine when each began: other work spoils figures
+    load            of the machine before and after: other work spoils figures
     mfu_update      on known devices: FLOPs that the update must do, over its time and the device's peak
     host_share      of a step that the device waits: data, rewards, and what no part counts
 """
@@ -31,6 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 from decode import VISION_32M  # beside this file
+from machine import processor, spread
 from ml_collections import ConfigDict
 
 from vau_jax.common.files import dump_json, exit_on_input_error
@@ -100,7 +102,41 @@ def shape_of_prompts(c: ConfigDict) -> Shape:
     return least_shape([loaded.encoded.size], processor.vision)
 
 
-def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
+class Peer:
+    """A peer's script in its own Python, which makes a step when it is its turn; see peers/turns.py."""
+
+    def __init__(self, name: str, args: argparse.Namespace, given: dict[str, Any], log: Path) -> None:
+        command = [getattr(args, f"{name}_python"), str(PEERS / f"{name}_step.py")]
+        command += [dump_json(vars(args) | {"compare": None} | given)]
+        self.warmup, self.seconds, self.log = args.warmup, [], log
+        with log.open("w") as errors:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+            self.process = subprocess.Popen(command, **pipes)  # noqa: S603 - our own script
+
+    def step(self) -> None:
+        """One step of the peer; none once it has ended."""
+        try:
+            print(file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            return
+        answer = self.process.stdout.readline()
+        if answer:
+            self.seconds.append(json.loads(answer))
+
+    def result(self) -> dict[str, Any]:
+        """After the last step."""
+        rest = self.process.stdout.read()
+        if self.process.wait():
+            return {"error": self.log.read_text().strip().splitlines()[-1:], "returncode": self.process.returncode}
+        return summary(self.seconds[self.warmup :]) | json.loads(rest) | {"steps": self.seconds}
+
+
+def summary(seconds: list[float]) -> dict[str, Any]:
+    return {"sec_per_step": float(np.median(seconds)), "spread": spread(seconds)}
+
+
+def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
+    """Ours, and beside it each peer under its name; all make one step in turn."""
     with tempfile.TemporaryDirectory() as scratch:
         make_data(Path(scratch), args.frames, args.side)
         config = make_config(args, model, Path(scratch))
@@ -108,21 +144,32 @@ def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
         if args.exact:
             config.data.bucket = tuple(shape)
         run = loop.Run(config)
+        given = {"model": str(model), "prompt_tokens": shape.tokens}
+        peers = {name: Peer(name, args, given, Path(scratch) / f"{name}.log") for name in args.compare or ()}
         steps = []
         for number in range(args.warmup + args.steps):
             metrics, _ = run.step(number)
             assert metrics["length/min"] == args.new, "every completion has all its tokens"
             steps.append(metrics)
+            for peer in peers.values():
+                peer.step()
         padded = run.feed.collate.shape(run.feed.next().examples)
-    timed = steps[args.warmup :]
+        return ours(args, run, shape, padded, steps[args.warmup :]) | {n: peer.result() for n, peer in peers.items()}
 
-    def median(name: str) -> float:
-        return float(np.median([step[f"seconds/{name}"] for step in timed if f"seconds/{name}" in step] or [0.0]))
 
-    seconds = median("step")
-    split = {name: median(name) for name in PARTS}
+def ours(
+    args: argparse.Namespace, run: loop.Run, shape: Shape, padded: Shape, steps: list[dict[str, float]]
+) -> dict[str, Any]:
+    """Figures of our steps after the warm-up."""
+
+    def all_of(name: str) -> list[float]:
+        return [step[f"seconds/{name}"] for step in steps if f"seconds/{name}" in step] or [0.0]
+
+    times = summary(all_of("step"))
+    seconds = times["sec_per_step"]
+    split = {name: float(np.median(all_of(name))) for name in PARTS}
     result = {
-        "sec_per_step": seconds,
+        **times,
         "split": split,
         "host_share": 1 - sum(split[name] for name in ("rollout", "score", "update")) / seconds,
         "tokens_per_s": args.prompts * (shape.tokens + args.group * args.new) / seconds,
@@ -133,19 +180,9 @@ def measure_ours(args: argparse.Namespace, model: Path) -> dict[str, Any]:
         "padded": padded._asdict(),
         "parameters": sum(x.size for x in jax.tree.leaves(run.learner.base or run.learner.state.params)),
     }
-    if "mfu" in timed[0]:
-        result["mfu_update"] = float(np.median([step["mfu"] for step in timed]))
-    return {"device": jax.devices()[0].device_kind, **result}
-
-
-def measure_peer(name: str, python: str, args: argparse.Namespace, model: Path, prompt_tokens: int) -> dict[str, Any]:
-    """One peer's script in its own Python; its last line is JSON."""
-    given = vars(args) | {"model": str(model), "prompt_tokens": prompt_tokens, "compare": None}
-    command = [python, str(PEERS / f"{name}_step.py"), dump_json(given)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
-    if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1:], "returncode": done.returncode}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    if "mfu" in steps[0]:
+        result["mfu_update"] = float(np.median([step["mfu"] for step in steps]))
+    return {"device": jax.devices()[0].device_kind, "processor": processor(), **result}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -155,19 +192,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             random_model.write_published(model, args.size, args.dtype)
         elif not args.model:
             random_model.write(model, ["What happens?"], 512, TEXT_32M, VISION_32M, (784, 1 << 24))
-        load = {"vau_jax": os.getloadavg()[0]}
-        ours = measure_ours(args, model)
+        load = {"before": os.getloadavg()[0]}
         given = ("prompts", "group", "new", "frames", "side", "exact", "dtype", "beta")
-        result = {name: getattr(args, name) for name in given}
-        result |= ours | {"load": load}
-        for name in args.compare or ():
-            load[name] = os.getloadavg()[0]
-            python = getattr(args, f"{name}_python")
-            theirs = measure_peer(name, python, args, model, ours["prompt_tokens"])
-            result[name] = theirs
-            if "sec_per_step" in theirs:
-                result[f"times_faster_than_{name}"] = theirs["sec_per_step"] / ours["sec_per_step"]
-    return result
+        result = {name: getattr(args, name) for name in given} | measure(args, model)
+    load["after"] = os.getloadavg()[0]
+    for name in args.compare or ():
+        if "sec_per_step" in result[name]:
+            result[f"times_faster_than_{name}"] = result[name]["sec_per_step"] / result["sec_per_step"]
+    return result | {"load": load}
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,20 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from turns import Turns  # beside this file
 
 
 class Clock(TrainerCallback):
-    """The time of every step, and of the generation in it."""
+    """A step, with the generation in it, at each turn."""
 
     def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.began = 0.0
+        self.turns = Turns()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.began = time.perf_counter()
+        self.turns.begin()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.steps.append(time.perf_counter() - self.began)
+        self.turns.end()
 
 
 def prompt(args: dict[str, Any]) -> dict[str, Any]:
@@ -84,17 +83,7 @@ def main() -> None:
     assert set(lengths) == {args["new"]}, "every completion has all its tokens"
     inputs = trainer._buffered_inputs[0]
     visual = int((inputs["image_grid_thw"].prod(-1).sum() // 4 // len(inputs["prompt_ids"])).item())
-    seconds = float(np.median(clock.steps[args["warmup"] :]))
-    print(
-        json.dumps(
-            {
-                "sec_per_step": seconds,
-                "prompt_tokens": int(inputs["prompt_mask"].sum(-1).max()),
-                "visual_tokens": visual,
-                "steps": clock.steps,
-            }
-        )
-    )
+    clock.turns.answer({"prompt_tokens": int(inputs["prompt_mask"].sum(-1).max()), "visual_tokens": visual})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tunix.models.qwen2 import model as qwen2
 from tunix.rl import rl_cluster
 from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rollout.base_rollout import RolloutConfig
+from turns import Turns  # beside this file
 
 NO_TOKEN = 1 << 30  # ends no completion
 
@@ -51,11 +51,14 @@ def main() -> None:
     folder, dtype = Path(args["model"]), getattr(jnp, args["dtype"])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    count, calls = args["warmup"] + args["steps"], []
+    count, turns = args["warmup"] + args["steps"], Turns()
 
     def reward(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
-        """Called once a step: the time between two calls is that of a step."""
-        calls.append(time.perf_counter())
+        """Called once a step: a step is what lies between two calls."""
+        if turns.began:
+            turns.end()
+        if turns.steps < count:
+            turns.begin()
         return [float(len(set(text))) for text in completions]
 
     length = -(-args["prompt_tokens"] // 32) * 32  # padded as ours is
@@ -85,9 +88,7 @@ def main() -> None:
     text = prompt_of(tokenizer, args["prompt_tokens"])
     with mesh:
         learner.train([{"prompts": np.asarray([text] * args["prompts"])}] * (count + 1))
-    steps = np.diff(calls)[args["warmup"] :]
-    result = {"sec_per_step": float(np.median(steps)), "prompt_tokens": len(tokenizer.encode(text))}
-    print(json.dumps(result | {"steps": steps.tolist()}))
+    turns.answer({"prompt_tokens": len(tokenizer.encode(text))})
 
 
 if __name__ == "__main__":
