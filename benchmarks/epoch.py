@@ -9,8 +9,8 @@ decoding goes through. Lengths of completions come from a file, one a line, or a
 JSON object last: `prompt_shapes`, `update_programs`, `score_programs`, `decode_programs` and so on are numbers of
 programs that are compiled, `real_..._share` are shares of the padded sizes that are real.
 
-`compile_share` needs the seconds of a step and of compiling a program: those of a small model are measured here with
---measure; for a published size take them from launch/compile_check.py.
+`compile_share`, of the time of an epoch that begins with nothing compiled, needs --step_seconds and --compile_seconds
+(of a program): those in metrics.jsonl of a run, or for a published size those of launch/compile_check.py.
 
 benchmarks/vau_bench_clips.csv, the default table, is drawn (`--draw=FILE`) with the published durations of VAU-Bench's
 3,600 training and validation videos (arXiv 2505.23504, a figure's bins of 10 s up to 100 s, then wider), and the sizes
