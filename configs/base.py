@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     c.remat = True  # rematerialise activations in the backward pass instead of storing them
     c.unroll = 1  # layers per iteration of the scan: more is faster for small models, and slower to compile
 
-    c.attention = "auto"  # attention over prompts: jnp, xla, cudnn (GPU), splash (TPU), auto: the best available
+    c.attention = "auto"  # attention of the decoder: jnp, xla, cudnn (GPU), splash (TPU), auto: the best available
 
     c.lora = ConfigDict()  # low-rank adapters: only they are trained and saved in checkpoints
     c.lora.rank = 0  # rank; 0: no adapters, all parameters are trained

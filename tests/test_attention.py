@@ -1,8 +1,9 @@
-"""The ways to compute attention give the same numbers, in pieces or whole; the TPU kernel compiles without a TPU."""
+"""The ways to compute attention give the same numbers, in pieces or whole; kernels compile without their hardware."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 
 from tests.runs import WITH_LIBTPU
 from vau_jax.common.files import InputError
-from vau_jax.models import attention
+from vau_jax.models import attention, flash
 from vau_jax.models.attention import Keys, Layout
 
 B, T, G, C, N, K, H = 2, 40, 3, 9, 4, 2, 16
@@ -99,6 +100,92 @@ def test_the_tpu_kernel_interpreted(rng: np.random.Generator, kind: str, left: b
         np.testing.assert_allclose(np.asarray(a)[keep], np.asarray(b)[keep], atol=1e-5)
 
 
+def interpreted_gpu(x: tuple[jax.Array, ...], mask: np.ndarray, layout: Layout) -> jax.Array:
+    """As on a GPU, but for cuDNN."""
+    prompt = attention._library(*x, jnp.asarray(mask), "xla")
+    return jnp.concatenate([prompt, attention._flash(*x, jnp.asarray(mask), layout, interpret=True)], axis=1)
+
+
+def gradients(
+    implementation: Callable[..., jax.Array], x: tuple[jax.Array, ...], mask: np.ndarray, layout: Layout
+) -> tuple[jax.Array, ...]:
+    """Of a weighted sum over all real tokens, by q, k and v."""
+
+    def total(*x: jax.Array) -> jax.Array:
+        out = implementation(x, mask, layout)
+        weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape) * real(mask, out.shape[1])[..., None, None]
+        return jnp.sum(out.astype(jnp.float32) * weights)
+
+    return jax.grad(total, argnums=(0, 1, 2))(*x)
+
+
+def plain(x: tuple[jax.Array, ...], mask: np.ndarray, layout: Layout) -> jax.Array:
+    return attention.prefix_attention(*x, jnp.asarray(mask), layout, "jnp")
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("kind", ["fixed", "packed", "short"])
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_the_gpu_kernel_gives_the_reference_values(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, block: int, kind: str, left: bool
+) -> None:
+    """Interpreted, completions over several blocks and within one."""
+    monkeypatch.setattr(flash, "BLOCK", block)
+    x, mask = arrays(rng, size_of(layout(kind)), 128), prompt_mask(left)
+    keep = real(mask, x[0].shape[1])
+    ours = interpreted_gpu(x, mask, layout(kind))
+    np.testing.assert_allclose(np.asarray(ours)[keep], naive(*x, mask, layout(kind))[keep], atol=2e-6)
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("kind", ["fixed", "packed", "short"])
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_the_gpu_kernel_gives_the_reference_gradients(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, block: int, kind: str, left: bool
+) -> None:
+    monkeypatch.setattr(flash, "BLOCK", block)
+    x, mask = arrays(rng, size_of(layout(kind)), 128), prompt_mask(left)
+    ours = gradients(interpreted_gpu, x, mask, layout(kind))
+    for a, b in zip(ours, gradients(plain, x, mask, layout(kind)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80])
+def test_the_gpu_kernel_takes_heads_of_any_width(rng: np.random.Generator, dim: int) -> None:
+    x, mask = arrays(rng, size_of(layout("packed")), dim), prompt_mask(False)
+    ours = gradients(interpreted_gpu, x, mask, layout("packed"))
+    for a, b in zip(ours, gradients(plain, x, mask, layout("packed")), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_the_gpu_kernel_rounds_no_more_than_the_reference(rng: np.random.Generator, dtype: object) -> None:
+    """Gradients in 16 bits: no further from those in float32 than the reference's, but for a little."""
+    exact, mask = arrays(rng, size_of(layout("packed")), 128), prompt_mask(True)
+    x = tuple(one.astype(dtype) for one in exact)
+    right = gradients(plain, tuple(one.astype(jnp.float32) for one in x), mask, layout("packed"))
+    ours, theirs = (gradients(way, x, mask, layout("packed")) for way in (interpreted_gpu, plain))
+    for a, b, c in zip(ours, theirs, right, strict=True):
+        assert a.dtype == dtype
+        off = [float(jnp.linalg.norm((one.astype(jnp.float32) - c).ravel())) for one in (a, b)]
+        assert off[0] < 1.5 * off[1]
+
+
+@pytest.mark.skipif(jax.__version_info__ > (0, 10, 2), reason="compiles, with a library that JAX for GPUs alone has")
+def test_the_gpu_kernel_lowers_for_a_gpu() -> None:
+    """Without one: forward, and two kernels backward, as Triton programs."""
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, starts: jax.Array) -> jax.Array:
+        return jnp.sum(attention._flash(q, k, v, mask, Layout(starts, 128, False)).astype(jnp.float32))
+
+    t, n = 1000, 500
+    q, k = (jax.ShapeDtypeStruct((2, t + n, heads, 128), jnp.bfloat16) for heads in (16, 2))
+    rows = jax.ShapeDtypeStruct((2, t), bool), jax.ShapeDtypeStruct((2, n), jnp.int32)
+    traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(q, k, k, *rows)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton(") == 3
+
+
 @pytest.mark.parametrize(("prompt", "length", "longest"), [(4096, 40960, 1024), (4096, 0, 0), (300, 500, 100)], ids=str)
 def test_the_tpu_kernels_mask_of_a_long_sequence(prompt: int, length: int, longest: int) -> None:
     """Of its first, middle and last rows: all that completions of that length can need; sequences are padded to the
@@ -172,7 +259,7 @@ import jax, jax.numpy as jnp
 from functools import partial
 from vau_jax.common import sharding
 from vau_jax.models import attention
-mesh = sharding.make_mesh({"data": 2, "tensor": 4})
+mesh = sharding.make_mesh({{"data": 2, "tensor": 4}})
 rng = np.random.default_rng(0)
 t, g, c = 40, 2, 9
 layout = attention.Layout(jnp.tile(jnp.repeat(jnp.arange(g) * c, c), (2, 1)), c, True)
@@ -184,7 +271,7 @@ def total(how, *x):
     return jnp.sum(how(*x, mask, layout) * jnp.cos(jnp.arange(q.size)).reshape(q.shape) * real)
 def kernel(*x):
     with sharding.on(mesh):
-        return attention._splash(*x, interpret=True)
+        {kernel}
 for a, b in zip(
     jax.value_and_grad(partial(total, kernel), (0, 1, 2))(q, k, v)[1],
     jax.value_and_grad(partial(total, attention.IMPLEMENTATIONS["jnp"]), (0, 1, 2))(q, k, v)[1],
@@ -199,9 +286,18 @@ def run_script(script: str, **env: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_tpu_kernel_on_a_mesh() -> None:
+KERNELS = {
+    "tpu": "return attention._splash(*x, interpret=True)",
+    "gpu": """prompt = attention._library(*x[:4], "xla")
+        return jnp.concatenate([prompt, attention._flash(*x, interpret=True)], axis=1)""",
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_on_a_mesh(kernel: str) -> None:
     """Interpreted on 8 devices, two for the examples, four for 8 heads that share 2 kv heads: gradients as on one."""
-    run_script(SPREAD, XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8")
+    eight = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    run_script(SPREAD.format(kernel=KERNELS[kernel]), XLA_FLAGS=eight)
 
 
 TPU = """

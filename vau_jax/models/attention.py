@@ -24,9 +24,10 @@ from jax.sharding import PartitionSpec as P
 
 from vau_jax.common import sharding
 from vau_jax.common.files import InputError
+from vau_jax.models import flash
+from vau_jax.models.flash import HIDDEN
 from vau_jax.types import Groups
 
-HIDDEN = -1e30  # finite, so that a row without any visible key gives a number and not NaN
 MOST_SCORES = 1 << 22  # scores of one head and one row that exist at a time; more are computed in chunks
 SPLASH_BLOCK = 512  # queries and keys of one step of the TPU kernel, at most
 
@@ -254,16 +255,34 @@ def _reference(q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array,
     return _with_completions(prompt, q, k, v, prompt_mask, layout)
 
 
-def _library(
-    q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, layout: Layout | None, implementation: str
-) -> jax.Array:
-    """The prompt by jax.nn.dot_product_attention (flash attention with cuDNN), completions by plain jnp."""
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, layout: Layout | None) -> jax.Array:
+    """The prompt by XLA's jax.nn.dot_product_attention, completions by plain jnp."""
+    return _with_completions(_library(q, k, v, prompt_mask, "xla"), q, k, v, prompt_mask, layout)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, layout: Layout | None) -> jax.Array:
+    """The prompt by cuDNN's flash attention, completions by `flash`."""
+    prompt = _library(q, k, v, prompt_mask, "cudnn")
+    if layout is None:
+        return prompt
+    return jnp.concatenate([prompt, _flash(q, k, v, prompt_mask, layout)], axis=1)
+
+
+def _library(q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, implementation: str) -> jax.Array:
+    """Attention of the prompt, [B, T, Heads, H]."""
     t = prompt_mask.shape[1]
     mask = jnp.broadcast_to(prompt_mask[:, None, None], (q.shape[0], 1, t, t))
-    prompt = jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(
         q[:, :t], k[:, :t], v[:, :t], mask=mask, is_causal=True, implementation=implementation
     )
-    return _with_completions(prompt, q, k, v, prompt_mask, layout)
+
+
+def _flash(
+    q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, layout: Layout, interpret: bool = False
+) -> jax.Array:
+    """Attention of the completions, [B, N, Heads, H], by the GPU kernel; `interpret` runs it anywhere, slowly."""
+    kernel = partial(flash.completions, longest=layout.longest, interpret=interpret)
+    return _on_each_device(kernel, q[:, prompt_mask.shape[1] :], k, v, prompt_mask, layout.starts)
 
 
 def _with_completions(
@@ -349,11 +368,22 @@ def _splash(
     layout: Layout | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The whole packed sequence by one Pallas kernel on TPU, on each device for its examples and heads; `interpret`
-    runs it anywhere, slowly."""
+    """The whole packed sequence by one Pallas kernel on TPU; `interpret` runs it anywhere, slowly."""
     none = Layout(jnp.zeros((q.shape[0], 0), jnp.int32), 0, fixed=True)
     starts, longest, _ = layout or none
     kernel = partial(_splash_alone, longest=longest, interpret=interpret)
+    return _on_each_device(kernel, q, k, v, prompt_mask, starts)
+
+
+def _on_each_device(
+    kernel: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    prompt_mask: jax.Array,
+    starts: jax.Array,
+) -> jax.Array:
+    """A kernel, which XLA cannot split, on each device of the mesh for its examples and heads."""
     mesh = sharding.ambient()
     if mesh is None or mesh.size == 1:
         return kernel(q, k, v, prompt_mask, starts)
@@ -417,8 +447,8 @@ _BLOCKS += ("block_q_dq", "block_kv_dq")
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "jnp": _reference,
-    "xla": partial(_library, implementation="xla"),
-    "cudnn": partial(_library, implementation="cudnn"),
+    "xla": _xla,
+    "cudnn": _cudnn,
     "splash": _splash,
 }
 

@@ -170,7 +170,7 @@ class QwenVL(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False  # recompute activations in the backward pass
     unroll: int = 1  # layers in one round of the scan: more is faster for small models, and slower to compile
-    attention: str = "auto"  # of prompts, a name in attention.IMPLEMENTATIONS
+    attention: str = "auto"  # of the decoder, a name in attention.IMPLEMENTATIONS
     lora: LoRA | None = None  # the kind of adapters that collection "lora" holds
     mesh: Mesh | None = None  # of parameters and batches; None: one device
 
