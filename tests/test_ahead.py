@@ -8,6 +8,7 @@ import pytest
 from tests.runs import small
 from vau_jax.common.compiled import COMPILED
 from vau_jax.data.shapes import Shape
+from vau_jax.data_prep import vau_bench as vau_bench_tool
 from vau_jax.train.ahead import compile_ahead
 from vau_jax.train.loop import Run
 
@@ -62,3 +63,35 @@ def test_a_step_compiles_nothing_that_was_compiled_ahead(
     run.step(0)
     run.close()
     assert not LARGE & set(compiled), compiled
+
+
+@pytest.fixture(scope="module")
+def imported(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The synthetic training split with its videos' sizes."""
+    folder = tmp_path_factory.mktemp("imported")
+    vau_bench_tool.import_splits(folder, {"train": [str(dataset / "train.csv")]}, {"msad": dataset / "videos"}, 0, 1)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["vau_r1_sft", "vau_r1_multi_rft"])
+def test_a_run_that_knows_its_videos_has_the_planned_shapes(
+    name: str, imported: Path, model_folder: Path, dataset: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its programs are compiled ahead, and every batch has one of the shapes, of which most is real."""
+    config = small(name, model_folder, dataset)
+    config.data.csv, config.data.bucket = str(imported / "train.jsonl"), (1, 1, 0, 0, 0, 0)
+    config.data.shapes, config.data.max_frames, config.micro_batches = 2, 24, 2
+    config.data.tasks = ("qa", "grounding")
+    run = Run(config)
+    plan = run.feed.collate.plan
+    run.compile_ahead()
+    assert "compile: " in capfd.readouterr().out
+    found, share = set(), []
+    for _ in range(8):
+        host = run.feed.next()
+        found.add(host.shape)
+        share.append(float(host.batch.mask.mean()))
+    run.step(0)
+    run.close()
+    assert found <= set(plan.shapes) and 1 <= len(plan.shapes) <= 2
+    assert sum(share) / len(share) > 0.7

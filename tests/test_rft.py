@@ -350,7 +350,7 @@ def test_log_probabilities_beside_the_rewards_are_those_after_them(rolled: tuple
     chosen, _, _ = t.worker.select(t.learner, t.feed.next(), jax.random.key(0), Clock())
     after = t.worker.score(t.learner, chosen.batch, chosen.sampled, chosen.outcome.lengths)
     assert set(after.logps) == {"ref_logps", "old_logps"}
-    found, expected = (jax.tree.leaves((s.mask, s.completions, s.logps)) for s in (chosen.scored, after))
+    found, expected = (jax.tree.leaves((s.tokens, s.completions, s.logps)) for s in (chosen.scored, after))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
