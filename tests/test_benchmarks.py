@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import efficiency
+from benchmarks import efficiency, gpu
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,3 +83,44 @@ def test_a_save_and_a_restart_are_measured(tmp_path: Path, monkeypatch: pytest.M
     costs = efficiency.measured(gb=0.02)
     assert 0.1 < costs.start < 120 and 1e6 < costs.save < 1e11 and 1e6 < costs.read < 1e11
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_gpu_would_tell_is_measured_on_small_models(tmp_path: Path) -> None:
+    """All measurements from end to end; without a GPU the shares of its peak rates are unknown."""
+    result = last_line("benchmarks/gpu.py", "--tiny", "--seconds=900", f"--out={tmp_path}")
+    assert list(result) == list(gpu.MEASUREMENTS) and not any("problem" in one for one in result.values())
+    assert all(result["parity"][family]["as_close"] for family in gpu.VISIONS)
+    for name in gpu.STEPS:
+        step = result[name]
+        assert step["update"]["seconds"] > 0 and step["update"]["planned_gib"] > 0 and step["update"]["mfu"] is None
+        assert step["decode"]["gb_per_step"] > 0 and step["decode"]["bandwidth"] is None
+    assert json.loads((tmp_path / "host.json").read_text()) == result["host"]
+    assert "| the host's share of a step |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_measurement_out_of_time_loses_nothing_of_the_others(tmp_path: Path) -> None:
+    (tmp_path / "host.json").write_text('{"seconds": 1.5}')
+    command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--only=parity", "--seconds=0", f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 1 and "not done" in result["parity"]["problem"]
+    assert result["host"] == {"seconds": 1.5}
+
+
+def test_the_table_of_a_gpu_has_what_is_there() -> None:
+    step = {"decode": {"bandwidth": 0.625, "seconds_per_step": 0.01}, "sizes": {"new": 101}}
+    parts = {part: {"seconds": 0.5} for part in ("tower", "prefill", "score", "update")}
+    lines = gpu.table(
+        {"7b-lora": step | parts, "host": {"seconds": 1.0}, "parity": {"problem": "not done"}}
+    ).splitlines()
+    assert "| decoding, share of the bandwidth |  | 62% |  | 60% |" in lines
+    assert "| the host's share of a step |  | 25% |  |  |" in lines
+    assert lines[-1] == "parity: not done"
+
+
+def test_the_gpu_script_takes_an_interpreter_that_has_all_packages(tmp_path: Path) -> None:
+    env = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
+    command = ["bash", ROOT / "benchmarks" / "gpu.sh", "--table"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {} and (tmp_path / "table.md").exists()

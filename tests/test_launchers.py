@@ -15,7 +15,8 @@ import yaml
 from tests.launchers import GKE, JOBSET, POD, ROOT, RUN, call, read_by
 
 GOLDEN = Path(__file__).parent / "data" / "launch"
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"])
+OTHER_SCRIPTS = [ROOT / "launch" / "slurm.sbatch", ROOT / "benchmarks" / "gpu.sh", ROOT / ".ci" / "run"]
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *OTHER_SCRIPTS])
 CASES = {
     "tpu_vm_create": (POD | {"SPOT": "1"}, ("tpu_vm.sh", "--dry-run", "create")),
     "tpu_vm_setup": (POD, ("tpu_vm.sh", "--dry-run", "setup")),
