@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from vau_jax.common.processes import Rows
@@ -26,9 +27,12 @@ class Placer:
         return Shape(*map(max, zip(*self.rows.gather([host.shape] * len(host.examples)), strict=True)))
 
     def placed(self, host: HostBatch) -> HostBatch:
-        """The whole batch's prompts on the devices, from this process's rows, in the shape that fits all of them."""
+        """The whole batch's prompts on the devices, from this process's rows, in the shape that fits all of them; as
+        they are where they have it and are there."""
         shape = self.shape(host)
-        return self.on_devices(host if shape == host.shape else self.collate(host.examples, shape))
+        if shape != host.shape:
+            host = self.collate(host.examples, shape)
+        return host if isinstance(host.batch.tokens, jax.Array) else self.on_devices(host)
 
     def on_devices(self, host: HostBatch) -> HostBatch:
         """The same in this process's own shape."""
@@ -54,8 +58,7 @@ class Feed(Placer):
         host = next(self.iterator)
         troubles = [pipeline.problem_counts(item, self.config.data) for item in host.examples]
         self.counts.update(pipeline.summed(self.rows.gather(troubles)))
-        shape = self.shape(host)
-        return host if shape == host.shape else self.on_devices(self.collate(host.examples, shape))
+        return self.placed(host)
 
     def state(self) -> Any:
         """The position in the data, in grain's format."""
