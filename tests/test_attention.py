@@ -79,8 +79,15 @@ def test_prompts_and_completions(rng: np.random.Generator, name: str, kind: str,
     np.testing.assert_allclose(np.asarray(ours)[keep], naive(q, k, v, mask, layout(kind))[keep], atol=2e-6)
 
 
-@LAYOUTS
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        ("prompt", False),
+        ("packed", False),
+        ("packed", True),
+        *(pytest.param(kind, left, marks=pytest.mark.long) for kind in ("fixed", "short") for left in (False, True)),
+    ],
+)
 def test_the_tpu_kernel_interpreted(rng: np.random.Generator, kind: str, left: bool) -> None:
     """Values and gradients of real tokens; its heads are 128 wide, as in every published model."""
     q, k, v = arrays(rng, size_of(layout(kind)), 128)
@@ -123,7 +130,7 @@ def plain(x: tuple[jax.Array, ...], mask: np.ndarray, layout: Layout) -> jax.Arr
     return attention.prefix_attention(*x, jnp.asarray(mask), layout, "jnp")
 
 
-@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("block", [16, pytest.param(64, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["fixed", "packed", "short"])
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 def test_the_gpu_kernel_gives_the_reference_values(
@@ -137,7 +144,7 @@ def test_the_gpu_kernel_gives_the_reference_values(
     np.testing.assert_allclose(np.asarray(ours)[keep], naive(*x, mask, layout(kind))[keep], atol=2e-6)
 
 
-@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("block", [16, pytest.param(64, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["fixed", "packed", "short"])
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 def test_the_gpu_kernel_gives_the_reference_gradients(

@@ -85,6 +85,7 @@ def test_a_save_and_a_restart_are_measured(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_what_a_gpu_would_tell_is_measured_on_small_models(tmp_path: Path) -> None:
     """All measurements from end to end; without a GPU the shares of its peak rates are unknown."""
     result = last_line("benchmarks/gpu.py", "--tiny", "--seconds=900", f"--out={tmp_path}")
