@@ -67,7 +67,7 @@ def test_a_run_that_was_preempted_compiles_nothing_again(
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     first = missed(process)
-    assert "jit_update" in first and misses(workdir) <= len(first)
+    assert "jit__whole" in first and misses(workdir) <= len(first)
     assert missed(start(args)) == []
     assert misses(workdir) == 0 and len(read_metrics(workdir)) == 4
     assert (tmp_path / FOLDER).stat().st_mode & 0o777 == 0o700
@@ -79,7 +79,7 @@ def test_another_run_of_two_processes_beside_the_first_compiles_nothing(
 ) -> None:
     """In neither of the processes."""
     runs = [arguments(stage, model_folder, dataset, tmp_path / name, 2) for name in ("first", "second")]
-    assert missed(start(runs[0], 2)).count("jit_update") == 2
+    assert missed(start(runs[0], 2)).count("jit__whole") in (2, 4), "in both, of the lengths of two batches"
     assert missed(start(runs[1], 2)) == []
 
 
