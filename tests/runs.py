@@ -70,7 +70,7 @@ def small(name: str, model: Path, data: Path, split: str = "train") -> ConfigDic
     c.batch_size = 4
     c.data.csv, c.data.videos = str(data / f"{split}.csv"), str(data / "videos")
     c.data.max_frames, c.data.wording = 8, "short"
-    c.data.bucket = (128, 576, 48, 64, 12, 64)
+    c.data.bucket, c.data.length_window = (128, 576, 48, 64, 12, 64), 8
     if name == "eval":
         c.checkpoint = str(model)
         c.data.max_completion_tokens = 8
