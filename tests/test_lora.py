@@ -126,7 +126,7 @@ def test_dropout_acts_in_training_alone(vlm: VideoLM) -> None:
     completions = Completions(np.full((1, 1, 5), 7, np.int32), np.ones((1, 1, 5), bool))
 
     def logps(key: jax.Array | None) -> jax.Array:
-        return update.logps_and_losses(dropping.variables, batch, completions, dropping.model, 1.0, key)[0]
+        return update.logps_and_losses(dropping.variables, batch, completions, dropping.model, 1.0, dropout_key=key)[0]
 
     drawn = [np.asarray(logps(jax.random.key(i))) for i in range(2)]
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
