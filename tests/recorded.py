@@ -100,7 +100,6 @@ def batches(name: str, model: Path, data: Path) -> list[dict[str, Any]]:
     c = small(name, model, data)
     c.data.update_from_flattened_dict(BATCHES[name])
     c.data.difficulty.enabled = c.stage == "rft"
-    c.data.length_window = 8  # the default then
     examples, _ = pipeline.load_examples(c.data)
     iterator = pipeline.train_iterator(prompts_of(examples, VideoLM.load(model).processor, c.data), 4, seed=3)
     result = []
