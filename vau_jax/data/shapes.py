@@ -137,6 +137,7 @@ class Plan:
         if not sizes or count == 0:
             return cls((), config, floor)
         needs = sorted((Need(size, config) for size in sizes), key=lambda need: need.tokens)
+        floor = floor if any(need.frames for need in needs) else Shape(floor.tokens)
         groups = _group_sizes(needs, floor)
         tokens = np.maximum([need.tokens + SPARE for need in needs], floor.tokens)
         edges, shapes, held, begin = _edges(tokens, count), [], floor, 0

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax
 
+from vau_jax.models.packing import Packing
 from vau_jax.types import Batch, Completions, Features, KVCache, Variables
 
 
@@ -21,9 +22,9 @@ class Model(Protocol):
     def encode_vision(self, batch: Batch) -> Features:
         """apply: visual features of the batch's patches, tokens [B, M, D]; features are returned unchanged."""
 
-    def hidden(self, batch: Batch, completions: Completions | None = None) -> jax.Array:
-        """apply: last hidden states [B, T + G * C, D] of prompts and of G completions each, which attend to the prompt
-        and themselves. Sows totals of auxiliary losses among the "losses".
+    def hidden(self, batch: Batch, completions: Completions | None = None, packing: Packing | None = None) -> jax.Array:
+        """apply: last hidden states [B, T + N, D] of prompts and of their completions, packed into N tokens, which
+        attend to the prompt and themselves. Sows totals of auxiliary losses among the "losses".
         """
 
     def prefill(self, batch: Batch) -> tuple[jax.Array, KVCache]:
