@@ -33,7 +33,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vau_jax.common.files import dump_json
-from vau_jax.data import pipeline
+from vau_jax.data import loading, pipeline
 from vau_jax.data.processor import Processor
 from vau_jax.data.shapes import Need, Shape, Size
 from vau_jax.data_prep import random_model
@@ -215,7 +215,7 @@ def main() -> None:
         if not args.model:
             texts = [" ".join((e.question, *e.choices)) for e in examples[:200]]
             args.model = str(random_model.write(Path(folder) / "model", texts, 4096, TEXT, VISION, (3136, 1 << 20)))
-        loader = pipeline.make_loader(Processor(args.model), config.data, augment=False)
+        loader = loading.make_loader(Processor(args.model), config.data, augment=False)
         prompts = pipeline.Prompts(examples, loader)
         result = walk(prompts, args, config)
     if args.step_seconds and args.compile_seconds:

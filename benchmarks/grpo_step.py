@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 
 from vau_jax.common.files import dump_json, exit_on_input_error
 from vau_jax.configs import vau_r1_multi_rft
-from vau_jax.data import pipeline
+from vau_jax.data import loading, pipeline
 from vau_jax.data.processor import Processor
 from vau_jax.data.shapes import Shape, least_shape
 from vau_jax.data_prep import random_model
@@ -98,7 +98,7 @@ def shape_of_prompts(c: ConfigDict) -> Shape:
     """The smallest shape of a batch of the config's only example."""
     processor = Processor(c.model)
     example = pipeline.load_examples(c.data)[0][0]
-    loaded = pipeline.make_loader(processor, c.data, augment=False)(example, np.random.default_rng(0))
+    loaded = loading.make_loader(processor, c.data, augment=False)(example, np.random.default_rng(0))
     return least_shape([loaded.encoded.size], processor.vision)
 
 

@@ -15,7 +15,7 @@ from vau_jax import cli
 from vau_jax.common import progress
 from vau_jax.common.files import InputError
 from vau_jax.common.progress import Progress
-from vau_jax.data import pipeline
+from vau_jax.data import loading, pipeline
 from vau_jax.data.processor import Processor
 from vau_jax.data.video import frame_cache
 from vau_jax.data.video.decode_worker import DecoderPool
@@ -34,7 +34,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
         processor.config = with_motion(processor.config, Motion(config.motion.signed, config.motion.order))
     examples, audit = pipeline.load_examples(config.data)
     print(audit.table(), flush=True)
-    sampling = processor.sampling(pipeline.video_options(config.data, processor.video_options))
+    sampling = processor.sampling(loading.video_options(config.data, processor.video_options))
     videos = list(dict.fromkeys(path for example in examples for path in example.media))
     shown = Progress("frames", len(videos), "video")
     pool = DecoderPool(config.data.workers, config.data.video_seconds)

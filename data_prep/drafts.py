@@ -18,7 +18,7 @@ from vau_jax.common.chat import Chat, Message, Reply, frames_content
 from vau_jax.common.files import Lines, dump_json
 from vau_jax.common.heartbeat import monitored
 from vau_jax.common.progress import Progress
-from vau_jax.data import pipeline
+from vau_jax.data import loading, pipeline
 from vau_jax.data.video import clips
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
@@ -118,7 +118,7 @@ def by_model(config: ConfigDict, workdir: Path, examples: list[Example]) -> Iter
     mesh = sharding.make_mesh(config.mesh, jax.local_devices())
     sharding.check_divisible(s.batch_size, mesh)
     vlm = VideoLM.load(s.checkpoint, s.dtype, mesh)
-    loader = pipeline.make_loader(vlm.processor, config.data, augment=False)
+    loader = loading.make_loader(vlm.processor, config.data, augment=False)
     batches = pipeline.eval_batches(pipeline.Prompts(examples, loader), s.batch_size, config.seed)
     for number, host in enumerate(batches):
         out = sampling.sample(

@@ -15,7 +15,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from vau_jax.data import pipeline
+from vau_jax.data import loading, pipeline
 from vau_jax.data.processor import Processor
 from vau_jax.tasks.example import Example
 from vau_jax.train.loop import Run
@@ -84,4 +84,4 @@ def small(name: str, model: Path, data: Path, split: str = "train") -> ConfigDic
 
 def prompts_of(examples: list[Example], processor: Processor, data: ConfigDict) -> pipeline.Prompts:
     """The prompts of examples as a training run has them; `data` is config.data."""
-    return pipeline.Prompts(examples, pipeline.make_loader(processor, data, data.augment))
+    return pipeline.Prompts(examples, loading.make_loader(processor, data, data.augment))

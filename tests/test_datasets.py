@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from tests.runs import prompts_of, small
 from vau_jax.common.files import InputError
 from vau_jax.common.metric_writer import read_metrics
-from vau_jax.data import pipeline
+from vau_jax.data import loading, pipeline
 from vau_jax.data.processor import Processor
 from vau_jax.data_prep import vau_bench as vau_bench_tool
 from vau_jax.datasets import DATASETS, array_record, vau_bench, video_qa
@@ -191,7 +191,7 @@ def test_examples_without_video_are_padded_like_those_beside_them(questions: Pat
     c = small("vau_r1_sft", model_folder, questions).data
     c.dataset, c.csv, c.videos, c.tasks = "video_qa", str(questions / "questions.jsonl"), str(questions), ("qa",)
     examples, processor = pipeline.load_examples(c)[0], Processor(model_folder)
-    loader, collator = pipeline.make_loader(processor, c, augment=False), pipeline.Collator(processor, c)
+    loader, collator = loading.make_loader(processor, c, augment=False), pipeline.Collator(processor, c)
     items = [loader(example, np.random.default_rng(0)) for example in examples]
     without = [item for item in items if not item.example.media]
     assert collator(without).batch.vision is None
@@ -336,7 +336,7 @@ def test_more_than_one_interval_and_more_options_than_letters_are_clear_errors()
 def test_rotations_of_few_options_take_turns(tmp_path: Path, model_folder: Path) -> None:
     (example,), _ = video_qa.read(data(tmp_path, {**THREE, "videos": [], "options": ["a man", "a box"], "answer": "A"}))
     c = small("eval", model_folder, tmp_path, "x").data
-    loader = pipeline.make_loader(Processor(model_folder), c, augment=False)
+    loader = loading.make_loader(Processor(model_folder), c, augment=False)
     c.shuffle_options = False
     shown = [loader(replace(example, rotation=r), np.random.default_rng(0)).example.choices[0] for r in range(4)]
     assert shown == ["a man", "a box", "a man", "a box"]

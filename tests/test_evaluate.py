@@ -18,7 +18,7 @@ from tests import tables, video_files
 from tests.runs import small
 from vau_jax.common.files import InputError
 from vau_jax.configs import base
-from vau_jax.data import pipeline
+from vau_jax.data import loading, pipeline
 from vau_jax.data.processor import Processor
 from vau_jax.eval import evaluate, records, scores
 from vau_jax.models import checkpoint
@@ -179,7 +179,7 @@ def test_samples_do_not_depend_on_the_others_of_a_batch(tiny: ConfigDict, tmp_pa
     assert len({text for texts in found[0].values() for text in texts}) == 8
 
 
-def test_the_total_is_weighted_as_in_training(loaded: dict[str, pipeline.Loaded]) -> None:
+def test_the_total_is_weighted_as_in_training(loaded: dict[str, loading.Loaded]) -> None:
     record = records.of_loaded(loaded["grounding"], [right(loaded["grounding"])], "think")
     weights = {"format": 0.5, "accuracy": 0.0, "tiou": 2.0, "judge": 0.0}
     found = scores.score([record], weights=weights)["rewards"]
@@ -196,19 +196,19 @@ def test_a_total_has_no_rewards_that_an_evaluation_cannot_give(tiny: ConfigDict,
 
 
 @pytest.fixture(scope="module")
-def loaded(model_folder: Path, dataset: Path) -> dict[str, pipeline.Loaded]:
+def loaded(model_folder: Path, dataset: Path) -> dict[str, loading.Loaded]:
     """An anomalous test clip as each task asks of it."""
     c = small("eval", model_folder, dataset, "test")
     c.data.tasks = ("qa", "grounding", "classification", "description")
     examples, _ = pipeline.load_examples(c.data)
     video = next(e.video for e in examples if e.truth.get("intervals"))
     chosen = [e for e in examples if e.video == video]
-    loader = pipeline.make_loader(Processor(model_folder), c.data, augment=False)
+    loader = loading.make_loader(Processor(model_folder), c.data, augment=False)
     batch = next(pipeline.eval_batches(pipeline.Prompts(chosen, loader), 4, seed=0))
     return {item.example.task: item for item in batch.examples}
 
 
-def right(item: pipeline.Loaded) -> str:
+def right(item: loading.Loaded) -> str:
     """A completion with the truth."""
     task = TASKS[item.example.task]
     answer = task.answer(item.example) if task.verifiable else "It burns."
@@ -216,7 +216,7 @@ def right(item: pipeline.Loaded) -> str:
 
 
 @pytest.mark.parametrize("task", ["qa", "grounding", "classification"])
-def test_a_record_says_what_was_asked_answered_and_worth(task: str, loaded: dict[str, pipeline.Loaded]) -> None:
+def test_a_record_says_what_was_asked_answered_and_worth(task: str, loaded: dict[str, loading.Loaded]) -> None:
     item = loaded[task]
     found = records.of_loaded(item, [right(item), "hm"], "think")
     assert [round(score, 4) for score in found.scores] == [1.0, 0.0] and found.format_ok == [True, False]
@@ -228,7 +228,7 @@ def test_a_record_says_what_was_asked_answered_and_worth(task: str, loaded: dict
     assert shown == (task != "classification")
 
 
-def test_a_record_with_reflection_has_the_draft_too(loaded: dict[str, pipeline.Loaded]) -> None:
+def test_a_record_with_reflection_has_the_draft_too(loaded: dict[str, loading.Loaded]) -> None:
     item = loaded["grounding"]
     ((start, end),) = item.example.truth["intervals"]
     text = right(item).replace(
@@ -240,7 +240,7 @@ def test_a_record_with_reflection_has_the_draft_too(loaded: dict[str, pipeline.L
     assert found.format_ok == [True]
 
 
-def test_a_line_of_another_format_is_no_record(loaded: dict[str, pipeline.Loaded]) -> None:
+def test_a_line_of_another_format_is_no_record(loaded: dict[str, loading.Loaded]) -> None:
     line = records.to_line(records.of_loaded(loaded["qa"], ["hm"], "think"), "f")
     raw = json.loads(line)
     others = [line[:-1], line[:-9] + "\n", "[]\n", json.dumps({**raw, "format": 1}) + "\n"]
@@ -249,14 +249,14 @@ def test_a_line_of_another_format_is_no_record(loaded: dict[str, pipeline.Loaded
     assert records.of_line(line, "g") is None and records.of_line(line, "f") is not None
 
 
-def test_a_description_has_its_reference_and_no_score(loaded: dict[str, pipeline.Loaded]) -> None:
+def test_a_description_has_its_reference_and_no_score(loaded: dict[str, loading.Loaded]) -> None:
     item = loaded["description"]
     found = records.of_loaded(item, [right(item)], "think")
     assert found.scores == [] and found.predictions == [None]
     assert item.example.truth["description"] in found.reference
 
 
-def test_a_description_is_compared_by_words_with_the_annotation(loaded: dict[str, pipeline.Loaded]) -> None:
+def test_a_description_is_compared_by_words_with_the_annotation(loaded: dict[str, loading.Loaded]) -> None:
     """The annotation's own text has every word; another has few."""
     item = loaded["description"]
     own = records.of_loaded(item, [f"{prompts.facts(item.example)} {item.example.meta['key_object']}"], "think")
@@ -267,14 +267,14 @@ def test_a_description_is_compared_by_words_with_the_annotation(loaded: dict[str
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_what_is_said_of_grey_frames_is_no_answer(task: str, loaded: dict[str, pipeline.Loaded]) -> None:
+def test_what_is_said_of_grey_frames_is_no_answer(task: str, loaded: dict[str, loading.Loaded]) -> None:
     failed = replace(loaded[task], failure="damaged")
     found = records.of_loaded(failed, [right(failed)] * 2, "think")
     assert found.predictions == [None, None] and found.completions == ["", ""] and found.format_ok == [False, False]
     assert found.scores in ([0.0, 0.0], []) and found.failure == "damaged"
 
 
-def test_frames_of_a_failed_video_count_as_wrong(loaded: dict[str, pipeline.Loaded]) -> None:
+def test_frames_of_a_failed_video_count_as_wrong(loaded: dict[str, loading.Loaded]) -> None:
     """Its length is in the annotations: what is abnormal is missed, and a normal video is a false alarm."""
     item = loaded["grounding"]
     seen = records.of_loaded(item, [right(item)], "think")
@@ -314,7 +314,7 @@ def test_samples_and_rotations(model_folder: Path, dataset: Path, tmp_path: Path
         assert len(set(answers)) == 1
 
 
-def test_votes_and_orders_are_counted_from_the_records(loaded: dict[str, pipeline.Loaded]) -> None:
+def test_votes_and_orders_are_counted_from_the_records(loaded: dict[str, loading.Loaded]) -> None:
     item = loaded["qa"]
     answer = TASKS["qa"].answer(item.example)
     wrong = right(item).replace(f">{answer}<", f">{'ABCD'.replace(answer, '')[0]}<")
@@ -329,7 +329,7 @@ def test_votes_and_orders_are_counted_from_the_records(loaded: dict[str, pipelin
     assert result["tasks"]["qa"]["accuracy"]["n"] == 1
 
 
-def test_grounding_has_frame_level_scores(loaded: dict[str, pipeline.Loaded]) -> None:
+def test_grounding_has_frame_level_scores(loaded: dict[str, loading.Loaded]) -> None:
     item = loaded["grounding"]
     perfect = scores.score([records.of_loaded(item, [right(item)], "think")])["frames"]
     assert perfect["auc"] == 1.0 and perfect["ap"] == 1.0 and perfect["left_out"] == 0

@@ -15,7 +15,7 @@ from tests.runs import small
 from vau_jax.common import sharding
 from vau_jax.common.files import InputError
 from vau_jax.configs import base
-from vau_jax.data import pipeline
+from vau_jax.data import loading, pipeline
 from vau_jax.eval import answers, evaluate, records
 from vau_jax.models import checkpoint
 from vau_jax.tasks import prompts
@@ -66,7 +66,7 @@ def test_an_endpoint_gets_the_prompts_and_orders_of_our_own_model(
     loader = [e for e in pipeline.load_examples(evaluate.as_trained(remote).data)[0] if e.task == "qa"]
     asked = {said(request) for request in server.requests}
     for example in loader:
-        shown = pipeline.in_order(example, pipeline.rng_of(example, remote.seed), remote.data.shuffle_options)
+        shown = loading.in_order(example, loading.rng_of(example, remote.seed), remote.data.shuffle_options)
         assert prompts.question(shown, "think", remote.data.wording) in asked
     assert all(len(pictures(request)) == 3 for request in server.requests)
     assert result["model"] == {"size": "InternVL2.5-2B"}

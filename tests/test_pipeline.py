@@ -17,8 +17,9 @@ from tests.records import example
 from tests.runs import prompts_of
 from vau_jax.common.files import InputError
 from vau_jax.configs import demo
-from vau_jax.data import pipeline
-from vau_jax.data.pipeline import HostBatch, Loader
+from vau_jax.data import loading, pipeline
+from vau_jax.data.loading import Loader
+from vau_jax.data.pipeline import HostBatch
 from vau_jax.data.processor import Processor
 from vau_jax.data.video import clips, frame_cache
 from vau_jax.data.video.clips import Clip
@@ -190,13 +191,13 @@ def test_the_next_batches_are_loaded_during_a_step(
     config: ConfigDict, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without being asked for: after the first batch is taken, further videos are decoded while the caller is busy."""
-    loaded, original = [], pipeline.Loader.__call__
+    loaded, original = [], loading.Loader.__call__
 
     def counting(self: Loader, *args: Any) -> Any:
         loaded.append(1)
         return original(self, *args)
 
-    monkeypatch.setattr(pipeline.Loader, "__call__", counting)
+    monkeypatch.setattr(loading.Loader, "__call__", counting)
     prompts = prompts_of(pipeline.load_examples(config)[0], processor, config)
     iterator = pipeline.train_iterator(prompts, 2, seed=0)
     next(iterator)
@@ -253,7 +254,7 @@ def test_frames_come_from_the_cache_and_others_are_counted(
     config: ConfigDict, processor: Processor, tmp_path: Path
 ) -> None:
     straight, _ = batches(config, processor, 2)
-    sampling = processor.sampling(pipeline.video_options(config, processor.video_options))
+    sampling = processor.sampling(loading.video_options(config, processor.video_options))
     videos = sorted({item.example.media[0] for item in straight[0].examples})
     frame_cache.build(tmp_path, videos, sampling, clips.read, 1, show=lambda done, note: None)
     config.cache = str(tmp_path)
@@ -458,12 +459,12 @@ def test_no_usable_example_is_an_error(config: ConfigDict, tmp_path: Path) -> No
 def test_blind_frames_are_grey(config: ConfigDict, processor: Processor) -> None:
     loader = Loader(processor, config, FrameCache(None), augment=False, blind=True)
     item = loader(pipeline.load_examples(config)[0][0], np.random.default_rng(0))
-    assert np.unique(item.encoded.visuals[0].patches).tolist() == [pipeline.GREY]
+    assert np.unique(item.encoded.visuals[0].patches).tolist() == [loading.GREY]
 
 
 def test_augmentation_changes_pixels_and_nothing_else(rng: np.random.Generator) -> None:
     clip = Clip(rng.integers(0, 256, (8, 28, 56, 3), dtype=np.uint8), 0.5)
-    changed = pipeline.augment(clip, rng)
+    changed = loading.augment(clip, rng)
     assert changed.frames.shape == clip.frames.shape
     assert changed.seconds_per_frame == clip.seconds_per_frame
     assert (changed.frames != clip.frames).mean() > 0.5

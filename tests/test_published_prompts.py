@@ -9,7 +9,7 @@ import pytest
 
 from vau_jax.common.files import InputError
 from vau_jax.configs import base
-from vau_jax.data.pipeline import make_loader
+from vau_jax.data.loading import make_loader
 from vau_jax.data.processor import Processor
 from vau_jax.tasks import TASKS, prompts
 from vau_jax.tasks.classification import LABELS

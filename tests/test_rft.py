@@ -23,7 +23,7 @@ from vau_jax.common import sharding
 from vau_jax.common.files import InputError
 from vau_jax.common.metric_writer import read_metrics
 from vau_jax.configs import base
-from vau_jax.data import pipeline
+from vau_jax.data import loading, pipeline
 from vau_jax.datasets import vau_bench
 from vau_jax.models import checkpoint, vision
 from vau_jax.rl import grpo
@@ -421,7 +421,7 @@ def test_what_is_drawn_for_an_example_depends_on_it_alone(model_folder: Path, da
     items = t.feed.next().examples
     t.close()
 
-    def drawn(items: list[pipeline.Loaded], key: int = 0) -> dict[str, list]:
+    def drawn(items: list[loading.Loaded], key: int = 0) -> dict[str, list]:
         batch = t.learner.encode_vision(jax.device_put(t.feed.collate(items).batch, sharding.examples(t.mesh)))
         repeats = [items[:i].count(item) for i, item in enumerate(items)]
         keys = pipeline.keys_of(jax.random.key(key), pipeline.draw_numbers(items, repeats))
@@ -523,7 +523,7 @@ def test_harder_frames_keep_their_number_and_most_of_the_picture(rng: np.random.
     frames = rng.integers(60, 200, (12, 28, 28, 3), dtype=np.uint8)
     kinds = set()
     for _ in range(20):
-        worse = pipeline.harder(frames, rng, noise=16.0, drop=0.25)
+        worse = loading.harder(frames, rng, noise=16.0, drop=0.25)
         assert worse.shape == frames.shape and worse.dtype == np.uint8
         repeated = [any(np.array_equal(frame, old) for old in frames) for frame in worse]
         if all(repeated):

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from vau_jax import cli
 from vau_jax.common import compiled
 from vau_jax.common.files import InputError
-from vau_jax.data.pipeline import video_options
+from vau_jax.data.loading import video_options
 from vau_jax.data.video import decode_worker
 from vau_jax.data.video.clips import VideoOptions
 from vau_jax.data.video.decode_worker import DecoderPool

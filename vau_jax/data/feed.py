@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vau_jax.common.processes import Rows
-from vau_jax.data import pipeline
+from vau_jax.data import loading, pipeline
 from vau_jax.data.pipeline import HostBatch
 from vau_jax.data.processor import Processor
 from vau_jax.data.shapes import Shape
@@ -45,7 +45,7 @@ class Feed(Placer):
     def __init__(
         self, config: ConfigDict, examples: list[Example], audit: Audit, processor: Processor, rows: Rows
     ) -> None:
-        prompts = pipeline.Prompts(examples, pipeline.make_loader(processor, config.data, config.data.augment))
+        prompts = pipeline.Prompts(examples, loading.make_loader(processor, config.data, config.data.augment))
         super().__init__(rows, prompts.collate)
         self.config = config
         # Every process expects the same shape of a batch, so that it can be put on the devices before they agree on it.

@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 from vau_jax.common import processes, sharding
 from vau_jax.common.chat import Chat, Message, frames_content
 from vau_jax.common.files import InputError
-from vau_jax.data import pipeline
-from vau_jax.data.pipeline import HostBatch, Loaded
+from vau_jax.data import loading, pipeline
+from vau_jax.data.loading import Loaded
+from vau_jax.data.pipeline import HostBatch
 from vau_jax.data.video import clips
 from vau_jax.data.video.decode_worker import DecoderPool
 from vau_jax.data.video.decoders import VideoError
@@ -43,7 +44,7 @@ def by_model(examples: list[Example], vlm: VideoLM, config: ConfigDict) -> Itera
     for two, group in zip((False, True), groups, strict=True):
         if not group:
             continue
-        loader = pipeline.make_loader(vlm.processor, config.data, False, config.blind, templates.turns[0] * two)
+        loader = loading.make_loader(vlm.processor, config.data, False, config.blind, templates.turns[0] * two)
         for host in pipeline.eval_batches(pipeline.Prompts(group, loader), config.batch_size, config.seed):
             texts = _decoded(host, vlm, config)
             if two:
@@ -99,8 +100,8 @@ def by_endpoint(examples: list[Example], config: ConfigDict, workdir: Path) -> I
 
     def first() -> Iterator[list[Message]]:
         for given in examples:
-            rng = pipeline.rng_of(given, config.seed)
-            example = pipeline.in_order(given, rng, config.data.shuffle_options)
+            rng = loading.rng_of(given, config.seed)
+            example = loading.in_order(given, rng, config.data.shuffle_options)
             try:
                 one = _asked(example, config, templates, pool)
             except VideoError as error:
@@ -162,7 +163,7 @@ def _asked(example: Example, config: ConfigDict, templates: prompts.Templates, p
     read = [pool.read(path, options, factor=2, multiple=1) for path in example.media]
     shown: list[Message] = []
     for clip in read:
-        frames = np.full_like(clip.frames, pipeline.GREY) if config.blind else clip.frames
+        frames = np.full_like(clip.frames, loading.GREY) if config.blind else clip.frames
         times = ", ".join(f"{time:.1f}" for time in clip.times)
         shown += [*frames_content(frames), {"type": "text", "text": f"These are frames of a video, at {times} s."}]
     said = [{"type": "text", "text": text}]

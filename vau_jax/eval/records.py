@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vau_jax.common.files import InputError, dump_json, read_lines
-from vau_jax.data.pipeline import Loaded
+from vau_jax.data.loading import Loaded
 from vau_jax.tasks import TASKS, parsing, prompts, rewards
 from vau_jax.tasks.columns import Columns
 from vau_jax.tasks.example import Example

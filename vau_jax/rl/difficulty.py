@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 from ml_collections import ConfigDict
 
-from vau_jax.data.pipeline import EASY, HARD, Collator, HostBatch
+from vau_jax.data.loading import EASY, HARD
+from vau_jax.data.pipeline import Collator, HostBatch
 from vau_jax.rl.outcome import Outcome
 from vau_jax.tasks.example import Example
 

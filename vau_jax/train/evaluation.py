@@ -20,7 +20,7 @@ from vau_jax.common import processes
 from vau_jax.common.checks import COUNT, NOT_NEGATIVE, check_ranges
 from vau_jax.common.files import InputError
 from vau_jax.common.processes import Rows
-from vau_jax.data import pipeline
+from vau_jax.data import loading, pipeline
 from vau_jax.data.feed import Placer
 from vau_jax.data.pipeline import HostBatch
 from vau_jax.data.processor import Processor
@@ -98,7 +98,7 @@ class Evaluation:
         with _of_evaluations():
             found, audit = pipeline.load_examples(self.data)
         self.examples = chosen(found, config.eval.max_examples)
-        self.prompts = pipeline.Prompts(self.examples, pipeline.make_loader(processor, self.data, augment=False))
+        self.prompts = pipeline.Prompts(self.examples, loading.make_loader(processor, self.data, augment=False))
         self.placer = Placer(Rows(config.batch_size, mesh), self.prompts.collate)
         best = config.checkpoint.best
         self.metric = best if best.removeprefix("-").startswith(EVALUATED) else SCORE
