@@ -121,11 +121,11 @@ class Epoch:
         self.shapes: set[Shape] = set()
         self.used: set[int] = set()  # lengths that completions are packed into
         self.real, self.padded = Counter[str](), Counter[str]()
-        self.new_after_first = 0
+        self.steps = self.last_new = 0  # steps so far, and the last of them that needed a new program
 
     def add(self, sizes: list[Size], expected: int, completions: np.ndarray) -> None:
         """A batch of prompts of `sizes`, with completions of these lengths [B, G]."""
-        shape, before = self.plan.shape(sizes, expected), sum(map(len, self.programs.values()))
+        shape, before = self.plan.shape(sizes, expected), self._count()
         self.shapes.add(shape)
         needs = [Need(size, self.plan.config) for size in sizes]
         self._pad("prompt", sum(size.tokens for size in sizes), len(sizes) * shape.tokens)
@@ -141,19 +141,24 @@ class Epoch:
             self.programs["score"].add((shape, part.length))
         self._pad("completion", int(completions.sum()), 0)
         self._decode(shape, completions)
-        self.new_after_first = sum(map(len, self.programs.values())) - before
+        self.steps += 1
+        self.last_new = self.steps if self._count() > before else self.last_new
+
+    def _count(self) -> int:
+        return sum(map(len, self.programs.values()))
 
     def _pad(self, name: str, real: int, padded: int) -> None:
         self.real[name] += real
         self.padded[name] += padded
 
     def _decode(self, shape: Shape, completions: np.ndarray) -> None:
-        """The programs of sampling: the caches of all prompts have room for the longest."""
+        """The programs of sampling: with planned shapes the caches of all prompts have room for the longest."""
         self.programs["decode"].add(shape)  # prefill
         if self.args.freeze_vision:
             self.programs["vision"].add(shape)
         steps = sampling.steps(completions, self.args.new, self.args.devices)
-        steps = [batch for batch, _ in itertools.groupby(steps)]
+        own = 0 if self.plan.shapes else shape.tokens
+        steps = [(own, *batch) for batch, _ in itertools.groupby(steps)]
         self.programs["decode"] |= {*steps}
         self.programs["resize"] |= {*itertools.pairwise(steps)}
 
@@ -167,6 +172,7 @@ class Epoch:
             "completion_lengths": len(self.used),
             **counts,
             "programs": sum(counts.values()),
+            "last_step_with_a_new_program": self.last_new,
             **shares,
         }
 
@@ -188,6 +194,7 @@ def config_of(args: argparse.Namespace) -> ConfigDict:
     c = importlib.import_module(f"vau_jax.configs.{args.config.replace('/', '.')}").get_config()
     c.data.max_completion_tokens, c.rollout.num_generations = args.new, args.group
     c.batch_size, c.data.tasks = args.batch_size, ("qa",)
+    c.data.shapes, c.data.length_window = args.shapes, args.window
     return c
 
 
@@ -199,6 +206,8 @@ def main() -> None:
     parser.add_argument("--model", default="", help="model folder; empty: tokenizer of the texts, sizes of Qwen2.5-VL")
     for name, default in {"batch_size": 8, "group": 8, "new": 1024, "micro_batches": 4, "devices": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--shapes", type=int, default=4, help="planned prompt shapes; 0: each batch is rounded")
+    parser.add_argument("--window", type=int, default=128, help="batches whose examples are sorted together")
     parser.add_argument("--freeze_vision", action="store_true")
     parser.add_argument("--step_seconds", type=float, default=0.0, help="of a step")
     parser.add_argument("--compile_seconds", type=float, default=0.0, help="of a program")

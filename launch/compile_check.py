@@ -48,11 +48,11 @@ from vau_jax.models import config as model_config
 from vau_jax.models import flops, hf, motion_prompt
 from vau_jax.models.config import Motion, QwenVLConfig
 from vau_jax.rl import logprobs, sampling
-from vau_jax.rl.engine import Engine
+from vau_jax.rl.engine import Engine, prompts_at_once
 from vau_jax.train import loop, memory
 from vau_jax.train.learner import Learner
 from vau_jax.train.memory import held
-from vau_jax.types import Completions, Params, TrainBatch
+from vau_jax.types import Params, TrainBatch
 
 GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200"}
 Shapes = Any  # a pytree of jax.ShapeDtypeStruct with shardings
@@ -121,7 +121,8 @@ class Programs:
         self.config, self.mesh = config, mesh
         self.learner = Learner(config, model, self._params(model), mesh)
         self.model, self.base = self.learner.model, self.learner.abstract_base
-        self.batch = self.learner.abstract_batch(self._shape(prompt, visual))
+        self.shape = self._shape(prompt, visual)
+        self.batch = self.learner.abstract_batch(self.shape, prompts_at_once(config))
         self.encoded_batch = self.learner.abstract_encoded(self.batch)
         self.c = config.data.max_completion_tokens
         self.g = config.rollout.num_generations if config.stage == "rft" else 1
@@ -158,12 +159,9 @@ class Programs:
         windows = frames * -(-rows // side) * -(-cols // side) if side else 0
         return Shape(tokens, visual * unit, windows, side * side * unit, frames, rows * cols * unit)
 
-    def _completions(self) -> Completions:
-        return self.learner.abstract_completions()
-
     def train_batch(self) -> TrainBatch:
         """Shapes of the batch of one update."""
-        return self.learner.abstract_train(self.encoded_batch)
+        return self.learner.abstract_train(self.learner.abstract_encoded(self.learner.abstract_batch(self.shape)))
 
     # --- The programs ---
 
@@ -179,8 +177,9 @@ class Programs:
                 used = 0.0 if held(program.args[0]) != weights else weights  # gathered ones come on top
                 yield Program(*program, resident=everything - used)
             if learner.has_reference:
-                args = learner.abstract_reference, self.encoded_batch, self._completions()
-                yield Program("score", learner.logps_program, args, {}, everything - weights)
+                function, args = learner.score_program(learner.abstract_reference, self.encoded_batch)
+                calls = learner.score_parts(len(self.batch.tokens))
+                yield Program("score", function, args, {"length": self.g * self.c}, everything - weights, calls)
         yield self.update()
 
     def update(self) -> "Program":
@@ -188,7 +187,8 @@ class Programs:
         parts = self.config.batch_size // memory.largest_part(self.config)
         program, arguments, beside = self.learner.update_program(self.train_batch(), parts)
         resident = beside + self.learner.beside_update
-        return Program("update", program, arguments, {"length": self.g * self.c}, resident, parts)
+        calls = parts * prompts_at_once(self.config) // self.config.batch_size
+        return Program("update", program, arguments, {"length": self.g * self.c}, resident, calls)
 
     @property
     def _copies_weights(self) -> bool:
@@ -214,7 +214,7 @@ class Programs:
                 weights /= self.mesh.shape["tensor"]
             c = self.model.config
             tokens = (
-                self.config.batch_size
+                prompts_at_once(self.config)
                 / sharding.example_parts(self.mesh)
                 * (self.batch.tokens.shape[1] + self.g * self.c)
             )
@@ -250,6 +250,7 @@ class Programs:
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.batch_size, config.rollout.num_generations = config.batch_size * self.g, 1
+            config.rollout.batch_size *= self.g
         return Programs(config, self.model.config, self.mesh, *self.sizes_of_prompt)
 
     def in_parts(self) -> Iterator["Programs"]:

@@ -127,7 +127,7 @@ def check(config: ConfigDict) -> None:
     if not any(config.task_weights.get(task, 1.0) for task in config.tasks):
         raise InputError(f"data.task_weights is 0 for all of data.tasks={tuple(config.tasks)}: set one above 0")
     for share in config.completion_shares:
-        check_range("data.completion_shares", share, *SHARE)
+        check_range("data.completion_shares", share, 1e-6, 1.0)
     if len(config.bucket) != len(Shape._fields):
         raise InputError(f"data.bucket={tuple(config.bucket)}: expected 6 numbers, {', '.join(Shape._fields)}")
 
@@ -166,17 +166,17 @@ class Prompts:
 
     def __init__(self, examples: Sequence[Example], loader: Loader) -> None:
         self.examples, self.loader, config = examples, loader, loader.config
-        self.sizes = {example.id: loader.size(example) for example in examples} if config.shapes else {}
+        self.sizes = {example.id: loader.size(example) for example in examples}
         known = [size for size in self.sizes.values() if size]
         floor = Shape(*config.bucket)
         self.plan = Plan.of(known, loader.processor.config.vision, config.shapes, floor)
-        self.numbers = {name: self.plan.number(size) if size else 0 for name, size in self.sizes.items()}
+        self.numbers = {name: self.plan.number(size) for name, size in self.sizes.items() if size}
         self.collate = Collator(loader.processor, config, self.plan)
 
     def tokens(self, example: Example) -> float:
         """The expected number of tokens of a prompt; where the length of its video is unknown, of its text alone: that
         of the annotation's question and options, which differs little between tasks."""
-        size = self.sizes.get(example.id)
+        size = self.sizes[example.id]
         text = len(example.question) + sum(map(len, example.meta.get("options", example.choices)))
         return size.tokens if size else text / 4
 

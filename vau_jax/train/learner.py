@@ -157,7 +157,7 @@ class Learner:
     def _logps(
         self, variables: Variables, batch: Batch, completions: Completions, tokens: np.ndarray | None
     ) -> jax.Array:
-        found = self._split_by_length(completions, tokens, self._score_parts(len(batch.tokens)))
+        found = self._split_by_length(completions, tokens, self.score_parts(len(batch.tokens)))
         if found[0].rows is None:
             return self.logps_program(variables, batch, completions, length=found[0].length)[0]
         logps = self._no_logps(completions)
@@ -372,13 +372,13 @@ class Learner:
         """The program that scores completions with a policy, at once or in parts, and its arguments but for `length`;
         what depends on the batch as shapes."""
         prompts = len(batch.tokens)
-        completions, count = self.abstract_completions(prompts), self._score_parts(prompts)
+        completions, count = self.abstract_completions(prompts), self.score_parts(prompts)
         if count == 1:
             return self.logps_program, (variables, batch, completions)
         known = self._rows(*completions.tokens.shape, dtype=jnp.float32)
         return self.part_logps_program, (known, variables, batch, completions, self._abstract_rows(prompts, count))
 
-    def _score_parts(self, prompts: int) -> int:
+    def score_parts(self, prompts: int) -> int:
         """The parts in which so many prompts are scored: those of the update, or where their number is to be found, one
         prompt of each device at a time."""
         return memory.candidates(self.config, self.mesh)[-1] * prompts // self.config.batch_size
