@@ -67,7 +67,7 @@ def test_every_decoder_layer(recorded: Recorded) -> None:
     layer = DecoderLayer(c, jnp.float32, "jnp", None)
     for i, params in enumerate(layers(vlm.params["decoder"]["layers"], c.num_layers)):
         given, expected = recorded.seen[f"model.language_model.layers.{i}"]
-        where = Packed(angles, jnp.asarray(batch.mask), None)
+        where = Packed(angles, jnp.asarray(batch.mask), starts=None, deep=None)
         ours, _ = layer.apply({"params": params}, jnp.asarray(given), where, jnp.int32(i), None)
         assert np.abs(np.asarray(ours) - expected)[real].max() <= TOLERANCE, i
 

@@ -201,9 +201,9 @@ def _scores(q: jax.Array, keys: Keys, queries: _Rows) -> jax.Array:
     scores = jnp.einsum(spec, q, keys.k, preferred_element_type=jnp.float32)
     mask = keys.mask[:, :, None]  # [B, G, Q, S]
     if keys.ahead is not None:
-        mask &= (queries.first + keys.ahead + jnp.arange(q.shape[4]))[:, None] >= jnp.arange(keys.k.shape[-2])
+        mask = mask & ((queries.first + keys.ahead + jnp.arange(q.shape[4]))[:, None] >= jnp.arange(keys.k.shape[-2]))
     if keys.segments is not None:
-        mask &= queries.segments[..., None] == keys.segments[:, :, None]
+        mask = mask & (queries.segments[..., None] == keys.segments[:, :, None])
     mask = jnp.expand_dims(mask, (1, 3) if shared else (2, 3))
     return jnp.where(mask, scores, HIDDEN)
 
