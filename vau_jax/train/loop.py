@@ -168,12 +168,12 @@ class Run:
             self.worker.scorer.user.close()
 
     def compile_ahead(self) -> None:
-        """Compiles the programs for the planned shapes; those for the longest completions, which are rare in rollouts,
-        are left to the steps."""
+        """Compiles the programs for the planned shapes, and completions packed into at most half of the longest; what
+        longer ones need, which are rare, is left to the steps."""
         shapes, learner = self.feed.collate.plan.shapes, self.learner
         if shapes and self.config.compile_ahead:
             lengths = learner.packed_lengths
-            lengths = lengths[:-1] if self.worker and len(lengths) > 1 else lengths
+            lengths = [length for length in lengths if 2 * length <= lengths[-1]] or lengths
             ahead.compile_ahead(learner, self.worker and self.worker.engine, shapes, lengths)
 
     # --- One step ---
