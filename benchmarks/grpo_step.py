@@ -91,6 +91,9 @@ def make_config(args: argparse.Namespace, model: Path, data: Path) -> ConfigDict
     c.rollout.num_generations, c.grpo.beta, c.remat, c.unroll = args.group, args.beta, args.remat, args.unroll
     c.lora.rank = args.lora
     c.optim.freeze = ("visual/.*",) if args.freeze_vision else ()
+    if args.reward_seconds:
+        os.environ["REWARD_SECONDS"] = str(args.reward_seconds)
+        c.user_rewards, c.rollout.reward_workers = (("slow_reward:wait", 1.0),), args.prompts * args.group
     return c
 
 
@@ -220,6 +223,9 @@ def main() -> None:
     parser.add_argument("--freeze-vision", action="store_true")
     parser.add_argument("--remat", action="store_true", help="compute activations again in the backward pass")
     parser.add_argument("--unroll", type=int, default=1, help="layers in one round of the scan")
+    parser.add_argument(
+        "--reward-seconds", type=float, default=0.0, help="a reward that takes so long, as a judge does"
+    )
     parser.add_argument("--compare", action="append", choices=("trl", "tunix"))
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter with trl; here: the test extra's")
     parser.add_argument("--tunix-python", default=sys.executable, help="an interpreter with google-tunix")

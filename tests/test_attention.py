@@ -241,6 +241,27 @@ def temporary_bytes(q: jax.ShapeDtypeStruct, seen: jax.ShapeDtypeStruct) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.parametrize("length", [255, 256, 301, 700])
+def test_a_long_prompt_in_blocks_equals_the_whole(length: int, rng: np.random.Generator) -> None:
+    """Values and gradients, with padding before the second prompt."""
+    q, k, v = arrays(rng, length)
+    there = jnp.asarray(np.arange(length) >= np.asarray([[0], [37]]))
+    weight = jnp.asarray(rng.normal(size=q.shape), jnp.float32) * there[:, :, None, None]
+
+    def by(name: str) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        def total(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = attention.prefix_attention(q, k, v, there, None, name)
+            return (out * weight).sum(), out * there[:, :, None, None]
+
+        (_, out), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v)
+        return out, grads
+
+    (blocks, blocks_grads), (whole, whole_grads) = by("jnp"), by("xla")
+    np.testing.assert_allclose(blocks, whole, atol=1e-5)
+    for mine, theirs in zip(blocks_grads, whole_grads, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5)
+
+
 def test_no_score_matrix_over_a_long_clip() -> None:
     """256 temporal patches of 64 patches, and as many patches in one group: scores of all pairs would be 17 GB."""
     frames, size, heads = 256, 64, 16

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -198,6 +199,22 @@ def test_with_lora_only_the_adapters_have_an_optimiser() -> None:
     assert isinstance(adapted.encoded_batch.vision, Features) and isinstance(whole.encoded_batch.vision, Vision)
     ratio = adapted.operations(adapted.update()) / adapted.model_flops("update")
     assert 1.4 < ratio < 1.7, "forward, again, and backward to the adapters; the tower is not in it"
+
+
+def test_larger_rollouts_sample_more_rows_for_more_updates_of_the_same_size() -> None:
+    config = importlib.import_module("vau_jax.configs.vau_r1_qa_rft").get_config()
+    config.batch_size = 4
+    sizes, mesh = model_config.from_hf(model_config.SIZES["qwen2.5-vl-3b"]), sharding.make_mesh({"fsdp": -1})
+    programs = []
+    for rollout in (4, 8):
+        config.rollout.batch_size = rollout
+        found = Programs(config, sizes, mesh, 4096, 3584)
+        programs.append({program.name: program for program in found.all()})
+        assert len(found.batch.tokens) == rollout
+    once, twice = programs
+    assert twice["update"].calls == 2 * once["update"].calls
+    given, larger = (Counter(x.shape for x in jax.tree.leaves(program["update"].args)) for program in programs)
+    assert larger - given == Counter([(4, 4, 1024)]), "the log-probabilities of the policy that sampled"
 
 
 DRIFTED = {
