@@ -1,5 +1,6 @@
-"""A program for a test: `vau train` on a disk that takes some seconds for each checkpoint."""
+"""A program for a test: `vau train` on a disk that takes WRITE_SECONDS, 4 by default, for each checkpoint."""
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from orbax.checkpoint._src.serialization import jax_array_handlers
 
 from vau_jax import cli
 
-SECONDS = 4.0
+SECONDS = float(os.environ.get("WRITE_SECONDS", "4"))
 WRITE = "_async_serialize_replica_slices"  # orbax's, which writes arrays that are on the host
 
 

@@ -130,10 +130,11 @@ def test_a_run_that_is_asked_to_end_saves_its_step_first(
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
-    straight: Path, model_folder: Path, dataset: Path, tmp_path: Path
+    straight: Path, model_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step after it is done meanwhile, and is done again."""
     workdir = tmp_path / "killed"
+    monkeypatch.setenv("WRITE_SECONDS", "12")  # longer than a step that compiles
     slow = command(STAGE, model_folder, dataset, workdir, "tests.slow_writes")
     assert kill_after(slow, workdir, 2 * EVERY + 1, 0.0) == 2 * EVERY + 1
     assert checkpoint.steps(workdir) == [EVERY]
