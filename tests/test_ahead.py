@@ -73,7 +73,7 @@ def imported(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["vau_r1_sft", "vau_r1_multi_rft"])
+@pytest.mark.parametrize("name", [pytest.param("vau_r1_sft", marks=pytest.mark.long), "vau_r1_multi_rft"])
 def test_a_run_that_knows_its_videos_has_the_planned_shapes(
     name: str, imported: Path, model_folder: Path, dataset: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

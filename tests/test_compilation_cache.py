@@ -73,7 +73,8 @@ def test_a_run_that_was_preempted_compiles_nothing_again(
     assert (tmp_path / FOLDER).stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("stage", ["sft", pytest.param("rft", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["sft", "rft"])
 def test_another_run_of_two_processes_beside_the_first_compiles_nothing(
     stage: str, model_folder: Path, dataset: Path, tmp_path: Path
 ) -> None:
