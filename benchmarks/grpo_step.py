@@ -54,7 +54,8 @@ TEXT_32M = {
     "vocab_size": 1024,
 }
 PEERS = Path(__file__).parent / "peers"
-PARTS = ("data", "rollout", "reward", "score", "update")
+DEVICE = ("rollout", "score", "update")  # parts of a step in which the device works
+PARTS = ("data", "reward", *DEVICE)
 
 
 def make_data(folder: Path, frames: int, side: int) -> None:
@@ -160,6 +161,11 @@ def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
         return ours(args, run, shape, padded, steps[args.warmup :]) | {n: peer.result() for n, peer in peers.items()}
 
 
+def _host_share(step: dict[str, float]) -> float:
+    """Of one step that the device waits."""
+    return 1 - sum(step.get(f"seconds/{name}", 0.0) for name in DEVICE) / step["seconds/step"]
+
+
 def ours(
     args: argparse.Namespace, run: loop.Run, shape: Shape, padded: Shape, steps: list[dict[str, float]]
 ) -> dict[str, Any]:
@@ -174,7 +180,7 @@ def ours(
     result = {
         **times,
         "split": split,
-        "host_share": 1 - sum(split[name] for name in ("rollout", "score", "update")) / seconds,
+        "host_share": float(np.median([_host_share(step) for step in steps])),
         "tokens_per_s": args.prompts * (shape.tokens + args.group * args.new) / seconds,
         "completion_tokens_per_s": args.prompts * args.group * args.new / seconds,
         "prompt_tokens": shape.tokens,

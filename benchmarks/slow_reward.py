@@ -6,6 +6,6 @@ from typing import Any
 
 
 def wait(completion: str, example: Any) -> float:
-    """Takes REWARD_SECONDS seconds, and then says how long the completion is."""
+    """The number of characters of the completion, after REWARD_SECONDS seconds (an environment variable)."""
     time.sleep(float(os.environ["REWARD_SECONDS"]))
     return float(len(completion))

@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
     c.data.section_weights = ConfigDict(prompts.SECTION_WEIGHTS)  # in the SFT loss; the end token has weight 1
     c.data.shuffle_options = True  # shuffle the options of a question anew each time
     c.data.max_completion_tokens = 1024  # maximum completion length; longer targets are truncated
-    c.data.completion_shares = (0.125, 0.25, 0.375, 0.5, 0.75)  # of G times the longest: room for packed completions
+    c.data.completion_shares = (0.125, 0.25, 0.375, 0.5, 0.75)  # what completions are packed into, of G x the longest
     c.data.bucket = (256, 1024, 0, 0, 0, 0)  # minimum padding: tokens, patches, windows, size, frames, size
     c.data.shapes = 4  # padded prompt shapes, planned where the table of videos has their sizes; 0: rounded by batch
     c.data.length_window = 128  # sort examples by length within this many batches, to reduce padding; 1: no sorting

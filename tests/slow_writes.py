@@ -1,8 +1,10 @@
-"""A program for a test: `vau train` on a disk that takes WRITE_SECONDS, 4 by default, for each checkpoint."""
+"""A program for a test: `vau train` on a disk that takes some seconds for each checkpoint, and, once the path
+HELD_AFTER exists, never ends one."""
 
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from orbax.checkpoint._src.serialization import jax_array_handlers
 
 from vau_jax import cli
 
-SECONDS = float(os.environ.get("WRITE_SECONDS", "4"))
+SECONDS, NEVER = 4.0, 3600.0
 WRITE = "_async_serialize_replica_slices"  # orbax's, which writes arrays that are on the host
 
 
@@ -25,7 +27,12 @@ def patch(patches: pytest.MonkeyPatch, before: Callable[[], None]) -> None:
     patches.setattr(jax_array_handlers, WRITE, later)
 
 
+def delay() -> None:
+    held_after = os.environ.get("HELD_AFTER")
+    time.sleep(NEVER if held_after and Path(held_after).exists() else SECONDS)
+
+
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patches:
-        patch(patches, lambda: time.sleep(SECONDS))
+        patch(patches, delay)
         cli.main("train")

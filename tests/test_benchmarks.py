@@ -29,7 +29,7 @@ def last_line(*command: str) -> dict:
 
 def test_grpo_step(model_folder: Path) -> None:
     sizes = ["--frames=4", "--side=56", "--group=2", "--new=4", "--steps=2", "--warmup=1"]
-    result = last_line("benchmarks/grpo_step.py", f"--model={model_folder}", "--exact", *sizes)
+    result = last_line("benchmarks/grpo_step.py", f"--model={model_folder}", "--exact", "--reward-seconds=1", *sizes)
     assert result["visual_tokens"] == 2 * 2 * 2
     assert result["padded"] == result["shape"]
     assert (result["shape"]["frames"], result["shape"]["windows"]) == (2, 1), (
@@ -37,6 +37,8 @@ def test_grpo_step(model_folder: Path) -> None:
     )
     assert 0 < sum(result["split"].values()) <= result["sec_per_step"]
     assert result["completion_tokens_per_s"] > 0
+    assert result["split"]["score"] + result["split"]["reward"] >= 1.0, "the reward takes a second, beside scoring"
+    assert result["split"]["reward"] / result["sec_per_step"] <= result["host_share"] < 1
 
 
 def test_an_epoch_of_vau_bench_has_few_programs_and_little_padding() -> None:

@@ -134,7 +134,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
 ) -> None:
     """The step after it is done meanwhile, and is done again."""
     workdir = tmp_path / "killed"
-    monkeypatch.setenv("WRITE_SECONDS", "12")  # longer than a step that compiles
+    monkeypatch.setenv("HELD_AFTER", str(workdir / "checkpoints" / str(EVERY)))
     slow = command(STAGE, model_folder, dataset, workdir, "tests.slow_writes")
     assert kill_after(slow, workdir, 2 * EVERY + 1, 0.0) == 2 * EVERY + 1
     assert checkpoint.steps(workdir) == [EVERY]

@@ -251,20 +251,20 @@ def best(dtype: Any) -> str:
 def _reference(q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, layout: Layout | None) -> jax.Array:
     """Plain jnp."""
     t = prompt_mask.shape[1]
-    keys = Keys(*(jnp.swapaxes(x[:, :t], 1, 2) for x in (k, v)), prompt_mask[:, None], ahead=0)
-    prompt = _causal(q[:, None, :t], keys)[:, 0]
+    k_prompt, v_prompt = (jnp.swapaxes(x[:, :t], 1, 2) for x in (k, v))
+    prompt = _causal(q[:, None, :t], k_prompt, v_prompt, prompt_mask[:, None])[:, 0]
     return _with_completions(prompt, q, k, v, prompt_mask, layout)
 
 
-def _causal(q: jax.Array, keys: Keys) -> jax.Array:
-    """`attend` of as many queries as keys, in blocks that leave out the keys behind their own: with four blocks five
-    eighths of the scores, and each block's are small enough to stay in a CPU's cache."""
+def _causal(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Causal `attend` of q [B, 1, S, N, H] over k, v [B, K, S, H], in blocks of queries that leave out the keys after
+    their own: four blocks compute five eighths of the scores, and each block's are small enough for a CPU's cache."""
     length = q.shape[2]
     block = -(-length // max(1, min(CAUSAL_BLOCKS, length // LEAST_BLOCK)))
     outs = []
     for begin in range(0, length, block):
         end = min(length, begin + block)
-        seen = Keys(keys.k[:, :, :end], keys.v[:, :, :end], keys.mask[:, :, :end], ahead=begin)
+        seen = Keys(k[:, :, :end], v[:, :, :end], mask[:, :, :end], ahead=begin)
         outs.append(attend(q[:, :, begin:end], [seen]))
     return jnp.concatenate(outs, axis=2)
 
